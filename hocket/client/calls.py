@@ -1,0 +1,43 @@
+"""What every client call does: send the request id and the token, and raise refusals as `HocketError`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import grpc
+
+from hocket.rpc.status import from_rpc_error
+from hocket.telemetry.context import REQUEST_ID_KEY, request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHUNK_BYTES: Final = 512 * 1024
+"""Size of a chunk that we send; services take up to 1 MiB."""
+
+
+def call_metadata(token: str | None = None) -> tuple[tuple[str, str], ...]:
+    """Metadata of a call: the current request id, if there is one, and the bearer token, if there is one."""
+    entries = []
+    if current := request_id.get():
+        entries.append((REQUEST_ID_KEY, current))
+    if token is not None:
+        entries.append(("authorization", f"Bearer {token}"))
+    return tuple(entries)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise the failure of a call as the `HocketError` that the server raised."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
+
+
+def chunks_of(data: bytes | memoryview) -> Iterator[bytes]:
+    """The bytes in order, in pieces of `CHUNK_BYTES`."""
+    view = memoryview(data)
+    for start in range(0, len(view), CHUNK_BYTES):
+        yield bytes(view[start : start + CHUNK_BYTES])

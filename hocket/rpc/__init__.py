@@ -1,0 +1,1 @@
+"""Servers, channels and the one mapping between errors and statuses. Knows gRPC, and no service."""

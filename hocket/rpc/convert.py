@@ -1,0 +1,72 @@
+"""Tensor message <-> numpy, with every check before any arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hocket.errors import HocketError, Reason
+from hocket.v1.tensor_pb2 import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ROWS_MAX: Final = 1024
+"""Rows of one request (`PredictRequest.input`)."""
+VALUES_MAX: Final = 2**21
+"""Values of one tensor."""
+
+
+def matrix_to_tensor(matrix: NDArray[np.float32]) -> Tensor:
+    """An FP32 `[rows, columns]` message from a float32 matrix."""
+    return Tensor(datatype="FP32", shape=matrix.shape, contents=matrix.astype("<f4", copy=False).tobytes())
+
+
+def tensor_to_matrix(tensor: Tensor, field: str = "input") -> NDArray[np.float32]:
+    """A read-only float32 view `[rows, columns]` of a message.
+
+    Raises:
+        HocketError: `BAD_TENSOR` if the datatype is not FP32, the shape is not two positive dimensions within
+            the limits or does not match the contents, or a value is NaN or infinite.
+    """
+    matrix = tensor_to_matrix_unchecked(tensor, field)
+    if not np.isfinite(matrix).all():
+        row, column = np.argwhere(~np.isfinite(matrix))[0]
+        raise HocketError(Reason.BAD_TENSOR, f"{field}[{row},{column}] is NaN or infinite", field=f"{field}.contents")
+    return matrix
+
+
+def tensor_to_matrix_unchecked(tensor: Tensor, field: str) -> NDArray[np.float32]:
+    """As `tensor_to_matrix`, but NaN and infinity pass: for answers, whose judge is the aggregator.
+
+    Raises:
+        HocketError: `BAD_TENSOR`, as above.
+    """
+    if tensor.datatype != "FP32":
+        raise HocketError(
+            Reason.BAD_TENSOR,
+            f"{field} must be FP32, not {tensor.datatype[:16]!r}",
+            field=f"{field}.datatype",
+        )
+    if len(tensor.shape) != 2:  # noqa: PLR2004 - rows and columns
+        raise HocketError(
+            Reason.BAD_TENSOR,
+            f"{field} must have the shape [rows, columns], not {len(tensor.shape)} dimensions",
+            field=f"{field}.shape",
+        )
+    rows, columns = tensor.shape
+    if not (1 <= rows <= ROWS_MAX and 1 <= columns <= VALUES_MAX and rows * columns <= VALUES_MAX):
+        raise HocketError(
+            Reason.BAD_TENSOR,
+            f"{field} has the shape [{rows}, {columns}]; allowed are 1 to {ROWS_MAX} rows and at most {VALUES_MAX} "
+            "values: send larger batches in parts",
+            field=f"{field}.shape",
+        )
+    if len(tensor.contents) != rows * columns * 4:
+        raise HocketError(
+            Reason.BAD_TENSOR,
+            f"{field} holds {len(tensor.contents)} bytes, but FP32 [{rows}, {columns}] takes {rows * columns * 4}",
+            field=f"{field}.contents",
+        )
+    return np.frombuffer(tensor.contents, dtype="<f4").reshape(rows, columns)

@@ -1,0 +1,323 @@
+"""What happens around every rpc, the same over sockets and inside one process.
+
+Each handler of a service is wrapped once, when the service is added: request id, admission, credentials, metrics,
+and the mapping of every exception to a status. No exception text leaves the process; a bug answers INTERNAL with a
+correlation id, and its traceback goes to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+import grpc
+import structlog
+from grpc.aio import AbortError
+
+from hocket.errors import HocketError, Reason, Situation
+from hocket.rpc.status import CODES, DETAILS_KEY, to_status
+from hocket.telemetry import metrics
+from hocket.telemetry.context import REQUEST_ID_KEY, accept_request_id, request_id
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from types import TracebackType
+    from typing import Self
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+"""The server's side of one call, over a socket or inside the process."""
+
+LOAD_KEY: Final = "hocket-load-bin"
+"""Trailing metadata: a serialized WorkerLoad of each worker that took part."""
+
+_log: Final = structlog.get_logger("rpc")
+_DRAINING_RETRY_SECONDS: Final = 1.0
+_QUEUE_FULL_RETRY_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Bearer tokens that guard some methods. A token of None leaves its methods open.
+
+    Args:
+        admin: Needed by `admin_methods`.
+        worker: Needed by `worker_methods`.
+        admin_methods: Names of methods that change things.
+        worker_methods: Names of methods that only workers call.
+    """
+
+    admin: str | None = None
+    worker: str | None = None
+    admin_methods: frozenset[str] = frozenset()
+    worker_methods: frozenset[str] = frozenset()
+
+    def check(self, method: str, context: Context) -> None:
+        """Pass if the call may enter `method`.
+
+        Raises:
+            HocketError: `TOKEN_REQUIRED` without a known token, `TOKEN_NOT_ALLOWED` with the other one.
+        """
+        if method in self.admin_methods:
+            needed, other = self.admin, self.worker
+        elif method in self.worker_methods:
+            needed, other = self.worker, self.admin
+        else:
+            return
+        if needed is None:
+            return
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if isinstance(sent, str) and _same(sent, f"Bearer {needed}"):
+            return
+        if other is not None and isinstance(sent, str) and _same(sent, f"Bearer {other}"):
+            raise HocketError(Reason.TOKEN_NOT_ALLOWED, f"this token does not allow {method}")
+        raise HocketError(
+            Reason.TOKEN_REQUIRED, f"{method} needs a token: send the metadata 'authorization: Bearer <token>'"
+        )
+
+
+def _same(sent: str, expected: str) -> bool:
+    return hmac.compare_digest(sent.encode(), expected.encode())
+
+
+@dataclass(slots=True)
+class Handlers:
+    """The wrapped handlers of one or more services.
+
+    Hand it to the generated `add_...Servicer_to_server` functions in place of a server.
+
+    Args:
+        tokens: Which methods need which credentials.
+        in_flight_max: Calls admitted at once; the next one is refused as `QUEUE_FULL`.
+        unlimited: Methods that do not count: feeds and leases, which last as long as their peer.
+    """
+
+    tokens: Tokens = field(default_factory=Tokens)
+    in_flight_max: int = 1024
+    unlimited: frozenset[str] = frozenset()
+    services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = field(default_factory=dict)
+    in_flight: int = 0
+    draining: bool = False
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Part of the generated registration; everything needed arrives by the next one."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None:
+        """Wrap and keep the handlers of a service."""
+        self.services[service] = {
+            method: _wrap(handler, _Method(self, service, method, handler)) for method, handler in handlers.items()
+        }
+
+    def enter(self) -> None:
+        """Count one call in."""
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """Count one call out."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.idle.set()
+
+    async def wait_idle(self, seconds: float) -> None:
+        """Return when no counted call runs, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.in_flight:
+                    self.idle.clear()
+                    await self.idle.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """One of the four kinds of rpc: its metric label, where grpc keeps its handler, and how to make one."""
+
+    label: str
+    attribute: str
+    make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
+
+
+_SHAPES: Final = {
+    (False, False): _Shape("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): _Shape("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): _Shape("client_stream", "stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): _Shape("bidi_stream", "stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+
+def _shape(handler: grpc.RpcMethodHandler[Any, Any]) -> tuple[bool, bool]:
+    return bool(handler.request_streaming), bool(handler.response_streaming)
+
+
+class _Method:
+    """One rpc of one service: its labels and its rules."""
+
+    def __init__(self, handlers: Handlers, service: str, name: str, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
+        labels = (_SHAPES[_shape(handler)].label, service, name)
+        self.handlers = handlers
+        self.service = service
+        self.name = name
+        self.counted = name not in handlers.unlimited
+        self.started = metrics.CALLS_STARTED.labels(*labels)
+        self.seconds = metrics.CALL_SECONDS.labels(*labels)
+        self.received = metrics.MESSAGES_RECEIVED.labels(*labels)
+        self.sent = metrics.MESSAGES_SENT.labels(*labels)
+        self._labels = labels
+        self._handled = {"OK": metrics.CALLS_HANDLED.labels(*labels, "OK")}
+
+    def handled(self, code: str) -> None:
+        counter = self._handled.get(code)
+        if counter is None:
+            counter = self._handled[code] = metrics.CALLS_HANDLED.labels(*self._labels, code)
+        counter.inc()
+
+
+class _Call:
+    """One call in progress: a context that counts it, and turns what escapes into a status."""
+
+    def __init__(self, method: _Method, context: Context) -> None:
+        self._method = method
+        self._context = context
+        self._begin = 0.0
+        self._id = ""
+
+    def __enter__(self) -> Self:
+        self._begin = time.perf_counter()
+        self._method.started.inc()
+        self._id = accept_request_id(dict(self._context.invocation_metadata() or ()).get(REQUEST_ID_KEY))
+        request_id.set(self._id)
+        self._context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
+        if self._method.counted:
+            self._method.handlers.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._method.counted:
+            self._method.handlers.leave()
+        code = "OK"
+        if isinstance(error, HocketError):
+            code = CODES[error.situation].name
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            code = "CANCELLED"
+        elif isinstance(error, AbortError):
+            code = self._context.code().name
+        elif error is not None:
+            code = "INTERNAL"
+        self._method.handled(code)
+        self._method.seconds.observe(time.perf_counter() - self._begin)
+
+    def admit(self) -> None:
+        """Pass if this call may run now.
+
+        Raises:
+            HocketError: `DRAINING`, `QUEUE_FULL`, or a token's reason.
+        """
+        handlers = self._method.handlers
+        if handlers.draining:
+            raise HocketError(
+                Reason.DRAINING,
+                "this server is shutting down: try another one",
+                retry_after_seconds=_DRAINING_RETRY_SECONDS,
+            )
+        if self._method.counted and handlers.in_flight > handlers.in_flight_max:
+            raise HocketError(
+                Reason.QUEUE_FULL,
+                f"this server already runs {handlers.in_flight_max} calls",
+                retry_after_seconds=_QUEUE_FULL_RETRY_SECONDS,
+            )
+        handlers.tokens.check(self._method.name, self._context)
+
+    async def abort(self, error: Exception) -> None:
+        """End the call with the status of `error`. Always raises."""
+        if isinstance(error, HocketError):
+            refusal = error
+            if refusal.situation is Situation.BUG:
+                _log.error("bug", method=self._method.name, exc_info=error)
+            else:
+                _log.info("refused", method=self._method.name, reason=refusal.reason, message=refusal.message)
+        else:
+            _log.error("bug", method=self._method.name, exc_info=error)
+            refusal = HocketError(Reason.INTERNAL, f"internal error; quote {self._id} when you report it")
+        metrics.REFUSALS.labels(self._method.service, self._method.name, refusal.reason).inc()
+        status = to_status(refusal, self._id)
+        await self._context.abort(
+            CODES[refusal.situation],
+            refusal.message,
+            ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, self._id)),
+        )
+
+
+def _wrap(handler: grpc.RpcMethodHandler[Any, Any], method: _Method) -> grpc.RpcMethodHandler[Any, Any]:
+    shape = _SHAPES[_shape(handler)]
+    surround = _streaming if handler.response_streaming else _answering
+    behaviour = surround(getattr(handler, shape.attribute), method, counting=bool(handler.request_streaming))
+    return shape.make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+def _answering(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., Awaitable[Any]]:
+    async def answer(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
+        call = _Call(method, context)
+        try:
+            with call:
+                call.admit()
+                response = await behaviour(_received(request, method, counting=counting), context)
+                method.sent.inc()
+                return response
+        except AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where every bug ends
+            await call.abort(error)
+
+    return answer
+
+
+def _streaming(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., AsyncIterator[Any]]:
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
+        call = _Call(method, context)
+        try:
+            with call:
+                call.admit()
+                responses = behaviour(_received(request, method, counting=counting), context)
+                try:
+                    async for response in responses:
+                        method.sent.inc()
+                        yield response
+                finally:
+                    await responses.aclose()
+        except AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where every bug ends
+            await call.abort(error)
+
+    return stream
+
+
+def _received(request: Any, method: _Method, *, counting: bool) -> Any:  # noqa: ANN401 - any message
+    if not counting:
+        method.received.inc()
+        return request
+    return _counted(request, method)
+
+
+async def _counted(requests: AsyncIterator[Any], method: _Method) -> AsyncIterator[Any]:
+    async for request in requests:
+        method.received.inc()
+        yield request
+
+
+def add_trailing(context: Context, key: str, value: str | bytes) -> None:
+    """Add one entry to the call's trailing metadata, keeping what is there."""
+    context.set_trailing_metadata((*(context.trailing_metadata() or ()), (key, value)))
+
+
+def remaining_seconds(context: Context, default: float) -> float:
+    """Time left until the call's deadline, or `default` when the caller set none."""
+    left = cast("float | None", context.time_remaining())  # None for "no deadline", which the types do not say
+    return default if left is None else left

@@ -1,0 +1,106 @@
+"""Settings: one TOML file, overridden by environment variables, read once at the door of a process.
+
+    [worker]
+    device = "cpu"
+
+`HOCKET_WORKER__DEVICE=cuda:0` overrides it. A table or key that nobody knows stops the start: a misspelled setting
+must not be a silent default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PREFIX: Final = "HOCKET_"
+_SEPARATOR: Final = "__"
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"0", "false", "no", "off"})
+
+T = TypeVar("T")
+
+
+def read_tables(path: Path | None, environ: Mapping[str, str], known: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """The settings tables of a process: the file's, overridden by the environment's.
+
+    Args:
+        path: A TOML file; None for none.
+        environ: Variables such as `HOCKET_WORKER__DEVICE`; names without a double underscore are not settings.
+        known: Names of the tables that exist.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if the file cannot be read, is not TOML, or names an unknown table.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise HocketError(Reason.BAD_REQUEST, f"cannot read the settings in {path}: {error}") from error
+    for name, value in environ.items():
+        table, separator, key = name.removeprefix(_PREFIX).lower().partition(_SEPARATOR)
+        if name.startswith(_PREFIX) and separator:
+            tables.setdefault(table, {})[key] = value
+    for table in tables:
+        if table not in known:
+            raise HocketError(
+                Reason.BAD_REQUEST, f"unknown settings table [{table}]; there are {', '.join(sorted(known))}"
+            )
+    return tables
+
+
+def build(settings: type[T], values: Mapping[str, Any], table: str) -> T:
+    """A frozen settings dataclass from one table.
+
+    Text, as environment variables give it, becomes the declared type; other values must already have it.
+
+    Raises:
+        HocketError: `BAD_REQUEST` for an unknown key, a missing one, or a value of another type.
+    """
+    types_of = typing.get_type_hints(settings)
+    fields = {field.name: types_of[field.name] for field in dataclasses.fields(settings)}  # type: ignore[arg-type]  # settings are dataclasses
+    for key in values:
+        if key not in fields:
+            raise HocketError(
+                Reason.BAD_REQUEST, f"unknown setting {table}.{key}; there are {', '.join(sorted(fields))}"
+            )
+    converted = {key: _convert(value, fields[key], f"{table}.{key}") for key, value in values.items()}
+    try:
+        return settings(**converted)
+    except (TypeError, ValueError) as error:
+        raise HocketError(Reason.BAD_REQUEST, f"settings [{table}]: {error}") from error
+
+
+def _convert(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - one branch per type of setting
+    if isinstance(wanted, types.UnionType):
+        options = [option for option in wanted.__args__ if option is not types.NoneType]
+        return None if value in {None, ""} else _convert(value, options[0], where)
+    if typing.get_origin(wanted) is tuple:
+        parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if isinstance(parts, list):
+            return tuple(_convert(part, wanted.__args__[0], where) for part in parts)
+    elif wanted is Path and isinstance(value, str):
+        return Path(value).expanduser()
+    elif wanted is bool and isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+        return value.lower() in _TRUE
+    elif wanted in {int, float} and isinstance(value, str):
+        try:
+            return wanted(value)
+        except ValueError:
+            pass
+    elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+        return value
+    raise HocketError(
+        Reason.BAD_REQUEST, f"{where} cannot be {value!r}: expected {getattr(wanted, '__name__', wanted)}"
+    )

@@ -1,0 +1,1 @@
+"""The contracts, generated from `proto/hocket/v1` by `make proto`. Never edited."""
