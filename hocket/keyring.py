@@ -82,7 +82,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def _make_private_folder(folder: Path) -> None:
     """Make a folder of mode 0700, and those above it: `Path.mkdir(parents=True)` would make them for everyone."""
-    if not folder.is_dir():
+    if not folder.exists():
         _make_private_folder(folder.parent)
         folder.mkdir(mode=stat.S_IRWXU, exist_ok=True)
 

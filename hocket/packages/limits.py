@@ -24,8 +24,8 @@ class Limits:
     """Maps and lists inside each other, the outermost map being 1."""
     metadata_values: int = 2**18
     """Values in the metadata at all depths together: each costs far more memory than bytes."""
-    metadata_string_bytes: int = _MIB
-    """One metadata string, in UTF-8."""
+    metadata_string_chars: int = _MIB
+    """One metadata string."""
     uncompressed_bytes: int = 1024 * _MIB
     """The payload before compression; the format's own bound."""
     zstd_window_bytes: int = 8 * _MIB

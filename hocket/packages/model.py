@@ -6,12 +6,14 @@ held as Python floats. A parameter that the file leaves absent is None: the mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -85,9 +85,7 @@ def _same(sent: str, expected: str) -> bool:
 
 @dataclass(slots=True)
 class Handlers:
-    """The wrapped handlers of one or more services.
-
-    Hand it to the generated `add_...Servicer_to_server` functions in place of a server.
+    """The wrapped handlers of one or more services: what a server or a local channel serves.
 
     Args:
         tokens: Which methods need which credentials.
@@ -102,6 +100,10 @@ class Handlers:
     in_flight: int = 0
     draining: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, add_servicer: Callable[[Any, Any], None], servicer: object) -> None:
+        """Add a servicer by its generated `add_...Servicer_to_server`, which takes this for a server."""
+        add_servicer(servicer, self)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Part of the generated registration; everything needed arrives by the next one."""

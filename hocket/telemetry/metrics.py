@@ -27,13 +27,13 @@ REFUSALS: Final = Counter(
     "hocket_refusals", "Calls refused, by stable reason.", ("grpc_service", "grpc_method", "reason")
 )
 UNSIGNED_USES: Final = Counter(
-    "hocket_unsigned_uses", "Uses of experts that only the allow_unsigned policy admits.", ("service",)
+    "hocket_unsigned_uses", "Requests that used an expert which only the allow_unsigned policy admits.", ("service",)
 )
 EXPERT_FAILURES: Final = Counter(
     "hocket_expert_failures", "Experts that did not make it into an answer, by reason.", ("reason",)
 )
 CAPACITY_OVERFLOWS: Final = Counter(
-    "hocket_capacity_overflows", "Rows that went down the ranking because the preferred expert was full."
+    "hocket_capacity_overflows", "Preferred experts passed over because they were full."
 )
 SNAPSHOT_REVISION: Final = Gauge("hocket_snapshot_revision", "Registry revision of the current snapshot.", ("service",))
 EXPERT_LOADS: Final = Counter("hocket_expert_loads", "Experts brought into memory, by outcome.", ("outcome",))

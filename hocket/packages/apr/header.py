@@ -103,13 +103,13 @@ class Header:
             raise HocketError(Reason.BAD_MAGIC, f"this is not an .apr file: {_neighbour(data)}")
         if len(data) < HEADER.size:
             raise HocketError(Reason.BAD_LENGTH, f"the file ends inside its header, after {len(data)} bytes")
-        _, major, minor, *fields = HEADER.unpack_from(data)
+        _, major, minor, type_id, metadata, payload, uncompressed, compression, flags = HEADER.unpack_from(data)
         if major != 1:
             raise HocketError(
                 Reason.UNSUPPORTED_VERSION,
                 f"format version {major}.{minor} is not supported: only 1.x can be read",
             )
-        return cls(*fields, minor=minor)
+        return cls(type_id, metadata, payload, uncompressed, compression, flags, minor)
 
     def pack(self) -> bytes:
         """The 32 bytes of this header."""

@@ -12,19 +12,17 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]  # it comes without type information
 
 from hocket.errors import HocketError, Reason
 from hocket.packages.apr.header import MODEL_TYPES
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
 
 class _Kind(enum.Enum):
-    ANY = "any JSON value"
-    MAP = "a map"
     STRING = "a string"
     UINT = "an unsigned integer"
     UINT32 = "an unsigned 32-bit integer"
@@ -48,9 +46,9 @@ _METADATA: Final[_Schema] = {
     "model_name": _Kind.STRING,
     "description": _Kind.STRING,
     "training": {"samples": _Kind.UINT, "duration_ms": _Kind.UINT, "source": _Kind.STRING},
-    "hyperparameters": _Kind.MAP,
-    "metrics": _Kind.MAP,
-    "custom": _Kind.MAP,
+    "hyperparameters": {},
+    "metrics": {},
+    "custom": {},
     "distillation": _Kind.STRING,
     "distillation_info": {
         "method": frozenset({"Standard", "Progressive", "Ensemble"}),
@@ -83,15 +81,18 @@ _METADATA: Final[_Schema] = {
         "description": _Kind.STRING,
         "license": _Kind.STRING,
         "training_data": {"name": _Kind.STRING, "samples": _Kind.UINT, "hash": _Kind.STRING},
-        "hyperparameters": _Kind.MAP,
-        "metrics": _Kind.MAP,
+        "hyperparameters": {},
+        "metrics": {},
         "architecture": _Kind.STRING,
         "param_count": _Kind.UINT,
         "target_hardware": [_Kind.STRING],
     },
 }
 
-_FLOAT32_MAX: Final = 3.4028235677973362e38  # largest double that rounds to a finite float32
+_MAP_TAGS: Final = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
+_LIST_TAGS: Final = frozenset({*range(0x90, 0xA0), 0xDC, 0xDD})
+_FOREIGN_TAGS: Final = frozenset({*range(0xC4, 0xCA), *range(0xD4, 0xD9)})  # binary, extensions
+_FLOAT32_END: Final = 2.0**128 - 2.0**103  # from here on a double rounds to an infinite float32
 
 
 def read_metadata(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def read_metadata(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> 
         raise _bad(f"{decoder.rest} bytes follow it")
     if not isinstance(value, dict):
         raise _bad("it is not a map")
-    _check(value, _METADATA, "")
+    _check(value, _METADATA, "metadata")
     return value
 
 
@@ -127,14 +128,35 @@ def write_metadata(metadata: Mapping[str, Any]) -> bytes:
     Raises:
         HocketError: `BAD_METADATA` for a value that has no form in the format, or one that could not be read back.
     """
-    parts: list[bytes] = []
     try:
-        _encode(metadata, _METADATA, parts, 1)
+        data = b"".join(_encode(metadata, _METADATA, depth=1))
     except (ValueError, OverflowError) as error:
         raise _bad(f"it cannot be written: {error}") from error
-    data = b"".join(parts)
     read_metadata(data)
     return data
+
+
+def _encode(value: object, schema: _Schema | None, depth: int) -> Iterator[bytes]:
+    # Packers are not shared: they are not safe to use from several threads.
+    packer = msgpack.Packer(use_single_float=schema is _Kind.FLOAT32)
+    if depth > DEFAULT_LIMITS.metadata_depth + 1:
+        raise _bad("it is nested too deep")
+    if isinstance(value, Mapping):
+        declared = schema if isinstance(schema, Mapping) else {}
+        yield packer.pack_map_header(len(value))
+        for key, inner in value.items():
+            yield packer.pack(key)
+            yield from _encode(inner, declared.get(key), depth + 1)
+    elif isinstance(value, list | tuple):
+        yield packer.pack_array_header(len(value))
+        for element in value:
+            yield from _encode(element, schema[0] if isinstance(schema, list) else None, depth + 1)
+    elif schema is _Kind.FLOAT32 and isinstance(value, int):
+        yield packer.pack(float(value))
+    elif value is None or isinstance(value, str | int | float):
+        yield packer.pack(value)
+    else:
+        raise _bad(f"a {type(value).__name__} cannot be stored in it")
 
 
 def _bad(what: str) -> HocketError:
@@ -152,13 +174,17 @@ class _Decoder:
         self._data = data
         self._limits = limits
         self._values = 0
-        self._unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1), max_str_len=limits.metadata_string_bytes)
+        self._unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
         self._unpacker.feed(data)
+
+    @property
+    def _position(self) -> int:
+        return int(self._unpacker.tell())
 
     @property
     def rest(self) -> int:
         """Bytes not read yet."""
-        return len(self._data) - self._unpacker.tell()
+        return len(self._data) - self._position
 
     def value(self, depth: int) -> Any:  # noqa: ANN401 - a JSON value
         self._values += 1
@@ -166,15 +192,20 @@ class _Decoder:
             raise HocketError(Reason.TOO_LARGE, f"the metadata has more than {self._limits.metadata_values} values")
         if not self.rest:
             raise _bad("it ends inside a value")
-        tag = self._data[self._unpacker.tell()]
-        if tag & 0xF0 == 0x80 or tag in (0xDE, 0xDF):
+        tag = self._data[self._position]
+        if tag in _MAP_TAGS:
             return self._map(self._unpacker.read_map_header(), self._inside(depth))
-        if tag & 0xF0 == 0x90 or tag in (0xDC, 0xDD):
+        if tag in _LIST_TAGS:
             inside = self._inside(depth)
             return [self.value(inside) for _ in range(self._unpacker.read_array_header())]
-        if 0xC4 <= tag <= 0xC9 or 0xD4 <= tag <= 0xD8:
+        if tag in _FOREIGN_TAGS:
             raise _bad("binary and extension values have no meaning in it")
         value = self._unpacker.unpack()
+        if isinstance(value, str) and len(value) > self._limits.metadata_string_chars:
+            raise HocketError(
+                Reason.TOO_LARGE,
+                f"a metadata string is longer than {self._limits.metadata_string_chars} characters",
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise _bad("a number in it is not finite")
         return value
@@ -199,38 +230,33 @@ class _Decoder:
 def _check(value: Any, schema: _Schema, path: str) -> None:  # noqa: ANN401 - a JSON value
     if value is None:
         return  # an optional field, spelled out
+    if not _fits(value, schema):
+        raise _bad(f"{path} must be {_spoken(schema)}")
     if isinstance(schema, Mapping):
-        if not isinstance(value, dict):
-            raise _bad(f"{path} must be a map")
-        for key, inner in schema.items():
-            if key in value:
-                _check(value[key], inner, f"{path}.{key}".removeprefix("."))
+        for key in schema.keys() & value.keys():
+            _check(value[key], schema[key], f"{path}.{key}")
     elif isinstance(schema, list):
-        if not isinstance(value, list):
-            raise _bad(f"{path} must be a list")
         for element in value:
             _check(element, schema[0], f"{path}[]")
-    elif isinstance(schema, frozenset):
-        if value not in schema:
-            raise _bad(f"{path} must be one of {', '.join(sorted(schema))}")
-    elif not _is(value, schema):
-        raise _bad(f"{path} must be {schema.value}")
 
 
-def _is(value: object, kind: _Kind) -> bool:
-    match kind:
-        case _Kind.ANY:
-            return True
-        case _Kind.MAP:
-            return isinstance(value, dict)
-        case _Kind.STRING:
-            return isinstance(value, str)
-        case _Kind.FLOAT32:
-            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FLOAT32_MAX
-        case _Kind.UINT | _Kind.UINT32:
-            most = 2**32 if kind is _Kind.UINT32 else 2**64
-            return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < most
+def _fits(value: object, schema: _Schema) -> bool:
+    if isinstance(schema, Mapping | list):
+        return isinstance(value, dict if isinstance(schema, Mapping) else list)
+    if isinstance(schema, frozenset):
+        return isinstance(value, str) and value in schema
+    if schema is _Kind.STRING:
+        return isinstance(value, str)
+    if isinstance(value, bool):
+        return False
+    if schema is _Kind.FLOAT32:
+        return isinstance(value, int | float) and abs(value) < _FLOAT32_END
+    return isinstance(value, int) and 0 <= value < (2**32 if schema is _Kind.UINT32 else 2**64)
 
 
-_packer: Final = msgpack.Packer()
-_float32_packer: Final = msgpack.Packer(use_single_float=True)
+def _spoken(schema: _Schema) -> str:
+    if isinstance(schema, _Kind):
+        return schema.value
+    if isinstance(schema, frozenset):
+        return f"one of {', '.join(sorted(schema))}"
+    return "a map" if isinstance(schema, Mapping) else "a list"

@@ -1,0 +1,1 @@
+"""The `hocket` command: one small module per group of verbs."""

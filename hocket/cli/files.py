@@ -1,0 +1,89 @@
+"""The files that commands read: packages, the releases beside them, and the trust folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from hocket import paths
+from hocket.cli import output
+from hocket.errors import HocketError, Reason
+from hocket.packages.limits import DEFAULT_LIMITS
+from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX
+from hocket.telemetry.logs import configure_logs
+from hocket.trust_folder import TrustFolder
+
+if TYPE_CHECKING:
+    from hocket.packages import TrustRoots
+
+Trust = Annotated[
+    Path | None,
+    typer.Option("--trust", metavar="DIR", help="The trust folder.", show_default="~/.local/share/hocket/trust"),
+]
+"""Option: the trust folder."""
+
+_RELEASE_SUFFIX: Final = ".release.json"
+
+
+def read_file(path: Path, bytes_max: int) -> bytes:
+    """A whole file.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if it cannot be read, `TOO_LARGE` if it has more than `bytes_max` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(bytes_max + 1)
+    except OSError as error:
+        raise HocketError(Reason.BAD_REQUEST, f"cannot read {path}: {error.strerror}") from error
+    if len(data) > bytes_max:
+        raise HocketError(Reason.TOO_LARGE, f"{path} is larger than {output.size(bytes_max)}")
+    return data
+
+
+def read_package(path: Path) -> bytes:
+    """The bytes of a package file. Raises as `read_file`."""
+    return read_file(path, DEFAULT_LIMITS.package_bytes)
+
+
+def release_path(path: Path) -> Path:
+    """Where the release of a package file lies: beside it."""
+    return path.with_name(path.name + _RELEASE_SUFFIX)
+
+
+def read_releases(path: Path) -> tuple[bytes, ...]:
+    """The release beside a package file, if there is one. Raises as `read_file`."""
+    beside = release_path(path)
+    return (read_file(beside, ENVELOPE_SIZE_BYTES_MAX),) if beside.exists() else ()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file at once: readers find the old bytes or the new ones.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.write_bytes(data)
+        draft.replace(path)
+    except OSError as error:
+        raise HocketError(Reason.BAD_REQUEST, f"cannot write {path}: {error.strerror}") from error
+
+
+def trust_folder(chosen: Path | None) -> TrustFolder:
+    """The trust folder that was asked for, or the one of this person's suite."""
+    configure_logs("error", json=False)  # problems of the folder are shown by `read_trust`
+    return TrustFolder(chosen or paths.trust_folder(os.environ, Path.home()))
+
+
+def read_trust(chosen: Path | None) -> TrustRoots:
+    """Whom that folder trusts; files that had to be left out are named on standard error."""
+    folder = trust_folder(chosen)
+    roots = folder.read()
+    for problem in folder.problems:
+        output.say(f"warning: {problem.message}", stderr=True)
+    return roots

@@ -1,0 +1,134 @@
+"""`hocket`: the overview of all verbs, and the one place where their failures end.
+
+A verb's module is imported when the verb is used: `hocket --help` needs neither grpc nor numpy. Exit status: 0 done,
+2 refused (and wrong usage), 1 for a bug of ours; `hocket health` has its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from hocket import __version__
+from hocket.cli import output
+from hocket.errors import HocketError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_REFUSED: Final = 2
+_BUG: Final = 1
+
+
+class _Verb(NamedTuple):
+    """Where a verb is, and its line in the overview.
+
+    A module holds several verbs, or one group that is called like the verb.
+    """
+
+    module: str
+    panel: str
+    help: str
+
+
+_ANSWERS: Final = "Answers"
+_SUITE: Final = "The suite"
+_FILES: Final = "Files and keys"
+_REGISTRY: Final = "Registry"
+
+VERBS: Final[Mapping[str, _Verb]] = {
+    "predict": _Verb("infer", _ANSWERS, "Ask a mixture, and watch its experts answer."),
+    "route": _Verb("infer", _ANSWERS, "Explain which experts would answer, without asking them."),
+    "up": _Verb("serve", _SUITE, "Start a whole suite on this machine."),
+    "health": _Verb("serve", _SUITE, "Ask a server whether it serves."),
+    "inspect": _Verb("package", _FILES, "Show what a package file says about itself."),
+    "verify": _Verb("package", _FILES, "Check that a package file may serve, and say why."),
+    "keygen": _Verb("package", _FILES, "Make a key to sign with."),
+    "sign": _Verb("package", _FILES, "Bind a name to a package file, and sign that."),
+    "trust": _Verb("trust", _FILES, "Decide whose signatures count."),
+    "publish": _Verb("publish", _REGISTRY, "Put package files into a registry."),
+    "experts": _Verb("experts", _REGISTRY, "List the packages of a registry, or show one."),
+    "mixtures": _Verb("mixtures", _REGISTRY, "List, show, put and delete mixtures."),
+    "yank": _Verb("publish", _REGISTRY, "Withdraw a package for good."),
+    "revoke-key": _Verb("publish", _REGISTRY, "Withdraw everything a key has signed, for good."),
+}
+
+
+class _Overview(TyperGroup):
+    """All verbs by their line of help; the one that is used is imported."""
+
+    def __init__(self, **attributes: Any) -> None:  # noqa: ANN401 - whatever typer hands over
+        super().__init__(**attributes)
+        for name, verb in VERBS.items():
+            self.commands[name] = TyperCommand(name, help=verb.help, rich_help_panel=verb.panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 - click's types are private to typer
+        """The verb itself, in place of its line of help."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            command = _load(name)
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as above
+        """Run the verb; a refusal is printed and ends with its own status."""
+        try:
+            return super().invoke(ctx)
+        except HocketError as error:
+            output.refuse(error, as_json=output.wants_json(ctx))
+            raise typer.Exit(_REFUSED) from error
+
+
+def _load(name: str) -> Any:  # noqa: ANN401 - as above
+    command: Any = get_command(importlib.import_module(f"hocket.cli.{VERBS[name].module}").app)
+    return command if command.name == name else command.commands[name]
+
+
+app = typer.Typer(
+    cls=_Overview,
+    help="Mixtures of signed experts: one answer, shared between many small models.",
+    epilog="Start with `hocket up`, then `hocket mixtures`. Documentation: docs/ in the source tree.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(*, value: bool) -> None:
+    if value:
+        output.say(f"hocket {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run the command line; no traceback for people unless they ask for it."""
+    try:
+        app()
+    except Exception as error:  # what click and `_Overview` let through is a bug of ours
+        if os.environ.get("HOCKET_DEBUG"):
+            raise
+        output.say(
+            f"hocket failed unexpectedly ({type(error).__name__}): this is a bug. Run the same command with "
+            "HOCKET_DEBUG=1 for the traceback, and report it.",
+            stderr=True,
+        )
+        sys.exit(_BUG)
+
+
+if __name__ == "__main__":
+    main()

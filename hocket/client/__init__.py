@@ -1,0 +1,1 @@
+"""Typed asynchronous callers of the services."""

@@ -1,0 +1,244 @@
+"""Typed caller of RouterService: rows in, events and answers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from hocket.client.calls import call_metadata, refusals
+from hocket.errors import HocketError, Reason
+from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
+from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    import grpc
+    from numpy.typing import ArrayLike, NDArray
+
+    from hocket.v1.tensor_pb2 import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """First event: who will answer.
+
+    Args:
+        plan: Mode, experts, digests, weights, replicas.
+        request_id: Quote it when you report a problem.
+    """
+
+    plan: plan_pb2.Plan
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The value so far; each one replaces the one before.
+
+    Args:
+        sequence: From 1, without gaps.
+        value: float32 `[N, C]`; 0 in rows nobody has answered yet.
+        coverage: float64 `[N]`: how much of the planned weight is in.
+        contributions: What became of every planned expert, in plan order.
+        lower: float32 `[N, C]` that the final value cannot be below; None when the output range is unknown.
+        upper: float32 `[N, C]` that the final value cannot be above.
+    """
+
+    sequence: int
+    value: NDArray[np.float32]
+    coverage: NDArray[np.float64]
+    contributions: Sequence[plan_pb2.Contribution]
+    lower: NDArray[np.float32] | None
+    upper: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The final value.
+
+    Args:
+        value: float32 `[N, C]`.
+        labels: The class each column scores; empty for regression.
+        coverage: float64 `[N]`: share of the planned weight that is in.
+        contributions: What became of every planned expert, in plan order.
+        plan: Who was to answer.
+        finish: How it ended, timings, what was given up.
+        request_id: Quote it when you report a problem.
+    """
+
+    value: NDArray[np.float32]
+    labels: tuple[str, ...]
+    coverage: NDArray[np.float64]
+    contributions: Sequence[plan_pb2.Contribution]
+    plan: plan_pb2.Plan
+    finish: plan_pb2.Finish
+    request_id: str
+
+    def best_labels(self) -> list[str]:
+        """The label with the highest score of each row; the earlier one at ties."""
+        return [self.labels[column] for column in self.value.argmax(axis=1)]
+
+
+_ON_MISSING = {"fail": plan_pb2.ON_MISSING_FAIL, "renormalise": plan_pb2.ON_MISSING_RENORMALISE}
+
+
+class RouterClient:
+    """Asks one router.
+
+    Args:
+        channel: To the router.
+        timeout_seconds: Deadline of every call.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_seconds: float = 30.0) -> None:
+        self._stub = router_pb2_grpc.RouterServiceStub(channel)
+        self._timeout_seconds = timeout_seconds
+
+    async def predict(
+        self,
+        model: str,
+        rows: ArrayLike,
+        *,
+        top_k: int | None = None,
+        partials: bool = False,
+        min_coverage: float | None = None,
+        straggler_timeout_seconds: float | None = None,
+        on_missing: Literal["fail", "renormalise"] = "fail",
+    ) -> AsyncGenerator[Planned | Partial | Answer, None]:
+        """The events of one prediction: the plan, partials if asked for, then the answer.
+
+        Closing the generator early cancels the call.
+
+        Args:
+            model: Mixture name, `publisher/name@version`, a digest, or `digest#ordinal`.
+            rows: Numbers `[N, F]`, or one row `[F]`; sent as float32.
+            top_k: Experts per row, instead of the mixture's own number.
+            partials: Whether to hear of every arrival.
+            min_coverage: Least acceptable coverage of every row, 0 to 1.
+            straggler_timeout_seconds: How long to wait before late experts count as missing.
+            on_missing: Whether missing experts fail the call or are left out.
+
+        Raises:
+            HocketError: As the contract of Predict says.
+        """
+        request = router_pb2.PredictRequest(
+            model=model,
+            input=_tensor(rows),
+            top_k=top_k,
+            partials=partials,
+            min_coverage=min_coverage,
+            on_missing=_ON_MISSING[on_missing],
+        )
+        if straggler_timeout_seconds is not None:
+            request.straggler_timeout.FromNanoseconds(round(straggler_timeout_seconds * 1e9))
+        plan = plan_pb2.Plan()
+        call = self._stub.Predict(request, timeout=self._timeout_seconds, metadata=call_metadata())
+        try:
+            with refusals():
+                async for response in call:
+                    match response.WhichOneof("event"):
+                        case "plan":
+                            plan = response.plan
+                            yield Planned(plan, response.request_id)
+                        case "partial":
+                            yield _partial(response.partial)
+                        case "final":
+                            yield _answer(response, plan)
+        finally:
+            call.cancel()
+
+    async def answer(
+        self,
+        model: str,
+        rows: ArrayLike,
+        *,
+        top_k: int | None = None,
+        min_coverage: float | None = None,
+        straggler_timeout_seconds: float | None = None,
+        on_missing: Literal["fail", "renormalise"] = "fail",
+    ) -> Answer:
+        """The answer alone. Arguments and refusals are those of `predict`."""
+        events = self.predict(
+            model,
+            rows,
+            top_k=top_k,
+            min_coverage=min_coverage,
+            straggler_timeout_seconds=straggler_timeout_seconds,
+            on_missing=on_missing,
+        )
+        async for event in events:
+            if isinstance(event, Answer):
+                return event
+        raise HocketError(Reason.INTERNAL, "the stream ended without a final value")
+
+    async def route(self, model: str, rows: ArrayLike, *, top_k: int | None = None) -> router_pb2.RouteResponse:
+        """What `predict` would do now, with every score; nothing runs.
+
+        Raises:
+            HocketError: As the contract of Route says.
+        """
+        request = router_pb2.RouteRequest(model=model, input=_tensor(rows), top_k=top_k)
+        with refusals():
+            return await self._stub.Route(request, timeout=self._timeout_seconds, metadata=call_metadata())
+
+    async def list_mixtures(self) -> AsyncGenerator[router_pb2.MixtureSummary, None]:
+        """Every model the router knows, by name."""
+        token = ""
+        while True:
+            with refusals():
+                page = await self._stub.ListMixtures(
+                    router_pb2.ListMixturesRequest(page_token=token),
+                    timeout=self._timeout_seconds,
+                    metadata=call_metadata(),
+                )
+            for summary in page.mixtures:
+                yield summary
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def get_mixture(self, model: str) -> router_pb2.GetMixtureResponse:
+        """One model: members, labels, signers.
+
+        Raises:
+            HocketError: `UNKNOWN_MODEL`.
+        """
+        with refusals():
+            return await self._stub.GetMixture(
+                router_pb2.GetMixtureRequest(model=model), timeout=self._timeout_seconds, metadata=call_metadata()
+            )
+
+
+def _tensor(rows: ArrayLike) -> Tensor:
+    matrix = np.atleast_2d(np.asarray(rows, dtype=np.float32))
+    if matrix.ndim != 2:  # noqa: PLR2004 - rows and columns
+        raise HocketError(Reason.BAD_TENSOR, f"rows must be [N, F], not {matrix.ndim} dimensions", field="input.shape")
+    return matrix_to_tensor(matrix)
+
+
+def _partial(message: plan_pb2.Combination) -> Partial:
+    bounded = message.HasField("lower_bound")
+    return Partial(
+        sequence=message.sequence,
+        value=tensor_to_matrix(message.value, "value"),
+        coverage=np.array(message.coverage),
+        contributions=message.contributions,
+        lower=tensor_to_matrix(message.lower_bound, "lower_bound") if bounded else None,
+        upper=tensor_to_matrix(message.upper_bound, "upper_bound") if bounded else None,
+    )
+
+
+def _answer(response: router_pb2.PredictResponse, plan: plan_pb2.Plan) -> Answer:
+    combination = response.final.combination
+    return Answer(
+        value=tensor_to_matrix(combination.value, "value"),
+        labels=tuple(plan.labels),
+        coverage=np.array(combination.coverage),
+        contributions=combination.contributions,
+        plan=plan,
+        finish=response.final.finish,
+        request_id=response.request_id,
+    )

@@ -1,0 +1,76 @@
+"""Packages: files that hold an expert, and what makes their bytes trusted.
+
+A tour. Everything here takes bytes and values and gives values back; nothing touches a disk or a network.
+
+To serve a package, open it. The digest, the releases and the embedded signature are checked before any content is
+decoded, and the result says which proofs held:
+
+    package = open_package(data, releases=[envelope], trust=roots, now=datetime.now(UTC))
+    package.facts, package.model, package.provenance.proofs
+
+`TrustRoots` are the trusted keys (`hocket.trust_folder` reads them from a folder), `Policy` is what the operator
+accepts beyond proof, `Revocations` are the keys withdrawn since. Any of them may change while a package is resident:
+`evaluate` then judges it again without opening it, and judges mixtures too.
+
+To show a package without believing it, `inspect_package`. To publish one, bind a name to its bytes and sign that:
+
+    release = Release(ReleaseName("acme", "iris", "1.0.0"), Subject.of(Purpose.PACKAGE, data, "apr"))
+    envelope = sign_release(release, seed)
+
+Keys are made by `generate_seed` and spelled by `hocket.identity`; `hocket.keyring` keeps them in files. The formats
+have modules of their own: `hocket.packages.apr` reads and writes `.apr` files.
+"""
+
+from __future__ import annotations
+
+from hocket.identity import ReleaseName
+from hocket.packages.keys import generate_seed, public_key_of
+from hocket.packages.limits import DEFAULT_LIMITS, Limits
+from hocket.packages.opening import (
+    EmbeddedFacts,
+    Inspection,
+    Package,
+    Provenance,
+    ReleaseFacts,
+    evaluate,
+    inspect_package,
+    open_package,
+)
+from hocket.packages.release import (
+    ClaimedRelease,
+    Purpose,
+    Release,
+    Subject,
+    read_release,
+    sign_release,
+    verify_release,
+)
+from hocket.packages.trust import Policy, Proof, Revocations, TrustedKey, TrustRoots
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ClaimedRelease",
+    "EmbeddedFacts",
+    "Inspection",
+    "Limits",
+    "Package",
+    "Policy",
+    "Proof",
+    "Provenance",
+    "Purpose",
+    "Release",
+    "ReleaseFacts",
+    "ReleaseName",
+    "Revocations",
+    "Subject",
+    "TrustRoots",
+    "TrustedKey",
+    "evaluate",
+    "generate_seed",
+    "inspect_package",
+    "open_package",
+    "public_key_of",
+    "read_release",
+    "sign_release",
+    "verify_release",
+]

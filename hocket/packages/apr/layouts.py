@@ -1,0 +1,309 @@
+"""Which model types are laid out how, and telling them apart.
+
+Fields are in file order; the tables are the format. The header's type id is chosen freely by whoever saves a file and
+several layouts share one, so an id only names candidates. A layout recorded under `custom.hocket` decides at once.
+Otherwise the one candidate that consumes the payload exactly, with sound tags, lengths and numbers, is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from hocket.errors import HocketError, Reason
+from hocket.packages import model as m
+from hocket.packages.apr.bincode import (
+    BOOL,
+    F32,
+    MATRIX,
+    U64,
+    U64S,
+    VECTOR,
+    Codec,
+    Reader,
+    option,
+    record,
+    sequence,
+)
+from hocket.packages.apr.facts import is_fitted
+from hocket.packages.apr.trees import COLUMN_TREE, VALUE_TREE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hocket.packages.limits import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A payload layout.
+
+    Attributes:
+        name: Class name of the model.
+        codec: Reads and writes it.
+        expert: Class name of a mixture's experts.
+        since_0_13: Which variant of a tree classifier: later releases store the input width. None for other layouts.
+    """
+
+    name: str
+    codec: Codec[Any]
+    expert: str | None = None
+    since_0_13: bool | None = None
+
+
+_NORMAL_MIN: Final = 2.0**-126  # below it, a float32 has lost precision
+
+
+def _read_penalty(reader: Reader) -> float:
+    """A penalty nobody would set gives away a layout that is misread: a tag and a count taken for a float."""
+    value = F32.read(reader)
+    if 0 < abs(value) < _NORMAL_MIN:
+        raise reader.bad(f"a penalty is {value}")
+    return value
+
+
+_PENALTY: Final = Codec(_read_penalty, F32.write)
+
+_LINEAR: Final[dict[str, Codec[Any]]] = {
+    "LinearRegression": record(m.LinearRegression, coefficients=option(VECTOR), intercept=F32, fit_intercept=BOOL),
+    "Ridge": record(m.Ridge, alpha=_PENALTY, coefficients=option(VECTOR), intercept=F32, fit_intercept=BOOL),
+    "Lasso": record(
+        m.Lasso,
+        alpha=_PENALTY,
+        coefficients=option(VECTOR),
+        intercept=F32,
+        fit_intercept=BOOL,
+        max_iter=U64,
+        tol=F32,
+    ),
+    "ElasticNet": record(
+        m.ElasticNet,
+        alpha=_PENALTY,
+        l1_ratio=_PENALTY,
+        coefficients=option(VECTOR),
+        intercept=F32,
+        fit_intercept=BOOL,
+        max_iter=U64,
+        tol=F32,
+    ),
+}
+
+_LOGISTIC: Final = record(
+    m.LogisticRegression,
+    coefficients=option(VECTOR),
+    intercept=F32,
+    learning_rate=F32,
+    max_iter=U64,
+    tol=F32,
+)
+
+_TREE_CLASSIFIER: Final = record(m.DecisionTreeClassifier, tree=option(COLUMN_TREE), max_depth=option(U64))
+_TREE_CLASSIFIER_0_13: Final = record(
+    m.DecisionTreeClassifier, tree=option(COLUMN_TREE), max_depth=option(U64), n_features=option(U64)
+)
+_TREE_REGRESSOR: Final = record(
+    m.DecisionTreeRegressor,
+    tree=option(VALUE_TREE),
+    max_depth=option(U64),
+    min_samples_split=U64,
+    min_samples_leaf=U64,
+)
+
+
+def _forest(kind: type[Any], tree: Codec[Any], targets: Codec[Any]) -> Codec[Any]:
+    return record(
+        kind,
+        trees=sequence(tree, lambda limits: limits.trees, "trees"),
+        n_estimators=U64,
+        max_depth=option(U64),
+        random_state=option(U64),
+        oob_indices=sequence(U64S, lambda limits: limits.trees, "out-of-bag lists"),
+        x_train=option(MATRIX),
+        y_train=option(targets),
+    )
+
+
+_KMEANS: Final = record(
+    m.KMeans,
+    n_clusters=U64,
+    max_iter=U64,
+    tol=F32,
+    random_state=option(U64),
+    centroids=option(MATRIX),
+    labels=option(U64S),
+    inertia=F32,
+    n_iter=U64,
+)
+
+
+def _read_gate(reader: Reader) -> m.SoftmaxGate:
+    features, experts, temperature = U64.read(reader), U64.read(reader), F32.read(reader)
+    if features > reader.limits.features:
+        raise reader.too_large("features", reader.limits.features)
+    if experts > reader.limits.experts:
+        raise reader.too_large("experts", reader.limits.experts)
+    if temperature <= 0:
+        raise reader.bad(f"the gate's temperature is {temperature}, it must be above 0")
+    weights = VECTOR.read(reader)
+    if weights.size != features * experts:
+        raise reader.bad(f"a gate of {features} features x {experts} experts has {weights.size} weights")
+    return m.SoftmaxGate(weights.reshape(features, experts), temperature)
+
+
+def _write_gate(out: bytearray, gate: m.SoftmaxGate) -> None:
+    features, experts = gate.weights.shape
+    U64.write(out, features)
+    U64.write(out, experts)
+    F32.write(out, gate.temperature)
+    VECTOR.write(out, gate.weights)
+
+
+def _mixture(expert: Codec[Any]) -> Codec[m.MixtureOfExperts]:
+    return record(
+        m.MixtureOfExperts,
+        experts=sequence(expert, lambda limits: limits.experts, "experts"),
+        gate=Codec(_read_gate, _write_gate),
+        config=record(m.MoeConfig, top_k=U64, capacity_factor=F32, expert_dropout=F32, load_balance_weight=F32),
+    )
+
+
+_CANDIDATES: Final = {
+    0x0001: tuple(Layout(name, codec) for name, codec in _LINEAR.items()),
+    0x0002: (Layout("LogisticRegression", _LOGISTIC),),
+    0x0003: (
+        Layout("DecisionTreeClassifier", _TREE_CLASSIFIER, since_0_13=False),
+        Layout("DecisionTreeClassifier", _TREE_CLASSIFIER_0_13, since_0_13=True),
+        Layout("DecisionTreeRegressor", _TREE_REGRESSOR),
+    ),
+    0x0004: (
+        Layout(
+            "RandomForestClassifier",
+            _forest(m.RandomForestClassifier, _TREE_CLASSIFIER, U64S),
+            since_0_13=False,
+        ),
+        Layout(
+            "RandomForestClassifier",
+            _forest(m.RandomForestClassifier, _TREE_CLASSIFIER_0_13, U64S),
+            since_0_13=True,
+        ),
+        Layout("RandomForestRegressor", _forest(m.RandomForestRegressor, _TREE_REGRESSOR, VECTOR)),
+    ),
+    0x0006: (Layout("KMeans", _KMEANS),),
+    0x0040: tuple(Layout("MixtureOfExperts", _mixture(codec), expert=name) for name, codec in _LINEAR.items()),
+}
+
+
+def candidates(type_id: int, hocket: Mapping[str, Any]) -> tuple[Layout, ...]:
+    """The layouts a payload may have.
+
+    Args:
+        type_id: Model type id of the header.
+        hocket: Our own metadata, `custom.hocket`: `layout` decides whatever the id, `expert_layout` for a mixture.
+
+    Raises:
+        HocketError: `UNSUPPORTED_LAYOUT` if there is none.
+    """
+    name, expert = hocket.get("layout"), hocket.get("expert_layout")
+    of_type = _CANDIDATES.get(type_id, ()) if name is None else _LAYOUTS
+    found = tuple(layout for layout in of_type if name in (None, layout.name) and expert in (None, layout.expert))
+    if not found:
+        what = f"the layout {name!r}" if name else f"any layout of model type 0x{type_id:04x}"
+        raise HocketError(Reason.UNSUPPORTED_LAYOUT, f"this version cannot read {what}")
+    return found
+
+
+def read_model(
+    payload: memoryview, layouts: tuple[Layout, ...], writer_version: object, limits: Limits
+) -> tuple[Layout, m.Model]:
+    """Decode a payload by the one layout that fits it.
+
+    Several layouts can fit a payload. A reading without parameters could not serve, so it counts only if there is no
+    other, and then which it is does not matter. Of the two variants of a tree classifier, the one that the writing
+    library's version calls for goes first. What is still open is refused.
+
+    Args:
+        payload: Uncompressed.
+        layouts: Candidates, at least one.
+        writer_version: The metadata's `aprender_version`.
+        limits: Bounds on what is decoded.
+
+    Raises:
+        HocketError: `BAD_PAYLOAD` or `TOO_LARGE` if none fits, `UNSUPPORTED_LAYOUT` if the choice is open.
+    """
+    since_0_13 = _is_since_0_13(writer_version)
+    fits: list[tuple[Layout, m.Model]] = []
+    refusals: list[tuple[bool, int, Layout, HocketError]] = []
+    for layout in layouts:
+        reader = Reader(payload, limits)
+        try:
+            fits.append((layout, _read_whole(reader, layout)))
+        except HocketError as refusal:
+            expected = layout.since_0_13 in (None, since_0_13)
+            refusals.append((expected, reader.position, layout, refusal))
+    if not fits:
+        raise _none_fits(refusals)
+    fits = [fit for fit in fits if is_fitted(fit[1])] or fits[:1]
+    fits = [fit for fit in fits if fit[0].since_0_13 in (None, since_0_13)] or fits
+    if len(fits) > 1:
+        names = ", ".join(_spoken(layout) for layout, _ in fits)
+        raise HocketError(
+            Reason.UNSUPPORTED_LAYOUT,
+            f"the payload can be read as {names}: record which under custom.hocket.layout in the metadata",
+        )
+    return fits[0]
+
+
+def layout_of(model: m.Model) -> tuple[int, Layout]:
+    """The type id by convention, and the layout to write a model in.
+
+    Raises:
+        HocketError: `UNSUPPORTED_LAYOUT` if the format has none for it.
+    """
+    name, expert = type(model).__name__, None
+    if isinstance(model, m.MixtureOfExperts):
+        kinds = {type(member).__name__ for member in model.experts}
+        if len(kinds) != 1:
+            raise HocketError(
+                Reason.UNSUPPORTED_LAYOUT, "the experts of one .apr file are at least one, and of one kind"
+            )
+        expert = kinds.pop()
+    for type_id, of_type in _CANDIDATES.items():
+        for layout in of_type:
+            if (layout.name, layout.expert) == (name, expert):
+                return type_id, layout
+    raise HocketError(Reason.UNSUPPORTED_LAYOUT, f"the .apr format has no layout for {name} of {expert}")
+
+
+def _read_whole(reader: Reader, layout: Layout) -> m.Model:
+    model: m.Model = layout.codec.read(reader)
+    if reader.rest:
+        raise reader.bad(f"{reader.rest} bytes follow the model")
+    if isinstance(model, m.KMeans):
+        if model.n_clusters > reader.limits.labels:
+            raise reader.too_large("clusters", reader.limits.labels)
+        if model.centroids is not None and len(model.centroids) != model.n_clusters:
+            raise reader.bad(f"{model.n_clusters} clusters have {len(model.centroids)} centroids")
+    return model
+
+
+def _none_fits(refusals: list[tuple[bool, int, Layout, HocketError]]) -> HocketError:
+    """The refusal of the expected reading that came furthest, telling of the others."""
+    *_, best = max(refusals, key=lambda refusal: refusal[:2])
+    if len(refusals) == 1:
+        return best
+    told = "; ".join(f"{_spoken(layout)}: {refusal.message}" for *_, layout, refusal in refusals)
+    return HocketError(best.reason, f"the payload fits no layout of its model type ({told})")
+
+
+def _spoken(layout: Layout) -> str:
+    of = f" of {layout.expert}" if layout.expert else ""
+    return f"{layout.name}{of}{' (0.13)' if layout.since_0_13 else ''}"
+
+
+def _is_since_0_13(version: object) -> bool:
+    numbers = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", str(version))
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 13)
+
+
+_LAYOUTS: Final = tuple(layout for of_type in _CANDIDATES.values() for layout in of_type)

@@ -1,0 +1,114 @@
+"""A model turned into `.apr` bytes, as the reference library would write them."""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
+from hocket.packages.apr.container import join, split
+from hocket.packages.apr.facts import width, with_width
+from hocket.packages.apr.header import MODEL_TYPES, Compression, Flag, Header
+from hocket.packages.apr.layouts import Layout, layout_of
+from hocket.packages.apr.metadata import write_metadata
+from hocket.packages.apr.payload import compress
+from hocket.packages.apr.reader import decode
+from hocket.packages.limits import DEFAULT_LIMITS
+from hocket.packages.model import Model, TreeModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_WRITER_VERSION: Final = "0.11.0"
+"""The library release whose layouts these are, which is what readers take `aprender_version` to mean."""
+
+_COMPRESSIONS: Final = {
+    "none": Compression.NONE,
+    "zstd": Compression.ZSTD,
+    "zstd-max": Compression.ZSTD_MAX,
+}
+
+
+def write(
+    model: Model,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    labels: Sequence[str | int | None] | None = None,
+    compression: Literal["none", "zstd", "zstd-max"] = "zstd",
+    model_type_id: int | None = None,
+    created_at: str | None = None,
+    signing: Callable[[bytes], tuple[bytes, bytes]] | None = None,
+) -> bytes:
+    """Encode a model. The result is read back before it is returned, so what is written can be served or inspected.
+
+    Args:
+        model: What to store.
+        metadata: The whole metadata verbatim, order kept. Without it the mandatory fields are filled in and layout,
+            labels and, for trees, the input width are recorded under `custom.hocket`.
+        name: The metadata's `model_name`.
+        labels: One per output column of a classifier, None for a column to drop.
+        compression: `zstd` is level 3, `zstd-max` level 19.
+        model_type_id: The header's type id if not the conventional one.
+        created_at: Decimal Unix seconds; now, if not given.
+        signing: Maps the bytes to sign to (64-byte Ed25519 signature, 32-byte public key), to embed a signature.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if `metadata` comes together with a field of it, or for an unknown compression;
+            otherwise for the reason a reader would refuse the file.
+    """
+    if metadata is not None and (name, labels, created_at) != (None, None, None):
+        raise HocketError(Reason.BAD_REQUEST, "give either the whole metadata, or name, labels and created_at")
+    if compression not in _COMPRESSIONS:
+        raise HocketError(Reason.BAD_REQUEST, f"compression must be one of {', '.join(_COMPRESSIONS)}")
+    conventional_id, layout = layout_of(model)
+    type_id = conventional_id if model_type_id is None else model_type_id
+    if type_id not in MODEL_TYPES:
+        raise HocketError(Reason.UNSUPPORTED_TYPE, f"model type 0x{type_id:04x} is unknown")
+    image = _encode(model, layout)
+    if metadata is None:
+        metadata = {"created_at": created_at or str(int(time.time())), "aprender_version": _WRITER_VERSION}
+        if name is not None:
+            metadata["model_name"] = name
+        metadata["custom"] = {"hocket": _own(model, layout, labels)}
+    section = write_metadata(metadata)
+    payload = compress(image, _COMPRESSIONS[compression])
+    header = Header(
+        model_type_id=type_id,
+        metadata_bytes=len(section),
+        payload_bytes=len(payload),
+        uncompressed_bytes=len(image),
+        compression_id=_COMPRESSIONS[compression],
+        # The reference marks a licence only where it does not sign.
+        flags=Flag.SIGNED if signing else Flag.LICENSED if metadata.get("license") else Flag(0),
+    )
+    data = join(header, section, payload, signing)
+    decode(split(data), digest_of(data))
+    return data
+
+
+def _encode(model: Model, layout: Layout) -> bytes:
+    image = bytearray()
+    try:
+        layout.codec.write(image, model)
+    except (struct.error, OverflowError, TypeError, ValueError, AttributeError) as error:
+        raise HocketError(Reason.BAD_PAYLOAD, f"the model cannot be written: {error}") from error
+    if len(image) > DEFAULT_LIMITS.uncompressed_bytes:
+        raise HocketError(Reason.TOO_LARGE, f"the model takes {len(image)} bytes, the format ends at 2**30")
+    return bytes(image)
+
+
+def _own(model: Model, layout: Layout, labels: Sequence[str | int | None] | None) -> dict[str, Any]:
+    """`custom.hocket`, keys sorted as the reference would store them."""
+    own: dict[str, Any] = {}
+    if layout.expert is not None:
+        own["expert_layout"] = layout.expert
+    if labels is not None:
+        own["labels"] = list(labels)
+    own["layout"] = layout.name
+    n_features = width(with_width(model, None, DEFAULT_LIMITS))
+    if isinstance(model, TreeModel) and n_features is not None:
+        own["n_features"] = n_features
+    return own

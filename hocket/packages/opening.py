@@ -1,0 +1,270 @@
+"""From bytes to a package somebody vouches for. Bytes in, a package or one refusal out.
+
+The order is the point. The file is hashed. Its fixed-size fields and lengths take it apart. Releases and the embedded
+signature are verified and held against the trusted keys. Only of bytes that passed all that is any content decoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of, key_id_of
+from hocket.packages import apr
+from hocket.packages.keys import verify
+from hocket.packages.limits import DEFAULT_LIMITS, Limits
+from hocket.packages.release import ClaimedRelease, Purpose, Subject, read_release, verify_release
+from hocket.packages.trust import Policy, Proof, Revocations, TrustRoots
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from hocket.packages.apr import Container
+    from hocket.packages.model import Model, PackageFacts
+
+_FORMAT: Final = "apr"
+
+_MOST_TELLING_FIRST: Final = (
+    # somebody trusted signed, and it does not count: a person can act on that
+    Reason.KEY_REVOKED,
+    Reason.KEY_EXPIRED,
+    Reason.NAME_NOT_ALLOWED,
+    Reason.DIGEST_MISMATCH,
+    # somebody pretends
+    Reason.SIGNATURE_INVALID,
+    Reason.BAD_RELEASE,
+    # nobody trusted said anything
+    Reason.SIGNER_NOT_TRUSTED,
+    Reason.UNSIGNED,
+)
+_NOBODY_VOUCHES: Final = frozenset({Reason.SIGNER_NOT_TRUSTED, Reason.UNSIGNED})
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedFacts:
+    """The signature inside a file.
+
+    Attributes:
+        present: Whether there is one.
+        key_id: The key it names; None if absent.
+        verified: Whether it is that key's signature of these bytes: says that they are whole, not who made them.
+        trusted: Whether it is verified and the key is trusted at the time asked about.
+    """
+
+    present: bool = False
+    key_id: str | None = None
+    verified: bool = False
+    trusted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Why a package was accepted.
+
+    Attributes:
+        proofs: One or more; releases in the order given, then the embedded signature.
+        embedded: The signature inside the file.
+    """
+
+    proofs: tuple[Proof, ...]
+    embedded: EmbeddedFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package that may serve."""
+
+    facts: PackageFacts
+    provenance: Provenance
+    model: Model
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFacts:
+    """What a release beside an inspected file says.
+
+    Attributes:
+        claim: What it claims, true or not.
+        refused: Why it proves nothing about the file; None if it is a proof.
+    """
+
+    claim: ClaimedRelease
+    refused: Reason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Everything a file says about itself, believed or not."""
+
+    facts: PackageFacts
+    embedded: EmbeddedFacts
+    releases: tuple[ReleaseFacts, ...]
+
+
+def open_package(
+    data: bytes,
+    *,
+    releases: Sequence[bytes] = (),
+    trust: TrustRoots,
+    policy: Policy = Policy(),  # noqa: B008 - frozen
+    revoked: Revocations = frozenset(),
+    now: datetime,
+    limits: Limits = DEFAULT_LIMITS,
+    digest: str | None = None,
+) -> Package:
+    """Open a package, in this order: hash, take apart, verify, and only then decode.
+
+    A package is accepted if at least one proof holds, whatever becomes of the others (see `evaluate`). An embedded
+    signature has to verify even where another proof holds, though its key need not be trusted then.
+
+    Args:
+        data: The whole file.
+        releases: The DSSE envelopes that came with it.
+        trust: The trusted keys.
+        policy: What is accepted beyond proof.
+        revoked: Key ids that are trusted no longer.
+        now: The time, with its zone.
+        limits: Bounds on sizes.
+        digest: The digest the bytes are supposed to have, when they were asked for by it.
+
+    Raises:
+        HocketError: `DIGEST_MISMATCH` if the bytes are not those asked for; the container's refusals
+            (`hocket.packages.apr.split`); `SIGNATURE_INVALID` for a broken embedded signature; the refusals of
+            `evaluate`; then `ENCRYPTED` and the content's refusals (`hocket.packages.apr.decode`).
+    """
+    actual = digest_of(data)
+    if digest is not None and digest != actual:
+        raise HocketError(
+            Reason.DIGEST_MISMATCH,
+            f"asked for {digest}, got {actual}: fetch the file again",
+            expected=digest,
+            actual=actual,
+        )
+    container = apr.split(data, limits)
+    embedded = _embedded_facts(container, trust, revoked, now)
+    if embedded.present and not embedded.verified:
+        raise HocketError(
+            Reason.SIGNATURE_INVALID,
+            "the signature inside the file is not one of its content by the key it names: "
+            "the file was altered, fetch it from its publisher again",
+        )
+    subject = Subject(Purpose.PACKAGE, actual, len(data), _FORMAT)
+    proofs = evaluate(subject, releases, embedded.key_id, trust=trust, policy=policy, revoked=revoked, now=now)
+    facts, model = apr.decode(container, actual, limits)
+    return Package(facts, Provenance(proofs, embedded), model)
+
+
+def evaluate(
+    subject: Subject,
+    releases: Sequence[bytes],
+    embedded_key_id: str | None,
+    *,
+    trust: TrustRoots,
+    policy: Policy,
+    revoked: Revocations,
+    now: datetime,
+) -> tuple[Proof, ...]:
+    """Every proof that holds for a subject now. Cheap, so that what is resident is judged again when trust changes.
+
+    One proof is enough: a release that is forged, withdrawn or about other bytes proves nothing, and takes nothing
+    away from another that does, since anyone could add such a release to any package. When none holds, the reason is
+    the most telling of the failures. `policy.allow_unsigned` then accepts what nobody trusted has signed, and
+    forgives no other failure.
+
+    Args:
+        subject: The bytes, or the mixture, as the caller measured them.
+        releases: DSSE envelopes, verified here.
+        embedded_key_id: The key whose signature inside the file was verified, when the file was opened; None if there
+            is none. Mixtures have none.
+        trust: The trusted keys.
+        policy: What is accepted beyond proof.
+        revoked: Key ids that are trusted no longer.
+        now: The time, with its zone.
+
+    Returns:
+        At least one proof: releases in the order given, then the embedded signature; or the policy alone.
+
+    Raises:
+        HocketError: `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `DIGEST_MISMATCH`, `SIGNATURE_INVALID`,
+            `BAD_RELEASE`, `SIGNER_NOT_TRUSTED` or `UNSIGNED`.
+    """
+    proofs: list[Proof] = []
+    failures: list[HocketError] = []
+    for envelope in releases:
+        try:
+            proofs.append(verify_release(envelope, subject, trust=trust, revoked=revoked, now=now))
+        except HocketError as error:
+            failures.append(error)
+    if embedded_key_id is not None:
+        try:
+            key = trust.check(embedded_key_id, now, revoked)
+            proofs.append(Proof("embedded", key.key_id, key.publisher))
+        except HocketError as error:
+            failures.append(error)
+    if proofs:
+        return tuple(proofs)
+    if policy.allow_unsigned and all(error.reason in _NOBODY_VOUCHES for error in failures):
+        return (Proof("policy"),)
+    raise min(failures, key=_rank, default=_unsigned(subject))
+
+
+def inspect_package(
+    data: bytes,
+    releases: Sequence[bytes] = (),
+    *,
+    trust: TrustRoots = TrustRoots(),  # noqa: B008 - frozen
+    revoked: Revocations = frozenset(),
+    now: datetime,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Inspection:
+    """Show what a file says, without deciding anything: nothing is refused for want of trust.
+
+    Metadata is parsed, the model is not.
+
+    Raises:
+        HocketError: For bytes that are not a well-formed package or release: the refusals of
+            `hocket.packages.apr.split` and `describe`, and `BAD_RELEASE`.
+    """
+    digest = digest_of(data)
+    container = apr.split(data, limits)
+    subject = Subject(Purpose.PACKAGE, digest, len(data), _FORMAT)
+    shown = []
+    for envelope in releases:
+        claim = read_release(envelope)
+        try:
+            verify_release(envelope, subject, trust=trust, revoked=revoked, now=now)
+            shown.append(ReleaseFacts(claim, None))
+        except HocketError as error:
+            shown.append(ReleaseFacts(claim, error.reason))
+    embedded = _embedded_facts(container, trust, revoked, now)
+    return Inspection(apr.describe(container, digest, limits), embedded, tuple(shown))
+
+
+def _embedded_facts(container: Container, trust: TrustRoots, revoked: Revocations, now: datetime) -> EmbeddedFacts:
+    embedded = container.signature
+    if embedded is None:
+        return EmbeddedFacts()
+    key_id = key_id_of(embedded.public_key)
+    try:
+        verify(embedded.public_key, container.signed_bytes, embedded.signature)
+    except HocketError:
+        return EmbeddedFacts(present=True, key_id=key_id)
+    try:
+        trust.check(key_id, now, revoked)
+    except HocketError:
+        return EmbeddedFacts(present=True, key_id=key_id, verified=True)
+    return EmbeddedFacts(present=True, key_id=key_id, verified=True, trusted=True)
+
+
+def _rank(failure: HocketError) -> int:
+    return _MOST_TELLING_FIRST.index(failure.reason)
+
+
+def _unsigned(subject: Subject) -> HocketError:
+    return HocketError(
+        Reason.UNSIGNED,
+        f"nobody vouches for {subject.digest}: publish it with a release by a trusted key (`hocket sign`)",
+        digest=subject.digest,
+    )

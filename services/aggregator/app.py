@@ -1,0 +1,29 @@
+"""The aggregator, wired."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hocket.rpc.handlers import Handlers
+from hocket.v1 import aggregator_pb2_grpc
+from services.aggregator.service import AggregatorServicer
+
+if TYPE_CHECKING:
+    from hocket.rpc.channel import Channels
+    from services.aggregator.settings import AggregatorSettings
+
+
+class AggregatorApp:
+    """The aggregator's handlers. It keeps no state between calls but open channels, which are not its own."""
+
+    def __init__(self, settings: AggregatorSettings, channels: Channels) -> None:
+        self.handlers = Handlers(in_flight_max=settings.in_flight_max)
+        self.handlers.add(
+            aggregator_pb2_grpc.add_AggregatorServiceServicer_to_server, AggregatorServicer(settings, channels)
+        )
+
+    async def start(self) -> None:
+        """Nothing to start: the first plan opens what it needs."""
+
+    async def stop(self) -> None:
+        """Nothing to stop."""

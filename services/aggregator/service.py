@@ -1,0 +1,196 @@
+"""AggregatorService: messages in, messages out."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hocket.client.expert_worker import ExpertWorkerClient
+from hocket.errors import HocketError, Reason
+from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix, tensor_to_matrix_unchecked
+from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
+from hocket.v1 import aggregator_pb2, aggregator_pb2_grpc, plan_pb2
+from services.aggregator.combine import Combined, Share, effective_weights
+from services.aggregator.fanout import ExpertError, Reply, ask, hand_down
+from services.aggregator.lineup import Lineup
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from hocket.rpc.channel import Channels
+    from hocket.rpc.handlers import Context
+    from hocket.v1.tensor_pb2 import Tensor
+    from services.aggregator.settings import AggregatorSettings
+
+_ROUNDING: Final = 1e-9
+"""How far a row's planned weights may sum from 1: float64 rounding over any number of experts, and no more."""
+
+
+class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
+    """Combines the answers of a plan's experts."""
+
+    def __init__(self, settings: AggregatorSettings, channels: Channels) -> None:
+        self._settings = settings
+        self._channels = channels
+        self._workers: dict[str, ExpertWorkerClient] = {}
+
+    async def Combine(
+        self, request: aggregator_pb2.CombineRequest, context: Context
+    ) -> AsyncIterator[aggregator_pb2.CombineResponse]:
+        """Partials if asked for, then exactly one final."""
+        begin = time.perf_counter()
+        plan = request.plan
+        rows = tensor_to_matrix(request.input)
+        shares = _shares(plan, len(rows))
+        insist = request.on_missing != plan_pb2.ON_MISSING_RENORMALISE
+        lineup = Lineup(
+            [planned.expert for planned in plan.experts],
+            shares,
+            (plan.row_count, plan.column_count),
+            (plan.output_range.lower, plan.output_range.upper) if plan.HasField("output_range") else None,
+            insist=insist,
+            min_coverage=request.min_coverage if request.HasField("min_coverage") else 0.0,
+            pass_through=plan.mode == plan_pb2.MODE_PASS and insist,
+        )
+        deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
+        asks = [
+            self._ask(planned, share, request.input, rows, deadline, context)
+            for planned, share in zip(plan.experts, shares, strict=True)
+        ]
+        straggler = request.straggler_timeout.ToTimedelta().total_seconds() if _has_straggler(request) else None
+        sequence = 0
+        async with aclosing(lineup.run(asks, every=request.partials, straggler_seconds=straggler)) as arrivals:
+            async for _ in arrivals:
+                sequence += 1
+                yield aggregator_pb2.CombineResponse(partial=_combination(sequence, plan, lineup, lineup.combined()))
+        final = _combination(sequence + 1, plan, lineup, lineup.conclude())
+        finish = plan_pb2.Finish(reason=plan_pb2.FINISH_REASON_COMPLETE)
+        if any(isinstance(reply, ExpertError) for reply in lineup.replies):
+            finish.reason = plan_pb2.FINISH_REASON_PARTIAL
+            finish.degradations.append("MISSING_EXPERT")
+        finish.timings.combine.FromMicroseconds(round((time.perf_counter() - begin) * 1e6))
+        yield aggregator_pb2.CombineResponse(final=plan_pb2.Prediction(combination=final, finish=finish))
+
+    def _ask(
+        self,
+        planned: plan_pb2.PlannedExpert,
+        share: Share,
+        tensor: Tensor,
+        rows: NDArray[np.float32],
+        deadline: float,
+        context: Context,
+    ) -> Coroutine[Any, Any, Reply]:
+        whole = len(share.rows) == len(rows)
+        part = tensor if whole else matrix_to_tensor(rows[share.rows])
+
+        async def call(attempt: int) -> NDArray[np.float32]:
+            client = self._worker(planned.replicas[attempt].address)
+            seconds = hand_down(deadline - time.monotonic())
+            response, load = await client.run_tensor(planned.expert, part, seconds)
+            if load is not None:
+                add_trailing(context, LOAD_KEY, load.SerializeToString())
+            return tensor_to_matrix_unchecked(response.output, "output")
+
+        if planned.unavailable_reason:
+            return _unavailable(planned.unavailable_reason)
+        return ask([replica.worker for replica in planned.replicas], call, (len(share.rows), len(share.columns)))
+
+    def _worker(self, address: str) -> ExpertWorkerClient:
+        client = self._workers.get(address)
+        if client is None:
+            client = self._workers[address] = ExpertWorkerClient(self._channels.get(address))
+        return client
+
+
+async def _unavailable(reason: str) -> Reply:
+    refusal = HocketError(Reason.__members__.get(reason, Reason.NO_REPLICA), f"nobody may run this expert: {reason}")
+    raise ExpertError(refusal, 0, 0.0)
+
+
+def _has_straggler(request: aggregator_pb2.CombineRequest) -> bool:
+    if not request.HasField("straggler_timeout"):
+        return False
+    if request.straggler_timeout.ToNanoseconds() <= 0:
+        raise HocketError(Reason.BAD_REQUEST, "straggler_timeout must be above 0", field="straggler_timeout")
+    return True
+
+
+def _shares(plan: plan_pb2.Plan, row_count: int) -> list[Share]:
+    """The plan's shares, checked against the input: whatever a plan says, no index may leave the answer.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if the plan does not fit its input or itself.
+    """
+    if plan.row_count != row_count or not plan.experts or not 1 <= plan.column_count <= _COLUMNS_MAX:
+        raise HocketError(Reason.BAD_REQUEST, "the plan does not fit its input", field="plan")
+    total = np.zeros(row_count)
+    shares = []
+    for place, planned in enumerate(plan.experts):
+        share = Share(
+            np.array(planned.rows, dtype=np.int64),
+            np.array(planned.weights, dtype=np.float64),
+            np.array(planned.columns, dtype=np.int64),
+        )
+        kept = share.columns[share.columns >= 0]
+        if not (
+            len(share.rows) == len(share.weights) > 0
+            and share.rows[-1] < row_count
+            and (np.diff(share.rows) > 0).all()
+            and (share.weights >= 0).all()
+            and len(np.unique(kept)) == len(kept)
+            and (share.columns < plan.column_count).all()
+        ):
+            raise HocketError(Reason.BAD_REQUEST, "the plan contradicts itself", field=f"plan.experts[{place}]")
+        total[share.rows] += share.weights
+        shares.append(share)
+    if not (np.abs(total - 1.0) <= _ROUNDING).all():
+        raise HocketError(Reason.BAD_REQUEST, "the weights of a row do not sum to 1", field="plan.experts")
+    return shares
+
+
+_COLUMNS_MAX: Final = 4096
+
+
+def _combination(sequence: int, plan: plan_pb2.Plan, lineup: Lineup, combined: Combined) -> plan_pb2.Combination:
+    weights = effective_weights(lineup.shares, lineup.outputs, plan.row_count)
+    contributions = []
+    for planned, reply, effective in zip(plan.experts, lineup.replies, weights, strict=True):
+        contribution = plan_pb2.Contribution(
+            expert=planned.expert, state=_state(reply), rows=planned.rows, weights=effective.tolist()
+        )
+        if reply is not None:
+            contribution.attempt_count = reply.attempts
+            contribution.latency.FromMicroseconds(round(reply.seconds * 1e6))
+        if isinstance(reply, Reply):
+            contribution.worker = reply.worker
+        elif reply is not None:
+            contribution.reason = reply.reason
+        contributions.append(contribution)
+    message = plan_pb2.Combination(
+        sequence=sequence,
+        value=matrix_to_tensor(combined.value),
+        coverage=combined.coverage.tolist(),
+        contributions=contributions,
+    )
+    if combined.lower is not None and combined.upper is not None:
+        message.lower_bound.CopyFrom(matrix_to_tensor(combined.lower))
+        message.upper_bound.CopyFrom(matrix_to_tensor(combined.upper))
+    return message
+
+
+def _state(reply: Reply | ExpertError | None) -> plan_pb2.ContributionState.ValueType:
+    if reply is None:
+        return plan_pb2.CONTRIBUTION_STATE_PENDING
+    if isinstance(reply, Reply):
+        return plan_pb2.CONTRIBUTION_STATE_ARRIVED
+    if reply.reason is Reason.STRAGGLER:
+        return plan_pb2.CONTRIBUTION_STATE_TIMED_OUT
+    if reply.reason is Reason.BAD_ANSWER:
+        return plan_pb2.CONTRIBUTION_STATE_EXCLUDED
+    return plan_pb2.CONTRIBUTION_STATE_FAILED

@@ -1,0 +1,1 @@
+"""What clients call: weighs the experts of a model for each request, plans, and relays the answer."""

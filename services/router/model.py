@@ -1,0 +1,183 @@
+"""What can be addressed: a lone expert or a mixture, ready to route to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hocket.errors import HocketError, Reason
+from hocket.identity import ExpertId
+from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef, SoftmaxGate
+from hocket.v1.package_pb2 import TrustState
+from services.router.gating import fixed_gate, lone_gate, softmax_gate
+from services.router.selection import Level
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hocket.v1.mixture_pb2 import Mixture
+    from hocket.v1.package_pb2 import Package
+
+REFUSALS: Mapping[int, Reason] = {
+    TrustState.TRUST_STATE_YANKED: Reason.YANKED,
+    TrustState.TRUST_STATE_KEY_REVOKED: Reason.KEY_REVOKED,
+    TrustState.TRUST_STATE_UNTRUSTED: Reason.SIGNER_NOT_TRUSTED,
+}
+"""Why something in a state other than ACTIVE may not serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A mixture's fetched body: its record, and the gate's tensor where it has one, float32 `[F, E]`."""
+
+    record: MixtureRecord
+    weights: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One expert of a model.
+
+    Args:
+        expert: Which.
+        package: What the registry says about its package.
+        columns: For each of its output columns, the column of the answer, or -1.
+        output_range: Range of what it adds to any column of the answer, scattered zeros included.
+    """
+
+    expert: ExpertId
+    package: Package
+    columns: tuple[int, ...]
+    output_range: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A routable model.
+
+    Args:
+        name: As listed.
+        digest: Of the mixture's body, or the package of a lone expert.
+        state: Whether it may serve.
+        leaves: Its experts, each once, in member order.
+        top: Its gates.
+        feature_count: Width of the input.
+        labels: The class each column of the answer scores; empty for regression.
+        column_count: Columns of the answer.
+        mixture: What the registry says about the mixture; None for a lone expert.
+    """
+
+    name: str
+    digest: str
+    state: TrustState.ValueType
+    leaves: tuple[Leaf, ...]
+    top: Level
+    feature_count: int
+    labels: tuple[str, ...]
+    column_count: int
+    mixture: Mixture | None
+
+    def check_servable(self) -> None:
+        """Pass if the model may serve.
+
+        Raises:
+            HocketError: `YANKED`, `KEY_REVOKED` or `SIGNER_NOT_TRUSTED`.
+        """
+        if reason := REFUSALS.get(self.state):
+            raise HocketError(reason, f"model {self.name} is withdrawn ({reason})", model=self.name)
+
+    @property
+    def output_range(self) -> tuple[float, float] | None:
+        """Range of every value of the answer, when it is known for every expert."""
+        return union_range(self.leaves)
+
+
+def union_range(leaves: tuple[Leaf, ...]) -> tuple[float, float] | None:
+    """The smallest range that holds the ranges of all these experts; None if one of them has none."""
+    ranges = [leaf.output_range for leaf in leaves]
+    known = [known for known in ranges if known is not None]
+    if len(known) < len(ranges):
+        return None
+    return min(lower for lower, _ in known), max(upper for _, upper in known)
+
+
+def lone_model(package: Package, ordinal: int, name: str) -> Model:
+    """A mixture of one: the expert at `ordinal` of a package."""
+    expert = ExpertId(package.digest, ordinal)
+    labels = _shown_labels(package)
+    return Model(
+        name=name,
+        digest=package.digest,
+        state=package.state,
+        leaves=(_leaf(expert, package, labels),),
+        top=Level(lone_gate(), (0,), 1),
+        feature_count=package.model.feature_count,
+        labels=labels,
+        column_count=len(labels) or len(package.model.columns),
+        mixture=None,
+    )
+
+
+def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mapping[str, Package]) -> Model:
+    """A mixture, its nested mixtures resolved.
+
+    Raises:
+        KeyError: A body or a package it needs is not known here yet.
+    """
+    body = bodies[mixture.digest]
+    experts: dict[ExpertId, int] = {}
+    top = _level(body, bodies, experts)
+    members = [packages[expert.digest] for expert in experts]
+    labels = body.record.labels or tuple(dict.fromkeys(label for member in members for label in _shown_labels(member)))
+    return Model(
+        name=mixture.name,
+        digest=mixture.digest,
+        state=mixture.state,
+        leaves=tuple(_leaf(expert, packages[expert.digest], labels) for expert in experts),
+        top=top,
+        feature_count=members[0].model.feature_count,
+        labels=labels,
+        column_count=len(labels) or len(members[0].model.columns),
+        mixture=mixture,
+    )
+
+
+def _level(body: Body, bodies: Mapping[str, Body], experts: dict[ExpertId, int]) -> Level:
+    record = body.record
+    members = tuple(
+        _level(bodies[member.digest], bodies, experts)
+        if isinstance(member, MixtureRef)
+        else experts.setdefault(member, len(experts))
+        for member in record.members
+    )
+    match record.gate:
+        case FixedGate() as fixed:
+            gate = fixed_gate(fixed)
+        case SoftmaxGate() as softmax:
+            if body.weights is None:
+                raise KeyError(softmax.weights)
+            gate = softmax_gate(softmax, body.weights)
+    return Level(gate, members, record.top_k, record.capacity_factor)
+
+
+def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...]) -> Leaf:
+    """An expert's place in the answer: scattered by label, or column by column for regressors."""
+    facts = package.model
+    if labels:
+        places = {label: place for place, label in enumerate(labels)}
+        columns = tuple(-1 if column.dropped else places[column.label] for column in facts.columns)
+    else:
+        columns = tuple(range(len(facts.columns)))
+    output_range = None
+    if facts.HasField("output_range"):
+        lower, upper = facts.output_range.lower, facts.output_range.upper
+        scattered = len(set(columns) - {-1}) < len(labels)
+        output_range = (min(lower, 0.0), max(upper, 0.0)) if scattered else (lower, upper)
+    return Leaf(expert, package, columns, output_range)
+
+
+def _shown_labels(package: Package) -> tuple[str, ...]:
+    return tuple(column.label for column in package.model.columns if column.HasField("label") and not column.dropped)

@@ -1,0 +1,194 @@
+"""RouterService: messages in, messages out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hocket.errors import HocketError, Reason
+from hocket.rpc.handlers import remaining_seconds
+from hocket.telemetry.context import request_id
+from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
+from services.router.session import Decision, decide
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from hocket.client.aggregator import AggregatorClient
+    from hocket.rpc.handlers import Context
+    from hocket.v1.expert_worker_pb2 import WorkerLoad
+    from services.router.directory import Directory, Snapshot
+    from services.router.model import Model
+    from services.router.placement import Loads
+    from services.router.settings import RouterSettings
+
+_PAGE_DEFAULT: Final = 100
+_PAGE_MAX: Final = 1000
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Decides, and relays what the aggregator makes of the decision.
+
+    Args:
+        settings: What the operator chose.
+        directory: The view of the registry.
+        loads: What runs where.
+        aggregators: Used in turn.
+    """
+
+    def __init__(
+        self, settings: RouterSettings, directory: Directory, loads: Loads, aggregators: Sequence[AggregatorClient]
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._loads = loads
+        self._aggregators = itertools.cycle(aggregators)
+
+    async def Predict(
+        self, request: router_pb2.PredictRequest, context: Context
+    ) -> AsyncIterator[router_pb2.PredictResponse]:
+        """The plan, partials if asked for, then exactly one final."""
+        deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
+        _check(request)
+        decision = self._decide(request)
+        current = request_id.get()
+        decision.count()
+        self._loads.reserve(decision.placed)
+        try:
+            yield router_pb2.PredictResponse(request_id=current, plan=decision.plan)
+            events = next(self._aggregators).combine(
+                _combine_request(request, decision.plan), max(0.0, deadline - time.monotonic()), self._note
+            )
+            async with aclosing(events):
+                async for event in events:
+                    response = router_pb2.PredictResponse(request_id=current)
+                    if event.HasField("partial"):
+                        response.partial.CopyFrom(event.partial)
+                    else:
+                        response.final.CopyFrom(event.final)
+                        finish = response.final.finish
+                        finish.timings.route.FromMicroseconds(round(decision.seconds * 1e6))
+                        finish.degradations.extend(decision.degradations)
+                    yield response
+        finally:
+            self._loads.release(decision.placed)
+
+    async def Route(self, request: router_pb2.RouteRequest, context: Context) -> router_pb2.RouteResponse:
+        """The decision alone, with every score."""
+        del context
+        decision = self._decide(request)
+        return router_pb2.RouteResponse(plan=decision.plan, rows=_explain(decision))
+
+    async def ListMixtures(
+        self, request: router_pb2.ListMixturesRequest, context: Context
+    ) -> router_pb2.ListMixturesResponse:
+        """One page of models, by name."""
+        del context
+        if request.page_size < 0:
+            raise HocketError(Reason.BAD_REQUEST, "page_size must not be negative", field="page_size")
+        size = min(request.page_size or _PAGE_DEFAULT, _PAGE_MAX)
+        listed = self._directory.snapshot.listed
+        if request.page_token and not request.page_token.startswith("after:"):
+            raise HocketError(Reason.BAD_REQUEST, "page_token is not one of this list", field="page_token")
+        after = request.page_token.removeprefix("after:")
+        names = sorted(name for name in listed if name > after)
+        return router_pb2.ListMixturesResponse(
+            mixtures=[_summary(listed[name]) for name in names[:size]],
+            next_page_token=f"after:{names[size - 1]}" if len(names) > size else "",
+        )
+
+    async def GetMixture(
+        self, request: router_pb2.GetMixtureRequest, context: Context
+    ) -> router_pb2.GetMixtureResponse:
+        """One model, described; also one that is withdrawn."""
+        del context
+        snapshot = self._directory.snapshot
+        return _describe(snapshot.resolve(request.model), snapshot)
+
+    def _decide(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Decision:
+        top_k = request.top_k if request.HasField("top_k") else None
+        return decide(self._directory, self._loads, self._settings.in_flight_max, request.model, request.input, top_k)
+
+    def _note(self, load: WorkerLoad) -> None:
+        self._loads.reported[load.worker] = load.in_flight_count
+
+
+def _check(request: router_pb2.PredictRequest) -> None:
+    if request.HasField("min_coverage") and not 0.0 <= request.min_coverage <= 1.0:
+        raise HocketError(Reason.BAD_REQUEST, "min_coverage must be 0 to 1", field="min_coverage")
+    if request.HasField("straggler_timeout") and request.straggler_timeout.ToNanoseconds() <= 0:
+        raise HocketError(Reason.BAD_REQUEST, "straggler_timeout must be above 0", field="straggler_timeout")
+    if request.on_missing not in plan_pb2.OnMissing.values():
+        raise HocketError(Reason.BAD_REQUEST, "on_missing must be FAIL or RENORMALISE", field="on_missing")
+
+
+def _combine_request(request: router_pb2.PredictRequest, plan: plan_pb2.Plan) -> aggregator_pb2.CombineRequest:
+    combine = aggregator_pb2.CombineRequest(
+        plan=plan, input=request.input, partials=request.partials, on_missing=request.on_missing
+    )
+    if request.HasField("min_coverage"):
+        combine.min_coverage = request.min_coverage
+    if request.HasField("straggler_timeout"):
+        combine.straggler_timeout.CopyFrom(request.straggler_timeout)
+    return combine
+
+
+def _explain(decision: Decision) -> list[router_pb2.RowDecision]:
+    gate = decision.gate_scores()
+    explained = []
+    for row in range(len(decision.rows)):
+        ranking = np.argsort(-gate[row], kind="stable")
+        weights = decision.selection.weights[row]
+        explained.append(
+            router_pb2.RowDecision(
+                candidates=[
+                    router_pb2.Candidate(
+                        expert=str(decision.model.leaves[leaf].expert),
+                        gate_weight=gate[row, leaf],
+                        weight=weights[leaf],
+                        chosen=bool(weights[leaf] > 0),
+                    )
+                    for leaf in ranking
+                ]
+            )
+        )
+    return explained
+
+
+def _summary(model: Model) -> router_pb2.MixtureSummary:
+    return router_pb2.MixtureSummary(
+        name=model.name,
+        digest=model.digest,
+        expert_count=len(model.leaves),
+        feature_count=model.feature_count,
+        state=model.state,
+    )
+
+
+def _describe(model: Model, snapshot: Snapshot) -> router_pb2.GetMixtureResponse:
+    described = router_pb2.GetMixtureResponse(
+        summary=_summary(model),
+        gate=model.top.gate.kind,
+        top_k=model.top.top_k,
+        labels=model.labels,
+        column_count=model.column_count,
+        members=[
+            router_pb2.MemberInfo(
+                expert=str(leaf.expert),
+                package=leaf.package,
+                resident_workers=[worker.name for worker in snapshot.workers if leaf.expert.digest in worker.resident],
+            )
+            for leaf in model.leaves
+        ],
+    )
+    if model.top.capacity_factor is not None:
+        described.capacity_factor = model.top.capacity_factor
+    if (output_range := model.output_range) is not None:
+        described.output_range.lower, described.output_range.upper = output_range
+    if model.mixture is not None and model.mixture.HasField("release"):
+        described.release.CopyFrom(model.mixture.release)
+    return described

@@ -1,0 +1,156 @@
+"""One request: weigh, select, place. The outcome is a plan."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hocket.errors import HocketError, Reason
+from hocket.rpc.convert import tensor_to_matrix
+from hocket.telemetry import metrics
+from hocket.v1 import plan_pb2
+from services.router.model import REFUSALS, Leaf, Model, union_range
+from services.router.placement import Loads, place
+from services.router.selection import Load, Selection, scores, select
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from hocket.identity import ExpertId
+    from hocket.v1.tensor_pb2 import Tensor
+    from services.router.directory import Directory, Snapshot
+    from services.router.placement import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one request comes to.
+
+    Args:
+        model: What the client addressed.
+        rows: Its input, float32 `[N, F]`.
+        selection: Weights per expert.
+        plan: Who computes what, as a message.
+        placed: Each planned expert with its first replica, for the load counts.
+        degradations: What the plan already gives up.
+        seconds: Time the decision took.
+    """
+
+    model: Model
+    rows: NDArray[np.float32]
+    selection: Selection
+    plan: plan_pb2.Plan
+    placed: Sequence[tuple[ExpertId, str | None]]
+    degradations: Sequence[str]
+    seconds: float
+
+    def count(self) -> None:
+        """Count what this decision gives up, once it is acted upon."""
+        if self.selection.overflowed:
+            metrics.CAPACITY_OVERFLOWS.inc(len(self.selection.overflowed))
+        if "UNSIGNED_EXPERT" in self.degradations:
+            metrics.UNSIGNED_USES.labels("router").inc()
+
+    def gate_scores(self) -> NDArray[np.float64]:
+        """What the gate thinks of every expert, float64 `[N, leaves]`."""
+        return scores(self.model.top, self.rows, len(self.model.leaves))
+
+
+def decide(
+    directory: Directory, loads: Loads, in_flight_max: int, address: str, tensor: Tensor, top_k: int | None
+) -> Decision:
+    """Decide one request on the current snapshot. Nothing is reserved yet.
+
+    Args:
+        directory: Where the snapshot is.
+        loads: What runs where.
+        in_flight_max: Requests the whole router may run.
+        address: As in `PredictRequest.model`.
+        tensor: As in `PredictRequest.input`.
+        top_k: Members of the top level that answer, or None for the model's own number.
+
+    Raises:
+        HocketError: As the contract of Route says.
+    """
+    begin = time.perf_counter()
+    snapshot = directory.snapshot
+    model = snapshot.resolve(address)
+    model.check_servable()
+    rows = tensor_to_matrix(tensor)
+    if rows.shape[1] != model.feature_count:
+        raise HocketError(
+            Reason.BAD_TENSOR,
+            f"model {model.name} takes rows of {model.feature_count} values, not {rows.shape[1]}",
+            field="input.shape[1]",
+        )
+    if top_k is not None and not 1 <= top_k <= len(model.top.members):
+        raise HocketError(
+            Reason.TOP_K_OUT_OF_RANGE, f"top_k must be 1 to {len(model.top.members)} for {model.name}", field="top_k"
+        )
+    load = Load(lambda leaf: loads.by_expert[model.leaves[leaf].expert], in_flight_max)
+    selection = select(model.top, rows, len(model.leaves), load, top_k)
+    chosen = [int(leaf) for leaf in np.flatnonzero(selection.weights.any(axis=0))]
+    chosen.sort(key=lambda leaf: model.leaves[leaf].expert)
+    planned, placed = [], []
+    for leaf in chosen:
+        replicas, unavailable = _replicas(model.leaves[leaf], snapshot.workers, loads)
+        planned.append(_planned(model.leaves[leaf], selection.weights[:, leaf], replicas, unavailable))
+        placed.append((model.leaves[leaf].expert, replicas[0].name if replicas else None))
+    plan = _plan(address, model, snapshot, len(rows), planned)
+    leaves = tuple(model.leaves[leaf] for leaf in chosen)
+    if (output_range := union_range(leaves)) is not None:
+        plan.output_range.lower, plan.output_range.upper = output_range
+    plan.overflowed.extend(str(model.leaves[leaf].expert) for leaf in sorted(selection.overflowed))
+    degradations = _degradations(leaves, selection)
+    return Decision(model, rows, selection, plan, placed, degradations, time.perf_counter() - begin)
+
+
+def _replicas(leaf: Leaf, workers: Sequence[Worker], loads: Loads) -> tuple[list[Worker], str]:
+    package = leaf.package
+    if reason := REFUSALS.get(package.state):
+        return [], reason
+    replicas = place(package.digest, package.model.parameter_bytes, package.format, workers, loads)
+    return replicas, "" if replicas else Reason.NO_REPLICA
+
+
+def _planned(
+    leaf: Leaf, weights: NDArray[np.float64], replicas: Sequence[Worker], unavailable: str
+) -> plan_pb2.PlannedExpert:
+    rows = np.flatnonzero(weights)
+    return plan_pb2.PlannedExpert(
+        expert=str(leaf.expert),
+        rows=rows.tolist(),
+        weights=weights[rows].tolist(),
+        columns=leaf.columns,
+        replicas=[plan_pb2.Replica(worker=worker.name, address=worker.address) for worker in replicas],
+        unavailable_reason=unavailable,
+    )
+
+
+def _plan(
+    address: str, model: Model, snapshot: Snapshot, row_count: int, planned: Sequence[plan_pb2.PlannedExpert]
+) -> plan_pb2.Plan:
+    return plan_pb2.Plan(
+        mode=plan_pb2.MODE_PASS if len(model.leaves) == 1 else plan_pb2.MODE_VECTOR,
+        model=address,
+        digest=model.digest,
+        revision=snapshot.revision,
+        row_count=row_count,
+        column_count=model.column_count,
+        labels=model.labels,
+        experts=planned,
+    )
+
+
+def _degradations(leaves: Sequence[Leaf], selection: Selection) -> list[str]:
+    degradations = []
+    if selection.overflowed:
+        degradations.append("CAPACITY_OVERFLOW")
+    if any(leaf.package.unsigned_by_policy for leaf in leaves):
+        degradations.append("UNSIGNED_EXPERT")
+    return degradations

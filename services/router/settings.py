@@ -1,0 +1,32 @@
+"""What an operator may choose about the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """Table `[router]`.
+
+    Args:
+        host: Interface to listen on.
+        port: Port to listen on; metrics are on port + 1000.
+        registry: Address of the registry whose feed it follows.
+        aggregators: Addresses of the aggregators, used in turn.
+        default_deadline_seconds: Deadline of a call that brings none.
+        in_flight_max: Calls answered at once, the L of capacity factors; the next one is refused as `QUEUE_FULL`.
+        drain_grace_seconds: Time for running calls to end at shutdown.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    registry: str = "127.0.0.1:50052"
+    aggregators: tuple[str, ...] = ("127.0.0.1:50053",)
+    default_deadline_seconds: float = 30.0
+    in_flight_max: int = 256
+    drain_grace_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.aggregators:
+            raise ValueError("aggregators must name at least one address")

@@ -1,0 +1,219 @@
+"""Valid and broken `.apr` bytes for tests."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]  # it comes without type information
+import numpy as np
+from nacl.signing import SigningKey
+
+from hocket.packages import apr
+from hocket.packages.model import (
+    DecisionTreeClassifier,
+    DecisionTreeRegressor,
+    ElasticNet,
+    KMeans,
+    Lasso,
+    LinearRegression,
+    LogisticRegression,
+    MixtureOfExperts,
+    MoeConfig,
+    RandomForestClassifier,
+    RandomForestRegressor,
+    Ridge,
+    SoftmaxGate,
+    Tree,
+)
+
+CREATED_AT = "1764278947"
+METADATA = {"created_at": CREATED_AT, "aprender_version": "0.11.0"}
+
+Signing = Callable[[bytes], tuple[bytes, bytes]]
+# (feature, threshold, left, right), or (answer, samples) for a leaf
+Node = tuple[int, float, Any, Any] | tuple[float, int]
+
+
+def floats(*values: Any) -> Any:
+    return np.array(values, np.float32)
+
+
+def grow(root: Node) -> Tree:
+    """A tree from nested tuples. It answers columns if every leaf is an int, else values."""
+    feature: list[int] = []
+    threshold: list[float] = []
+    left: list[int] = []
+    right: list[int] = []
+    value: list[float] = []
+    samples: list[int] = []
+
+    def add(node: Any) -> int:
+        index = len(feature)
+        is_leaf = len(node) == 2
+        feature.append(-1 if is_leaf else node[0])
+        threshold.append(0.0 if is_leaf else node[1])
+        value.append(node[0] if is_leaf else 0)
+        samples.append(node[1] if is_leaf else 0)
+        left.append(-1)
+        right.append(-1)
+        if not is_leaf:
+            left[index] = add(node[2])
+            right[index] = add(node[3])
+        return index
+
+    add(root)
+    columns = all(isinstance(answer, int) for answer in value)
+    return Tree(
+        np.array(feature, np.int64),
+        np.array(threshold, np.float32),
+        np.array(left, np.int64),
+        np.array(right, np.int64),
+        np.array(value, np.int64 if columns else np.float32),
+        np.array(samples, np.int64),
+    )
+
+
+def chain(depth: int, answer: float = 1) -> Tree:
+    """A tree with `depth` splits on the way to its deepest leaf, all leaves alike."""
+    nodes = 2 * depth + 1
+    split = np.arange(nodes) % 2 == 0
+    split[-1] = False
+    index = np.arange(nodes)
+    value = np.where(split, 0, answer)
+    return Tree(
+        np.where(split, 0, -1),
+        np.zeros(nodes, np.float32),
+        np.where(split, index + 1, -1),
+        np.where(split, index + 2, -1),
+        value if isinstance(answer, int) else value.astype(np.float32),
+        np.where(split, 0, 1),
+    )
+
+
+COLUMN_TREE = grow((1, 0.5, (0, 3), (0, -2.0, (1, 2), (2, 4))))
+VALUE_TREE = grow((0, 0.25, (-1.5, 3), (1, 1.0, (0.5, 2), (2.0, 1))))
+
+
+def linear(*coefficients: float, intercept: float = 0.5) -> LinearRegression:
+    return LinearRegression(floats(*(coefficients or (2, -1))), intercept)
+
+
+def logistic(*coefficients: float, intercept: float = 0.5) -> LogisticRegression:
+    return LogisticRegression(floats(*(coefficients or (2, -1))), intercept)
+
+
+def forest(*trees: Tree, **more: Any) -> RandomForestClassifier:
+    members = tuple(DecisionTreeClassifier(tree) for tree in trees or (COLUMN_TREE, grow((2, 1))))
+    return RandomForestClassifier(members, len(members), **more)
+
+
+def mixture(*experts: Any, top_k: int = 2, **gate: Any) -> MixtureOfExperts:
+    """Two linear experts by default, those of the reference's worked vector."""
+    members = experts or (linear(2, -1), linear(0, 3, intercept=-1.0))
+    weights = np.array([[1, -1], [0.5, 0.25]], np.float32)
+    if len(members) != 2:
+        weights = np.linspace(-1, 1, 2 * len(members), dtype=np.float32).reshape(2, -1)
+    return MixtureOfExperts(
+        members, SoftmaxGate(**{"weights": weights, "temperature": 0.5, **gate}), MoeConfig(top_k)
+    )
+
+
+def models() -> dict[str, Any]:
+    """A small model of every layout, two features each, by name of the layout."""
+    samples = floats([0, 1], [2, 3], [4, 5])
+    every = [
+        linear(),
+        Ridge(floats(1, 2), 0.5, alpha=0.25),
+        Lasso(floats(1, 2), 0.5, alpha=0.25, fit_intercept=False, max_iter=7, tol=0.5),
+        ElasticNet(floats(1, 2), 0.5, alpha=0.25, l1_ratio=0.75, tol=0.5),
+        logistic(),
+        DecisionTreeClassifier(COLUMN_TREE, max_depth=3, n_features=2),
+        DecisionTreeRegressor(VALUE_TREE, min_samples_leaf=3, n_features=2),
+        forest(
+            random_state=42,
+            oob_indices=(np.array([0, 2], np.uint64), np.array([], np.uint64)),
+            x_train=samples,
+            y_train=np.array([0, 1, 2], np.uint64),
+            n_features=2,
+        ),
+        RandomForestRegressor(
+            (DecisionTreeRegressor(VALUE_TREE), DecisionTreeRegressor(grow((0.25, 3)))),
+            n_estimators=2,
+            max_depth=2,
+            n_features=2,
+        ),
+        KMeans(3, samples, tol=0.5, labels=np.array([0, 1, 2], np.uint64), inertia=0.5, n_iter=4),
+        mixture(),
+    ]
+    return {type(model).__name__: model for model in every}
+
+
+def apr_bytes(model: Any = None, **options: Any) -> bytes:
+    """A valid file, the same bytes at every call; options are those of `apr.write`."""
+    if "metadata" not in options:
+        options.setdefault("created_at", CREATED_AT)
+    return apr.write(linear() if model is None else model, **options)
+
+
+def signer(seed: bytes = b"\x07" * 32) -> Signing:
+    """What `apr.write` wants as `signing`."""
+    key = SigningKey(seed)
+    return lambda message: (key.sign(message).signature, bytes(key.verify_key))
+
+
+def raw_apr(
+    payload: bytes,
+    metadata: Mapping[str, Any] | bytes = METADATA,
+    *,
+    magic: bytes = b"APRN",
+    version: tuple[int, int] = (1, 0),
+    model_type_id: int = 1,
+    uncompressed_bytes: int | None = None,
+    compression_id: int = 0,
+    flags: int = 0,
+    reserved: bytes = bytes(10),
+    after_payload: bytes = b"",
+) -> bytes:
+    """A file put together without the writer, so that any part of it can be wrong. The checksum is right."""
+    section = metadata if isinstance(metadata, bytes) else msgpack.packb(metadata)
+    size = len(payload) if uncompressed_bytes is None else uncompressed_bytes
+    header = struct.pack(
+        "<4s2BH3I2B10s",
+        magic,
+        *version,
+        model_type_id,
+        len(section),
+        len(payload),
+        size,
+        compression_id,
+        flags,
+        reserved,
+    )
+    return sealed(header + section + payload + after_payload)
+
+
+def sealed(body: bytes) -> bytes:
+    """`body` with its checksum behind it."""
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def edited(data: bytes, offset: int, new: bytes) -> bytes:
+    """A file with some bytes replaced and the checksum set right again."""
+    return sealed(data[:offset] + new + data[offset + len(new) : -4])
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two models hold the same float32 values, arrays and types included."""
+    if is_dataclass(one) and type(one) is type(other):
+        return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    if isinstance(one, np.ndarray):
+        return isinstance(other, np.ndarray) and one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float):
+        return isinstance(other, float) and np.float32(one) == np.float32(other)
+    return type(one) is type(other) and one == other

@@ -1,0 +1,210 @@
+"""Every genuine file has its expected outcome: decoded and predicted as recorded, or refused with its own reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
+
+from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
+from hocket.packages import apr
+from hocket.packages.model import MixtureOfExperts
+from tests import apr_oracle, builders
+from tests.vectors import regenerate
+
+VECTORS = Path(regenerate.__file__).parent
+FIXTURES = os.environ.get("HOCKET_FIXTURES")
+FOLDER = Path(FIXTURES) / "apr" / "reference-0.11.0" if FIXTURES else VECTORS / "reference-0.11.0"
+MANIFEST = json.loads((FOLDER / "manifest.json").read_bytes())
+ENTRIES: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in MANIFEST["files"]}
+
+# docs/packages.md lists the same.
+DAMAGE = {
+    "edge_compression_4.apr": Reason.UNSUPPORTED_COMPRESSION,
+    "edge_compression_lz4.apr": Reason.UNSUPPORTED_COMPRESSION,
+    "edge_crc.apr": Reason.BAD_CHECKSUM,
+    "edge_flags_encrypted_only.apr": Reason.ENCRYPTED,
+    "edge_magic.apr": Reason.BAD_MAGIC,
+    "edge_major_0.apr": Reason.UNSUPPORTED_VERSION,
+    "edge_major_2.apr": Reason.UNSUPPORTED_VERSION,
+    "edge_metadata_garbage.apr": Reason.BAD_METADATA,
+    "edge_metadata_too_long.apr": Reason.BAD_LENGTH,
+    "edge_option_tag_2.apr": Reason.BAD_PAYLOAD,
+    "edge_password_metadata_edit.apr": Reason.ENCRYPTED,
+    "edge_password_tag_edit.apr": Reason.ENCRYPTED,
+    "edge_password_wrong.apr": Reason.ENCRYPTED,
+    "edge_trailing_bytes.apr": Reason.BAD_LENGTH,
+    "edge_uncompressed_at_limit.apr": Reason.BAD_LENGTH,
+    "edge_uncompressed_over_limit.apr": Reason.TOO_LARGE,
+    "edge_unknown_type.apr": Reason.UNSUPPORTED_TYPE,
+    "edge_x25519_on_password_file.apr": Reason.ENCRYPTED,
+    "edge_x25519_other_key.apr": Reason.ENCRYPTED,
+}
+ODD = {  # in bytes that a reader has no use for
+    "edge_flags_streaming_native_quantized_card.apr",
+    "edge_minor_9.apr",
+    "edge_reserved_nonzero.apr",
+    "edge_signed_sig_edit.apr",
+}
+LATER = {"GaussianNB", "GradientBoostingClassifier", "KNearestNeighbors", "LinearSVM", "QuantizedBlock"}
+
+
+def read(name: str) -> bytes:
+    return (FOLDER / name).read_bytes()
+
+
+def outcome(entry: dict[str, Any]) -> Reason | None:
+    """Why we refuse this file, None if we decode it."""
+    if entry["file"].startswith("edge_"):
+        return DAMAGE.get(entry["file"])
+    if {"password", "secret_key"} & entry["open_with"].keys():
+        return Reason.ENCRYPTED
+    return Reason.UNSUPPORTED_LAYOUT if entry["layout"] in LATER else None
+
+
+DECODED = [name for name, entry in ENTRIES.items() if outcome(entry) is None]
+REFUSED = [name for name, entry in ENTRIES.items() if outcome(entry) is not None]
+
+
+def decode(data: bytes) -> tuple[Any, Any]:
+    return apr.decode(apr.split(data), digest_of(data))
+
+
+def test_the_whole_fixture_folder_is_read() -> None:
+    if FIXTURES is None:
+        pytest.skip("HOCKET_FIXTURES is not set: the selection in tests/vectors is read instead")
+    assert len(ENTRIES) == 173
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_cannot_be_served_is_refused_for_its_own_reason(name: str) -> None:
+    with pytest.raises(HocketError) as refusal:
+        decode(read(name))
+
+    assert refusal.value.reason is outcome(ENTRIES[name])
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_a_sound_file_is_decoded_and_answers_as_recorded(name: str) -> None:
+    entry, data = ENTRIES[name], read(name)
+    facts, model = decode(data)
+
+    assert facts.layout == entry.get("layout", "LinearRegression")
+    assert facts.expert_layout == entry.get("expert_layout")
+    assert (facts.digest, facts.size_bytes) == (digest_of(data), entry["size"])
+    assert facts.n_features in (3, None)
+    if "metadata" in entry:
+        assert facts.metadata == entry["metadata"]
+    if entry.get("top_k") == 0:
+        assert facts.not_servable == "the mixture chooses no expert (top_k is 0)"
+        return
+    assert facts.not_servable is None
+    if "inputs" in entry:
+        answers = apr_oracle.predict(model, entry["inputs"], facts.output_columns)
+        assert answers.shape == (len(entry["inputs"]), facts.output_columns)
+        assert_as_recorded(entry, model, answers)
+
+
+def assert_as_recorded(entry: dict[str, Any], model: Any, answers: Any) -> None:
+    rows = np.array(entry["inputs"], np.float32)
+    if "predictions" in entry:
+        wanted = np.array(entry["predictions"], np.float32)
+        if entry["layout"] == "DecisionTreeRegressor":
+            np.testing.assert_array_equal(answers[:, 0], wanted)
+        else:
+            assert (np.abs(answers[:, 0] - wanted) <= apr_oracle.tolerance(model, rows)).all()
+    if "classes" in entry or "clusters" in entry:
+        np.testing.assert_array_equal(
+            answers.argmax(axis=1) if entry["layout"] != "LogisticRegression" else answers[:, 1] >= 0.5,
+            entry.get("classes") or entry["clusters"],
+        )
+    if entry["layout"] == "LogisticRegression":
+        np.testing.assert_allclose(answers[:, 1], entry["probabilities"], rtol=1e-6)
+    if entry["layout"] == "RandomForestClassifier":
+        np.testing.assert_array_equal(answers.ravel(), entry["probabilities"])
+    if isinstance(model, MixtureOfExperts):
+        gates = [apr_oracle.gate_weights(model.gate, row) for row in rows]
+        np.testing.assert_allclose(gates, entry["gate_weights"], rtol=1e-6)
+        outputs = np.hstack([apr_oracle.predict(expert, rows) for expert in model.experts])
+        np.testing.assert_array_equal(outputs, np.array(entry["expert_outputs"], np.float32))
+
+
+@pytest.mark.parametrize("name", [name for name in DECODED if name not in ODD])
+def test_a_decoded_file_is_written_again_byte_for_byte(name: str) -> None:
+    data = read(name)
+    container = apr.split(data)
+    facts, model = decode(data)
+
+    again = apr.write(
+        model,
+        metadata=facts.metadata,
+        compression={0: "none", 1: "zstd", 2: "zstd-max"}[container.header.compression_id],  # type: ignore[arg-type] # the three names
+        signing=builders.signer(bytes.fromhex(MANIFEST["signing_seed"])) if facts.signed else None,
+    )
+
+    if facts.compression == "none":
+        assert again == data
+    else:  # the compressed bytes belong to the release of the zstd library
+        facts_again, model_again = decode(again)
+        assert facts_again.metadata == facts.metadata
+        assert builders.same(model_again, model)
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if apr.MAGIC == read(name)[:4] and ".signed" in name])
+def test_an_embedded_signature_covers_the_signed_bytes(name: str) -> None:
+    container = apr.split(read(name))
+    embedded = container.signature
+
+    assert embedded is not None
+    assert embedded.public_key.hex() == MANIFEST["signing_public_key"]
+    VerifyKey(embedded.public_key).verify(bytes(container.signed_bytes), embedded.signature)
+
+
+def test_an_altered_signature_is_seen_by_whoever_verifies_it() -> None:
+    container = apr.split(read("edge_signed_sig_edit.apr"))
+
+    assert container.signature is not None
+    with pytest.raises(BadSignatureError):
+        VerifyKey(container.signature.public_key).verify(
+            bytes(container.signed_bytes), container.signature.signature
+        )
+
+
+def test_an_encrypted_file_is_described_without_its_payload() -> None:
+    data = read("linear.zstd.password.signed.apr")
+    facts = apr.describe(apr.split(data), digest_of(data))
+
+    assert (facts.encrypted, facts.signed, facts.name, facts.compression) == (True, True, "linear", "zstd")
+    assert (facts.layout, facts.n_features, facts.labels) == (None, None, None)
+    assert facts.not_servable == "the payload is encrypted"
+
+
+def test_a_model_published_by_others_is_decoded() -> None:
+    if FIXTURES is None:
+        pytest.skip("HOCKET_FIXTURES is not set: the MNIST model is not at hand")
+    data = (Path(FIXTURES) / "apr" / "genuine" / "realizar-mnist_784x2-logreg-v0.11.0.apr").read_bytes()
+
+    facts, _ = decode(data)
+
+    assert (facts.layout, facts.n_features, facts.labels) == ("LogisticRegression", 784, ("0", "1"))
+
+
+def test_files_of_the_older_neighbour_are_named() -> None:
+    if FIXTURES is None:
+        pytest.skip("HOCKET_FIXTURES is not set: the route-planning models are not at hand")
+    for path in (Path(FIXTURES) / "apr" / "genuine").glob("*.apr0"):
+        with pytest.raises(HocketError, match="route-planning") as refusal:
+            apr.split(path.read_bytes())
+        assert refusal.value.reason is Reason.BAD_MAGIC
+
+
+@pytest.mark.parametrize("name", sorted(regenerate.own_files()))
+def test_our_own_golden_files_are_written_the_same_today(name: str) -> None:
+    assert regenerate.own_files()[name] == (VECTORS / "hocket" / name).read_bytes()
