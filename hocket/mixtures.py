@@ -133,7 +133,7 @@ def parse_mixture(body: bytes) -> MixtureRecord:
         canonical = record.body()
     except HocketError:
         raise
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _bad(f"the body is not a mixture record ({type(error).__name__})") from error
     if canonical != body:
         raise _bad("the body is not in canonical form (RFC 8785), or has keys that mean nothing here")

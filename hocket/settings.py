@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _PREFIX: Final = "HOCKET_"
 _SEPARATOR: Final = "__"
+_TOKEN_LENGTH_MIN: Final = 16
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
 
@@ -58,6 +59,27 @@ def read_tables(path: Path | None, environ: Mapping[str, str], known: frozenset[
     return tables
 
 
+def read_token(path: Path | None) -> str | None:
+    """The bearer token in a secret file; None for no file.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if the file cannot be read or holds no token of at least 16 printable characters.
+    """
+    if path is None:
+        return None
+    try:
+        token = path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise HocketError(Reason.BAD_REQUEST, f"cannot read the token file {path}: {error}") from error
+    if len(token) < _TOKEN_LENGTH_MIN or not (token.isascii() and token.isprintable()):
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"{path} holds no token: write one line of at least {_TOKEN_LENGTH_MIN} printable characters, for example "
+            "`head -c 32 /dev/urandom | base64`",
+        )
+    return token
+
+
 def build(settings: type[T], values: Mapping[str, Any], table: str) -> T:
     """A frozen settings dataclass from one table.
 
@@ -66,7 +88,7 @@ def build(settings: type[T], values: Mapping[str, Any], table: str) -> T:
     Raises:
         HocketError: `BAD_REQUEST` for an unknown key, a missing one, or a value of another type.
     """
-    types_of = typing.get_type_hints(settings)
+    types_of = typing.get_type_hints(settings, localns={"Path": Path})  # modules import it for their types only
     fields = {field.name: types_of[field.name] for field in dataclasses.fields(settings)}  # type: ignore[arg-type]  # settings are dataclasses
     for key in values:
         if key not in fields:

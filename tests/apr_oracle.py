@@ -42,38 +42,75 @@ def gate_weights(gate: m.SoftmaxGate, row: Any) -> Any:
 
 def tolerance(model: Any, rows: Any) -> Any:
     """[N]: how far an answer may be from the reference's, by linear output: 1e-6 * max(1, |bias| + sum |x w|)."""
-    experts = model.experts if isinstance(model, m.MixtureOfExperts) else (model,)
+    experts: Any = model.experts if isinstance(model, m.MixtureOfExperts) else (model,)
     scale = [np.abs(expert.intercept) + np.abs(rows) @ np.abs(expert.coefficients) for expert in experts]
     return 1e-6 * np.maximum(1, np.max(scale, axis=0))
 
 
 def _row(model: Any, row: Any, columns: int) -> Any:
-    match model:
-        case m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
-            return [_dot(f32(0), row, model.coefficients) + f32(model.intercept)]
-        case m.LogisticRegression():
-            p = f32(1) / (f32(1) + np.exp(-_dot(f32(model.intercept), row, model.coefficients)))
-            return [f32(1) - p, p]
-        case m.DecisionTreeRegressor():
-            return [_leaf(model.tree, row)]
-        case m.DecisionTreeClassifier():
-            return np.eye(columns, dtype=f32)[_leaf(model.tree, row)]
-        case m.RandomForestRegressor():
-            total = f32(0)
-            for tree in model.trees:
-                total += _leaf(tree.tree, row)
-            return [total / f32(len(model.trees))]
-        case m.RandomForestClassifier():
-            votes = np.zeros(columns, f32)
-            for tree in model.trees:
-                votes[_leaf(tree.tree, row)] += 1
-            return votes / f32(len(model.trees))
-        case m.KMeans():
-            distances = [_distance(row, centroid) for centroid in model.centroids]
-            return np.eye(len(distances), dtype=f32)[int(np.argmin(distances))]
-        case m.MixtureOfExperts():
-            return [_mixture(model, row)]
-    raise AssertionError(model)
+    return _ROWS[type(model)](model, row, columns)
+
+
+def _linear(model: Any, row: Any, _: int) -> Any:
+    return [_dot(f32(0), row, model.coefficients) + f32(model.intercept)]
+
+
+def _logistic(model: Any, row: Any, _: int) -> Any:
+    p = f32(1) / (f32(1) + np.exp(-_dot(f32(model.intercept), row, model.coefficients)))
+    return [f32(1) - p, p]
+
+
+def _tree_value(model: Any, row: Any, _: int) -> Any:
+    return [_leaf(model.tree, row)]
+
+
+def _tree_class(model: Any, row: Any, columns: int) -> Any:
+    return np.eye(columns, dtype=f32)[_leaf(model.tree, row)]
+
+
+def _forest_value(model: Any, row: Any, _: int) -> Any:
+    total = f32(0)
+    for tree in model.trees:
+        total += _leaf(tree.tree, row)
+    return [total / f32(len(model.trees))]
+
+
+def _forest_class(model: Any, row: Any, columns: int) -> Any:
+    votes = np.zeros(columns, f32)
+    for tree in model.trees:
+        votes[_leaf(tree.tree, row)] += 1
+    return votes / f32(len(model.trees))
+
+
+def _cluster(model: Any, row: Any, _: int) -> Any:
+    distances = [_distance(row, centroid) for centroid in model.centroids]
+    return np.eye(len(distances), dtype=f32)[int(np.argmin(distances))]
+
+
+def _mixture(model: Any, row: Any, _: int) -> Any:
+    weights = gate_weights(model.gate, row)
+    chosen = sorted(range(len(weights)), key=lambda expert: -weights[expert])[: model.top_k]
+    total, answer = f32(0), f32(0)
+    for expert in chosen:
+        total += weights[expert]
+    for expert in chosen:
+        answer += weights[expert] / total * _row(model.experts[expert], row, 1)[0]
+    return [answer]
+
+
+_ROWS = {
+    m.LinearRegression: _linear,
+    m.Ridge: _linear,
+    m.Lasso: _linear,
+    m.ElasticNet: _linear,
+    m.LogisticRegression: _logistic,
+    m.DecisionTreeRegressor: _tree_value,
+    m.DecisionTreeClassifier: _tree_class,
+    m.RandomForestRegressor: _forest_value,
+    m.RandomForestClassifier: _forest_class,
+    m.KMeans: _cluster,
+    m.MixtureOfExperts: _mixture,
+}
 
 
 def _dot(start: Any, row: Any, coefficients: Any) -> Any:
@@ -94,14 +131,3 @@ def _leaf(tree: Any, row: Any) -> Any:
     while tree.feature[node] >= 0:
         node = (tree.left if row[tree.feature[node]] <= tree.threshold[node] else tree.right)[node]
     return tree.value[node]
-
-
-def _mixture(model: m.MixtureOfExperts, row: Any) -> Any:
-    weights = gate_weights(model.gate, row)
-    chosen = sorted(range(len(weights)), key=lambda expert: -weights[expert])[: model.top_k]
-    total, answer = f32(0), f32(0)
-    for expert in chosen:
-        total += weights[expert]
-    for expert in chosen:
-        answer += weights[expert] / total * _row(model.experts[expert], row, 1)[0]
-    return answer

@@ -66,13 +66,13 @@ def grow(root: Node) -> Tree:
         return index
 
     add(root)
-    columns = all(isinstance(answer, int) for answer in value)
+    answers: Any = np.array(value, np.int64 if all(isinstance(answer, int) for answer in value) else np.float32)
     return Tree(
         np.array(feature, np.int64),
         np.array(threshold, np.float32),
         np.array(left, np.int64),
         np.array(right, np.int64),
-        np.array(value, np.int64 if columns else np.float32),
+        answers,
         np.array(samples, np.int64),
     )
 
@@ -83,7 +83,7 @@ def chain(depth: int, answer: float = 1) -> Tree:
     split = np.arange(nodes) % 2 == 0
     split[-1] = False
     index = np.arange(nodes)
-    value = np.where(split, 0, answer)
+    value: Any = np.where(split, 0, answer)
     return Tree(
         np.where(split, 0, -1),
         np.zeros(nodes, np.float32),
@@ -106,7 +106,7 @@ def logistic(*coefficients: float, intercept: float = 0.5) -> LogisticRegression
     return LogisticRegression(floats(*(coefficients or (2, -1))), intercept)
 
 
-def forest(*trees: Tree, **more: Any) -> RandomForestClassifier:
+def forest(*trees: Tree | None, **more: Any) -> RandomForestClassifier:
     members = tuple(DecisionTreeClassifier(tree) for tree in trees or (COLUMN_TREE, grow((2, 1))))
     return RandomForestClassifier(members, len(members), **more)
 
@@ -117,9 +117,7 @@ def mixture(*experts: Any, top_k: int = 2, **gate: Any) -> MixtureOfExperts:
     weights = np.array([[1, -1], [0.5, 0.25]], np.float32)
     if len(members) != 2:
         weights = np.linspace(-1, 1, 2 * len(members), dtype=np.float32).reshape(2, -1)
-    return MixtureOfExperts(
-        members, SoftmaxGate(**{"weights": weights, "temperature": 0.5, **gate}), MoeConfig(top_k)
-    )
+    return MixtureOfExperts(members, SoftmaxGate(**{"weights": weights, "temperature": 0.5, **gate}), MoeConfig(top_k))
 
 
 def models() -> dict[str, Any]:

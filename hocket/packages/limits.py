@@ -24,7 +24,7 @@ class Limits:
     """Maps and lists inside each other, the outermost map being 1."""
     metadata_values: int = 2**18
     """Values in the metadata at all depths together: each costs far more memory than bytes."""
-    metadata_string_chars: int = _MIB
+    metadata_string_chars: int = 2**16
     """One metadata string."""
     uncompressed_bytes: int = 1024 * _MIB
     """The payload before compression; the format's own bound."""

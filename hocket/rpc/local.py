@@ -29,17 +29,14 @@ class LocalChannel(grpc.aio.Channel):
     """Calls the handlers of one server that lives in this event loop."""
 
     def __init__(self, handlers: Handlers) -> None:
-        self._methods = {
-            f"/{service}/{method}": handler
-            for service, methods in handlers.services.items()
-            for method, handler in methods.items()
-        }
+        self._services = handlers.services
         self._calls: set[_Call] = set()
 
     def _multi_callable(self, method: str, *_codec: object, **_options: object) -> Callable[..., Any]:
-        handler = self._methods.get(method)
+        _, service, name = method.split("/")
 
         def call(request: Any = None, *, timeout: float | None = None, metadata: Any = None, **_: object) -> _Call:  # noqa: ANN401 - grpc's signature
+            handler = self._services.get(service, {}).get(name)
             started = _Call(handler, method, request, timeout, metadata)
             self._calls.add(started)
             started.add_done_callback(self._calls.discard)

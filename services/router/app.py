@@ -42,7 +42,7 @@ class RouterApp:
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to follow the registry; `directory.synced` says when it can answer."""
+        """Begin to follow the registry; `directory.wait_for_worker` says when it can answer."""
         self._following = asyncio.create_task(self.directory.follow())
 
     async def stop(self) -> None:

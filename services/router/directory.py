@@ -101,7 +101,7 @@ class Directory:
         self._revision = 0
         self._epoch = ""
         self._snapshot: Snapshot | None = None
-        self.synced = asyncio.Event()
+        self._changed = asyncio.Event()
 
     @property
     def snapshot(self) -> Snapshot:
@@ -115,6 +115,12 @@ class Directory:
                 Reason.NOT_READY, "this router has not heard from its registry yet", retry_after_seconds=0.5
             )
         return self._snapshot
+
+    async def wait_for_worker(self) -> None:
+        """Return when the feed has been read once and a worker is known."""
+        while self._snapshot is None or not self._snapshot.workers:
+            self._changed.clear()
+            await self._changed.wait()
 
     async def follow(self) -> None:
         """Follow the feed for ever, reconnecting with growing pauses."""
@@ -151,12 +157,11 @@ class Directory:
             case "synced":
                 self._revision = event.revision
                 self._swap(models=True)
-                self.synced.set()
                 return
             case _:  # revocations reach the router as the states of what they withdraw
                 pass
         self._drop_unconfirmed()
-        if self.synced.is_set():
+        if self._snapshot is not None:
             self._revision = event.revision
             self._swap(models=event.WhichOneof("event") in {"package", "mixture"})
 
@@ -209,6 +214,7 @@ class Directory:
         else:
             self._snapshot = replace(self._snapshot, revision=self._revision, workers=workers)
         metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)
+        self._changed.set()
 
     def _index(self) -> tuple[dict[str, Model], dict[str, Model], dict[str, Reason]]:
         """Every model by its listed name and by all its addresses."""

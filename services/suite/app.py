@@ -1,26 +1,117 @@
-"""The composition root: the same four services, the same contracts, no sockets between them."""
+"""The composition root: the same four services and contracts as everywhere, without sockets between them."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import structlog
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from hocket.rpc.channel import LOCAL, Channels
+from hocket.rpc.handlers import Tokens
 from hocket.rpc.server import Address, Server
 from hocket.telemetry.metrics import serve_metrics
 from services.aggregator.app import AggregatorApp
-from services.aggregator.settings import AggregatorSettings
 from services.expert_worker.app import WorkerApp
-from services.expert_worker.settings import WorkerSettings
 from services.registry.app import RegistryApp
-from services.registry.settings import RegistrySettings
 from services.router.app import RouterApp
-from services.router.settings import RouterSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hocket.rpc.handlers import Handlers
+    from services.aggregator.settings import AggregatorSettings
+    from services.expert_worker.settings import WorkerSettings
+    from services.registry.settings import RegistrySettings
+    from services.router.settings import RouterSettings
+
+METRICS_PORT_OFFSET: Final = 1000
+_READY_SECONDS_MAX: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteSettings:
+    """The settings of all four; the addresses they find each other by are this process's own."""
+
+    router: RouterSettings
+    aggregator: AggregatorSettings
+    registry: RegistrySettings
+    worker: WorkerSettings
+
+
+class Suite:
+    """All four services in one event loop, serving the router's and the registry's ports.
+
+    Args:
+        settings: Of each service.
+        admin_token: Guards what changes things; None leaves it open.
+        worker_token: Guards Announce; None leaves it open.
+        metrics: Whether to serve `/metrics` beside each port.
+    """
+
+    def __init__(
+        self,
+        settings: SuiteSettings,
+        *,
+        admin_token: str | None = None,
+        worker_token: str | None = None,
+        metrics: bool = True,
+    ) -> None:
+        local: dict[str, Handlers] = {}
+        self._channels = Channels(local)
+        tokens = Tokens(admin=admin_token, worker=worker_token)
+        self._registry = RegistryApp(settings.registry, tokens)
+        local["registry"] = self._registry.handlers
+        worker = replace(settings.worker, registry=f"{LOCAL}registry", name=settings.worker.name or "worker")
+        self._worker = WorkerApp(worker, self._channels, f"{LOCAL}worker", worker_token, tokens)
+        local["worker"] = self._worker.handlers
+        self._aggregator = AggregatorApp(settings.aggregator, self._channels)
+        local["aggregator"] = self._aggregator.handlers
+        router = replace(settings.router, registry=f"{LOCAL}registry", aggregators=(f"{LOCAL}aggregator",))
+        self._router = RouterApp(router, self._channels)
+        self._servers = (
+            (Server(self._router.handlers, Address(router.host, router.port)), router.drain_grace_seconds),
+            (
+                Server(self._registry.handlers, Address(settings.registry.host, settings.registry.port)),
+                settings.registry.drain_grace_seconds,
+            ),
+        )
+        self._metrics = metrics
+        self._stop_metrics: list[Callable[[], None]] = []
+
+    @property
+    def router_address(self) -> Address:
+        """Where clients call."""
+        return self._servers[0][0].address
+
+    @property
+    def registry_address(self) -> Address:
+        """Where publishers call."""
+        return self._servers[1][0].address
+
+    async def start(self) -> None:
+        """Start in the order of dependence; return when a request would be served.
+
+        Raises:
+            OSError: A port is taken.
+            TimeoutError: The router has not heard of the worker in a minute.
+        """
+        for app in (self._registry, self._worker, self._aggregator, self._router):
+            await app.start()
+        for server, _ in self._servers:
+            await server.start()
+            if self._metrics:
+                self._stop_metrics.append(serve_metrics(server.address.host, server.address.port + METRICS_PORT_OFFSET))
+        async with asyncio.timeout(_READY_SECONDS_MAX):
+            await self._router.directory.wait_for_worker()
+        for server, _ in self._servers:
+            server.set_ready()
+
+    async def stop(self) -> None:
+        """Drain the ports, then stop the services in reverse."""
+        for server, grace_seconds in self._servers:
+            await server.drain(grace_seconds)
+        for stop in self._stop_metrics:
+            await asyncio.to_thread(stop)
+        for app in (self._router, self._aggregator, self._worker, self._registry):
+            await app.stop()
+        await self._channels.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -61,7 +61,7 @@ async def test_health_lists_every_service(server: Server, channel: grpc.aio.Chan
 
 
 async def test_health_watch_streams_each_change(server: Server, channel: grpc.aio.Channel) -> None:
-    watches = [
+    watches: list[Any] = [
         health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE)) for _ in range(2)
     ]
     assert [(await watch.read()).status for watch in watches] == [Status.NOT_SERVING] * 2
@@ -69,7 +69,7 @@ async def test_health_watch_streams_each_change(server: Server, channel: grpc.ai
     assert [(await watch.read()).status for watch in watches] == [Status.SERVING] * 2
     for watch in watches:
         watch.cancel()
-    unknown = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="nobody"))
+    unknown: Any = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="nobody"))
     assert (await unknown.read()).status == Status.SERVICE_UNKNOWN
     unknown.cancel()
 
@@ -81,7 +81,7 @@ async def test_reflection_answers_in_both_versions(channel: grpc.aio.Channel, ve
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
-    call = ask()
+    call: Any = ask()
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     names = {service.name for service in (await call.read()).list_services_response.service}
     await call.done_writing()
@@ -96,7 +96,7 @@ async def test_a_taken_port_stops_the_start(server: Server) -> None:
 
 async def test_draining_turns_readiness_off_then_ends(server: Server, channel: grpc.aio.Channel) -> None:
     server.set_ready()
-    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+    watch: Any = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
     assert (await watch.read()).status == Status.SERVING
     drained = asyncio.create_task(server.drain(5.0))
     assert (await watch.read()).status == Status.NOT_SERVING

@@ -17,24 +17,54 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from tests import builders  # noqa: E402 - the line above makes it importable when run as a script
 
-SELECTION = """
-    linear.plain linear.plain.signed linear.zstd linear.zstd.password.signed ridge.zstd.signed lasso.zstd.signed
-    elastic.zstd logistic.plain.signed tree.zstd tree_regressor.zstd.signed forest.zstd.signed kmeans.plain.signed
-    moe_top2_cold.zstd.signed moe_top3_hot.zstd moe_top0.plain moe_ridge.save_apr gbm.zstd quant_one_q4_0
-    meta_licensed meta_zstd_max
-    edge_compression_4 edge_compression_lz4 edge_crc edge_flags_encrypted_only
-    edge_flags_streaming_native_quantized_card edge_magic edge_major_0 edge_major_2 edge_metadata_garbage
-    edge_metadata_too_long edge_minor_9 edge_option_tag_2 edge_password_metadata_edit edge_reserved_nonzero
-    edge_signed_embedded_key edge_signed_sig_edit edge_trailing_bytes edge_uncompressed_at_limit
-    edge_uncompressed_over_limit edge_unknown_type
-""".split()
+SELECTION = (
+    "linear.plain",
+    "linear.plain.signed",
+    "linear.zstd",
+    "linear.zstd.password.signed",
+    "ridge.zstd.signed",
+    "lasso.zstd.signed",
+    "elastic.zstd",
+    "logistic.plain.signed",
+    "tree.zstd",
+    "tree_regressor.zstd.signed",
+    "forest.zstd.signed",
+    "kmeans.plain.signed",
+    "moe_top2_cold.zstd.signed",
+    "moe_top3_hot.zstd",
+    "moe_top0.plain",
+    "moe_ridge.save_apr",
+    "gbm.zstd",
+    "quant_one_q4_0",
+    "meta_licensed",
+    "meta_zstd_max",
+    "edge_compression_4",
+    "edge_compression_lz4",
+    "edge_crc",
+    "edge_flags_encrypted_only",
+    "edge_flags_streaming_native_quantized_card",
+    "edge_magic",
+    "edge_major_0",
+    "edge_major_2",
+    "edge_metadata_garbage",
+    "edge_metadata_too_long",
+    "edge_minor_9",
+    "edge_option_tag_2",
+    "edge_password_metadata_edit",
+    "edge_reserved_nonzero",
+    "edge_signed_embedded_key",
+    "edge_signed_sig_edit",
+    "edge_trailing_bytes",
+    "edge_uncompressed_at_limit",
+    "edge_uncompressed_over_limit",
+    "edge_unknown_type",
+)
 
 
 def own_files() -> dict[str, bytes]:
     """What our writer makes: every layout stored, and one file with everything a writer adds."""
     files = {
-        f"{layout}.apr": builders.apr_bytes(model, compression="none")
-        for layout, model in builders.models().items()
+        f"{layout}.apr": builders.apr_bytes(model, compression="none") for layout, model in builders.models().items()
     }
     files["labelled.signed.apr"] = builders.apr_bytes(
         builders.logistic(),

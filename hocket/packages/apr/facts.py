@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _FLOAT32_STEP: Final = 2.0**-23
 """Relative spacing of float32: twice the error of one rounding."""
+_FLOAT32_LEAST: Final = 2.0**-149
+"""Absolute spacing of the smallest float32 numbers."""
 
 
 def is_fitted(model: m.Model) -> bool:
@@ -45,14 +47,16 @@ def not_servable(model: m.Model) -> str | None:
         return "the model reads no input"
     if isinstance(model, m.KMeans) and model.n_clusters == 0:
         return "the model has no clusters"
-    if not isinstance(model, m.MixtureOfExperts):
-        return None
+    return _gate_mismatch(model) if isinstance(model, m.MixtureOfExperts) else None
+
+
+def _gate_mismatch(model: m.MixtureOfExperts) -> str | None:
     features, columns = model.gate.weights.shape
     if any(width(expert) != features for expert in model.experts):
         return f"the gate reads {features} features, but not every expert does"
     if columns != len(model.experts):
         return f"the gate weighs {columns} experts, the mixture has {len(model.experts)}"
-    return "the mixture chooses no expert (top_k is 0)" if model.config.top_k == 0 else None
+    return "the mixture chooses no expert (top_k is 0)" if model.top_k == 0 else None
 
 
 def width(model: m.Model) -> int | None:
@@ -189,7 +193,7 @@ def output_range(model: m.Model) -> tuple[float, float] | None:
             rounding = 0.0
             if count > 1:
                 magnitude = sum(float(np.abs(leaves).max()) for leaves in answers) / count
-                rounding = count * _FLOAT32_STEP * magnitude
+                rounding = count * _FLOAT32_STEP * magnitude + _FLOAT32_LEAST
             low = sum(float(leaves.min()) for leaves in answers) / count
             high = sum(float(leaves.max()) for leaves in answers) / count
             return low - rounding, high + rounding

@@ -208,7 +208,7 @@ def candidates(type_id: int, hocket: Mapping[str, Any]) -> tuple[Layout, ...]:
     of_type = _CANDIDATES.get(type_id, ()) if name is None else _LAYOUTS
     found = tuple(layout for layout in of_type if name in (None, layout.name) and expert in (None, layout.expert))
     if not found:
-        what = f"the layout {name!r}" if name else f"any layout of model type 0x{type_id:04x}"
+        what = f"the layout {name[:64]!r}" if name else f"any layout of model type 0x{type_id:04x}"
         raise HocketError(Reason.UNSUPPORTED_LAYOUT, f"this version cannot read {what}")
     return found
 

@@ -80,7 +80,9 @@ def decode(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS) -
 
 def _own(metadata: dict[str, Any]) -> dict[str, Any]:
     """`custom.hocket`, the corner of the metadata that is ours."""
-    hocket = (metadata.get("custom") or {}).get("hocket") or {}
+    hocket = (metadata.get("custom") or {}).get("hocket")
+    if hocket is None:
+        return {}
     if not isinstance(hocket, dict):
         raise HocketError(Reason.BAD_METADATA, "custom.hocket must be a map")
     for key in ("layout", "expert_layout"):

@@ -109,21 +109,22 @@ def _tree(leaf_node: np.dtype[Any]) -> Codec[Tree]:
         return tree
 
     def write(out: bytearray, tree: Tree) -> None:
-        feature, threshold, value = tree.feature.tolist(), tree.threshold.tolist(), tree.value.tolist()
-        left, right, n_samples = tree.left.tolist(), tree.right.tolist(), tree.n_samples.tolist()
+        arrays = (tree.feature, tree.threshold, tree.left, tree.right, tree.value, tree.n_samples)
+        nodes = list(zip(*(array.tolist() for array in arrays), strict=True))
         leaf = struct.Struct("<IQQ" if columns else "<IfQ")
         pending, written = [0], 0
         while pending:
             node = pending.pop()
             written += 1
-            if not 0 <= node < len(feature) or written > len(feature):
+            if not 0 <= node < len(nodes) or written > len(nodes):
                 raise HocketError(Reason.BAD_PAYLOAD, "a tree's children do not form a tree")
-            if feature[node] < 0:
-                out += leaf.pack(_LEAF, value[node], n_samples[node])
+            feature, threshold, left, right, value, n_samples = nodes[node]
+            if feature < 0:
+                out += leaf.pack(_LEAF, value, n_samples)
             else:
-                out += _SPLIT_RECORD.pack(_SPLIT, feature[node], threshold[node])
-                pending += (right[node], left[node])
-        if written != len(feature):
+                out += _SPLIT_RECORD.pack(_SPLIT, feature, threshold)
+                pending += (right, left)
+        if written != len(nodes):
             raise HocketError(Reason.BAD_PAYLOAD, "a tree has nodes that its root does not reach")
 
     return Codec(read, write)

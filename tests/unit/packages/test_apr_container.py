@@ -23,8 +23,9 @@ def reason(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Reason | None:
     return None
 
 
-def zstd(data: bytes, **options: bool) -> bytes:
-    return zstandard.ZstdCompressor(**{"write_content_size": False, **options}).compress(data)
+def zstd(data: bytes, *, told: bool = False) -> bytes:
+    """One frame, which tells its size and checksum or not."""
+    return zstandard.ZstdCompressor(write_content_size=told, write_checksum=told).compress(data)
 
 
 def packed(frame: bytes, size: int = len(LINEAR)) -> bytes:
@@ -156,10 +157,10 @@ def test_a_zstd_payload_is_exactly_one_frame_of_the_declared_size() -> None:
     frame = zstd(LINEAR)
 
     assert reason(packed(frame)) is None
-    assert reason(packed(zstd(LINEAR, write_content_size=True, write_checksum=True))) is None
+    assert reason(packed(zstd(LINEAR, told=True))) is None
     assert reason(packed(frame, len(LINEAR) - 1)) is Reason.BAD_LENGTH
     assert reason(packed(frame, len(LINEAR) + 1)) is Reason.BAD_LENGTH
-    assert reason(packed(zstd(LINEAR, write_content_size=True), 23)) is Reason.BAD_LENGTH
+    assert reason(packed(zstd(LINEAR, told=True), 23)) is Reason.BAD_LENGTH
     assert reason(packed(frame + b"\0")) is Reason.BAD_PAYLOAD
     assert reason(packed(frame + zstd(b""))) is Reason.BAD_PAYLOAD
     assert reason(packed(frame + frame, 2 * len(LINEAR))) is Reason.BAD_LENGTH

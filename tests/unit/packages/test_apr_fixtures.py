@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_decoded_file_is_written_again_byte_for_byte(name: str) -> None:
         assert builders.same(model_again, model)
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if apr.MAGIC == read(name)[:4] and ".signed" in name])
+@pytest.mark.parametrize("name", [name for name in ENTRIES if read(name)[:4] == apr.MAGIC and ".signed" in name])
 def test_an_embedded_signature_covers_the_signed_bytes(name: str) -> None:
     container = apr.split(read(name))
     embedded = container.signature
@@ -172,9 +173,7 @@ def test_an_altered_signature_is_seen_by_whoever_verifies_it() -> None:
 
     assert container.signature is not None
     with pytest.raises(BadSignatureError):
-        VerifyKey(container.signature.public_key).verify(
-            bytes(container.signed_bytes), container.signature.signature
-        )
+        VerifyKey(container.signature.public_key).verify(bytes(container.signed_bytes), container.signature.signature)
 
 
 def test_an_encrypted_file_is_described_without_its_payload() -> None:
@@ -208,3 +207,12 @@ def test_files_of_the_older_neighbour_are_named() -> None:
 @pytest.mark.parametrize("name", sorted(regenerate.own_files()))
 def test_our_own_golden_files_are_written_the_same_today(name: str) -> None:
     assert regenerate.own_files()[name] == (VECTORS / "hocket" / name).read_bytes()
+
+
+def test_the_documentation_lists_every_damaged_file_with_its_outcome() -> None:
+    page = (VECTORS.parents[1] / "docs" / "packages.md").read_text()
+
+    for name in filter(re.compile("edge_").match, ENTRIES):
+        (row,) = [line for line in page.splitlines() if re.search(rf"\b{name.removesuffix('.apr')}\b", line)]
+        wanted = f"`{DAMAGE[name]}`" if name in DAMAGE else ("SIGNATURE" if "sig_edit" in name else "reads")
+        assert wanted in row.split("|")[3]

@@ -10,6 +10,7 @@ import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import apr
+from hocket.packages.apr.layouts import candidates, read_model
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.model import DecisionTreeClassifier, PackageFacts
 from tests import apr_oracle, builders
@@ -155,9 +156,7 @@ def test_a_short_linear_model_is_not_taken_for_an_unfitted_sibling() -> None:
         (EXPERTS[:16] + "00 0000003f 01" * 2 + GATE + CONFIG, 0x40, "MixtureOfExperts"),
     ],
 )
-def test_a_model_never_fitted_is_decoded_and_said_not_to_serve(
-    payload: str, model_type_id: int, layout: str
-) -> None:
+def test_a_model_never_fitted_is_decoded_and_said_not_to_serve(payload: str, model_type_id: int, layout: str) -> None:
     facts, _ = decode(payload, model_type_id)
 
     assert (facts.layout, facts.not_servable, facts.parameter_bytes) == (
@@ -168,10 +167,16 @@ def test_a_model_never_fitted_is_decoded_and_said_not_to_serve(
     assert facts.output_range == ((0.0, 1.0) if "Classifier" in layout or "Logistic" in layout else None)
 
 
-# Read as a classifier of 0.11 or as a regressor: a leaf 0.0 is also the tag of a split.
-AMBIGUOUS = bytes.fromhex(
-    "00000000 0000000000000000 00000000"
-)
+def test_a_payload_that_two_layouts_fit_is_refused_unless_the_writer_s_version_decides() -> None:
+    payload = memoryview(bytes.fromhex(LINEAR))
+    (layout,) = candidates(1, {"layout": "LinearRegression"})
+    old, new = replace(layout, since_0_13=False), replace(layout, since_0_13=True)
+
+    for version, wanted in (("0.11.0", old), ("0.13", new), ("1.0.0-rc1", new), ("9" * 5000, old), (None, old)):
+        assert read_model(payload, (old, new), version, DEFAULT_LIMITS)[0] is wanted
+    with pytest.raises(HocketError, match=r"custom\.hocket\.layout") as error:
+        read_model(payload, (layout, layout), "0.11.0", DEFAULT_LIMITS)
+    assert error.value.reason is Reason.UNSUPPORTED_LAYOUT
 
 
 def test_a_recorded_layout_decides_whatever_the_type_id() -> None:
@@ -184,24 +189,25 @@ def test_a_recorded_layout_decides_whatever_the_type_id() -> None:
     assert refusal(ridge, 1, layout=7).reason is Reason.BAD_METADATA
     mixture = EXPERTS + GATE + CONFIG
     assert decode(mixture, 0x40, layout="MixtureOfExperts", expert_layout="LinearRegression")
-    assert refusal(mixture, 0x40, expert_layout="Ridge").reason is Reason.TOO_LARGE
+    assert refusal(mixture, 0x40, expert_layout="Ridge").reason is Reason.BAD_PAYLOAD
     assert refusal(mixture, 0x40, expert_layout="KMeans").reason is Reason.UNSUPPORTED_LAYOUT
 
 
-@pytest.mark.parametrize("layout", ["LogisticRegression", "KMeans", "MixtureOfExperts"])
-def test_our_own_metadata_must_be_a_map(layout: str) -> None:
-    data = builders.apr_bytes(builders.models()[layout], compression="none")
-    container = apr.split(data)
-    broken = builders.raw_apr(
-        bytes(container.payload),
-        {"custom": {"hocket": [layout]}},
-        model_type_id=container.header.model_type_id,
-    )
+@pytest.mark.parametrize("hocket", [["layout"], [], "", 0, False])
+def test_our_own_metadata_must_be_a_map(hocket: object) -> None:
+    data = builders.raw_apr(bytes.fromhex(LINEAR), {"custom": {"hocket": hocket}})
 
     with pytest.raises(HocketError) as error:
-        apr.decode(apr.split(broken), "sha256:")
+        apr.decode(apr.split(data), "sha256:")
 
     assert error.value.reason is Reason.BAD_METADATA
+
+
+@pytest.mark.parametrize("metadata", [{}, {"custom": None}, {"custom": {}}, {"custom": {"hocket": None}}])
+def test_our_own_metadata_may_be_absent(metadata: dict[str, Any]) -> None:
+    data = builders.raw_apr(bytes.fromhex(LINEAR), metadata)
+
+    assert apr.decode(apr.split(data), "sha256:")[0].layout == "LinearRegression"
 
 
 @pytest.mark.parametrize(
@@ -296,8 +302,11 @@ def test_a_tree_deeper_than_the_limit_is_refused() -> None:
 
 
 def test_arrays_are_aligned_and_read_only() -> None:
-    _, model = apr.decode(apr.split(builders.apr_bytes()), "sha256:")
+    _, model = decode(LINEAR)
 
     assert model.coefficients.flags.aligned
     with pytest.raises(ValueError, match="read-only"):
         model.coefficients[0] = 1
+    _, model = decode(TREE + DEPTH_3, 3)
+    with pytest.raises(ValueError, match="read-only"):
+        model.tree.value[0] = 1

@@ -1,0 +1,100 @@
+"""`hocket experts`: the packages of a registry, and the workers that hold them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hocket.cli import describe, output, servers
+from hocket.errors import HocketError
+
+if TYPE_CHECKING:
+    from hocket.v1.package_pb2 import Package
+
+app = typer.Typer(name="experts", help="List the packages of a registry, or show one.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_packages(
+    *,
+    publisher: Annotated[str, typer.Option(help="Only packages released by this publisher.", show_default=False)] = "",
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    json: output.Json = False,
+) -> None:
+    """List the packages of a registry.
+
+    $ hocket experts list --publisher acme
+    """
+    with servers.registry(registry) as client:
+        packages = list(client.list_packages(publisher=publisher))
+    if json:
+        output.emit({"packages": [output.message_json(package) for package in packages]})
+        return
+    rows = [
+        (
+            describe.package_name(package),
+            output.short(package.digest),
+            describe.kind_of(package.model),
+            package.model.feature_count or None,
+            describe.columns_of(package.model),
+            describe.state_of(package.state),
+            describe.signers_of(package),
+        )
+        for package in packages
+    ]
+    columns = ("name", "digest", "kind", "features>", "answers", "state", "signed by")
+    output.print_table(columns, rows, "No packages yet: `hocket publish`")
+
+
+@app.command()
+def show(
+    package: Annotated[str, typer.Argument(help="Digest or publisher/name@version.", show_default=False)],
+    *,
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    router: servers.Router = servers.ROUTER_ADDRESS,
+    json: output.Json = False,
+) -> None:
+    """Show one package, and the workers that hold it in memory.
+
+    $ hocket experts show acme/iris@1.0.0
+    """
+    with servers.registry(registry) as client:
+        found = client.get_package(package)
+    workers = _resident_workers(router, found.digest)
+    if json:
+        output.emit({**output.message_json(found), "resident_workers": workers})
+    else:
+        _print_card(found, workers)
+
+
+def _resident_workers(router: str, digest: str) -> list[str] | None:
+    """The workers that hold a package; None if the router cannot tell."""
+    try:
+        with servers.router(router) as client:
+            members = client.get_mixture(digest).members
+    except HocketError:
+        return None
+    return sorted({worker for member in members for worker in member.resident_workers})
+
+
+def _print_card(package: Package, workers: list[str] | None) -> None:
+    model = package.model
+    resident = "unknown (the router cannot tell)" if workers is None else ", ".join(workers) or "none"
+    output.card(
+        describe.package_name(package),
+        [
+            ("digest", package.digest),
+            ("state", describe.state_of(package.state)),
+            ("releases", ", ".join(map(describe.release_name, package.releases)) or None),
+            ("signed by", describe.signers_of(package)),
+            ("model", describe.kind_of(model)),
+            ("takes", f"{model.feature_count} features"),
+            ("answers", describe.columns_of(model)),
+            ("range", describe.range_text(model.output_range) if model.HasField("output_range") else None),
+            ("file", f"{package.format} {model.format_version}, {output.size(package.size_bytes)}"),
+            ("parameters", output.size(model.parameter_bytes)),
+            ("published", package.publish_time.ToJsonString()),
+            ("in memory of", resident),
+        ],
+    )

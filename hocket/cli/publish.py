@@ -1,0 +1,134 @@
+"""Verbs that change the packages of a registry: publish, yank, revoke-key."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from hocket.cli import files, output, servers
+from hocket.identity import is_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from hocket.v1.registry_pb2 import PublishPackageResponse
+
+app = typer.Typer()
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Package files.", show_default=False)]
+Explanation = Annotated[str, typer.Option(metavar="TEXT", help="Why, for people.", show_default=False)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask whether this is meant.")]
+
+
+@app.command()
+def publish(
+    paths: Files,
+    *,
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    token_file: servers.TokenFile = None,
+    json: output.Json = False,
+) -> None:
+    """Put package files into a registry.
+
+    The release of each is taken from FILE.release.json beside it, as
+    `hocket sign` writes it. Publishing the same again changes nothing.
+
+    $ hocket publish low.apr high.apr
+    $ hocket publish *.apr --registry registry.example:50052 --token-file admin.token
+    """
+    with servers.registry(registry, token_file) as client:
+        for path in paths:
+            data = files.read_package(path)
+            release = next(iter(files.read_releases(path)), b"")
+            with upload_progress(path.name, shown=not json) as on_progress:
+                response = client.publish(data, release, on_progress=on_progress)
+            if json:
+                output.emit({"file": str(path), **output.message_json(response)})
+            else:
+                output.say(_published(path, response))
+
+
+@app.command()
+def yank(
+    package: Annotated[str, typer.Argument(help="Digest or publisher/name@version.", show_default=False)],
+    *,
+    explanation: Explanation = "",
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    token_file: servers.TokenFile = None,
+    yes: Yes = False,
+    json: output.Json = False,
+) -> None:
+    """Withdraw a package for good.
+
+    No new answer uses it, and workers drop it. There is no way back: the
+    same bytes cannot be published again.
+
+    $ hocket yank acme/iris@1.0.0 --explanation "trained on the wrong labels"
+    """
+    with servers.registry(registry, token_file) as client:
+        digest = package if is_digest(package) else client.get_package(package).digest
+        _ask(f"Withdraw {package} for good?", yes=yes or json)
+        gone = client.yank(digest, explanation)
+    if json:
+        output.emit(output.message_json(gone))
+    else:
+        output.say(f"{gone.digest} is withdrawn")
+
+
+@app.command("revoke-key")
+def revoke_key(
+    key: Annotated[str, typer.Argument(help="The public key, or its id.", show_default=False)],
+    *,
+    explanation: Explanation = "",
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    token_file: servers.TokenFile = None,
+    yes: Yes = False,
+    json: output.Json = False,
+) -> None:
+    """Withdraw everything a key has signed, for good.
+
+    For a key that is lost or stolen. What other keys have signed as well
+    goes on serving.
+
+    $ hocket revoke-key ed25519:207a... --explanation "laptop stolen"
+    """
+    _ask(f"Withdraw everything that rests on {key} for good?", yes=yes or json)
+    with servers.registry(registry, token_file) as client:
+        response = client.revoke_key(key, explanation)
+    if json:
+        output.emit(output.message_json(response))
+        return
+    output.say(f"Key {response.key_id} is revoked")
+    for digest in response.withdrawn_digests:
+        output.say(f"  {digest} has no other proof and is withdrawn")
+
+
+@contextmanager
+def upload_progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on standard error while something is uploaded; none where nobody would see it."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=output.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(output.plain(name).markup)
+        yield lambda done_bytes, total_bytes: progress.update(task, completed=done_bytes, total=total_bytes)
+
+
+def _published(path: Path, response: PublishPackageResponse) -> str:
+    package = response.package
+    names = ", ".join(f"{release.publisher}/{release.name}@{release.version}" for release in package.releases)
+    done = "published" if response.created else "was already there"
+    unsigned = " (UNSIGNED: only the registry's policy admits it)" if package.unsigned_by_policy else ""
+    return f"{path} {done}: {names or 'addressable by digest only'}, {package.digest}{unsigned}"
+
+
+def _ask(question: str, *, yes: bool) -> None:
+    """Have a person at a terminal confirm what cannot be undone; a script means what it says."""
+    if not yes and sys.stdin.isatty():
+        typer.confirm(question, abort=True)

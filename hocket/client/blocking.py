@@ -1,0 +1,311 @@
+"""The clients of `hocket.client` without asyncio: for scripts, notebooks and threaded programs.
+
+    with connect("127.0.0.1:50051") as router:
+        answer = router.answer("digits", rows)
+        for event in router.predict("digits", rows, partials=True):
+            ...
+
+Iterators are ordinary generators; leaving one early cancels its call. A client may be used from several threads at
+once. All clients of a process share one event loop, in a thread that lives as long as one of them is open: grpc's
+asyncio works best with a single loop per process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import CancelledError
+from contextlib import AsyncExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from hocket import client
+from hocket.client import REGISTRY_ADDRESS, ROUTER_ADDRESS
+from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
+    from contextlib import AbstractAsyncContextManager
+    from typing import Literal, Self
+
+    from numpy.typing import ArrayLike
+
+    from hocket.client import Answer, FetchedMixture, Partial, Planned
+    from hocket.client.registry import Progress
+    from hocket.v1 import registry_pb2, router_pb2
+    from hocket.v1.mixture_pb2 import Mixture
+    from hocket.v1.package_pb2 import Package
+
+T = TypeVar("T")
+
+_END: Final[Any] = object()
+
+
+@contextmanager
+def connect(address: str = ROUTER_ADDRESS, *, timeout_seconds: float = 30.0) -> Iterator[RouterClient]:
+    """A blocking client of the router at `address`; arguments as in `hocket.client.connect`."""
+    with _Session() as session:
+        yield RouterClient(session, session.enter(client.connect(address, timeout_seconds=timeout_seconds)))
+
+
+@contextmanager
+def connect_registry(
+    address: str = REGISTRY_ADDRESS, token: str | None = None, *, timeout_seconds: float = 30.0
+) -> Iterator[RegistryClient]:
+    """A blocking client of the registry at `address`; arguments as in `hocket.client.connect_registry`."""
+    with _Session() as session:
+        registry = client.connect_registry(address, token, timeout_seconds=timeout_seconds)
+        yield RegistryClient(session, session.enter(registry))
+
+
+class RouterClient:
+    """`hocket.client.RouterClient`, blocking. Made by `connect`."""
+
+    def __init__(self, session: _Session, router: client.RouterClient) -> None:
+        self._session = session
+        self._router = router
+
+    def predict(
+        self,
+        model: str,
+        rows: ArrayLike,
+        *,
+        top_k: int | None = None,
+        partials: bool = False,
+        min_coverage: float | None = None,
+        straggler_timeout_seconds: float | None = None,
+        on_missing: Literal["fail", "renormalise"] = "fail",
+    ) -> Generator[Planned | Partial | Answer, None, None]:
+        """The events of one prediction: the plan, partials if asked for, then the answer."""
+        events = self._router.predict(
+            model,
+            rows,
+            top_k=top_k,
+            partials=partials,
+            min_coverage=min_coverage,
+            straggler_timeout_seconds=straggler_timeout_seconds,
+            on_missing=on_missing,
+        )
+        return self._session.iterate(events)
+
+    def answer(
+        self,
+        model: str,
+        rows: ArrayLike,
+        *,
+        top_k: int | None = None,
+        min_coverage: float | None = None,
+        straggler_timeout_seconds: float | None = None,
+        on_missing: Literal["fail", "renormalise"] = "fail",
+    ) -> Answer:
+        """The answer alone."""
+        answer = self._router.answer(
+            model,
+            rows,
+            top_k=top_k,
+            min_coverage=min_coverage,
+            straggler_timeout_seconds=straggler_timeout_seconds,
+            on_missing=on_missing,
+        )
+        return self._session.run(answer)
+
+    def route(self, model: str, rows: ArrayLike, *, top_k: int | None = None) -> router_pb2.RouteResponse:
+        """What `predict` would do now, with every score; nothing runs."""
+        return self._session.run(self._router.route(model, rows, top_k=top_k))
+
+    def list_mixtures(self) -> Generator[router_pb2.MixtureSummary, None, None]:
+        """Every model the router knows, by name."""
+        return self._session.iterate(self._router.list_mixtures())
+
+    def get_mixture(self, model: str) -> router_pb2.GetMixtureResponse:
+        """One model: members, labels, signers."""
+        return self._session.run(self._router.get_mixture(model))
+
+
+class RegistryClient:
+    """`hocket.client.RegistryClient`, blocking. Made by `connect_registry`.
+
+    `on_progress` functions are called from the thread of the event loop, and must not block it.
+    """
+
+    def __init__(self, session: _Session, registry: client.RegistryClient) -> None:
+        self._session = session
+        self._registry = registry
+
+    def publish(
+        self, data: bytes | memoryview, release: bytes = b"", *, on_progress: Progress | None = None
+    ) -> registry_pb2.PublishPackageResponse:
+        """Upload a package."""
+        return self._session.run(self._registry.publish(data, release, on_progress=on_progress))
+
+    def get_package(self, package: str) -> Package:
+        """Describe one package, with its metadata."""
+        return self._session.run(self._registry.get_package(package))
+
+    def list_packages(self, *, publisher: str = "") -> Generator[Package, None, None]:
+        """Every package by digest, without metadata."""
+        return self._session.iterate(self._registry.list_packages(publisher=publisher))
+
+    def download(
+        self, digest: str, *, on_progress: Progress | None = None
+    ) -> tuple[registry_pb2.DownloadHeader, bytes]:
+        """Fetch a package, with every release of it; its bytes are compared with the digest."""
+        return self._session.run(self._registry.download(digest, on_progress=on_progress))
+
+    def yank(self, digest: str, explanation: str = "") -> Package:
+        """Withdraw a digest for good."""
+        return self._session.run(self._registry.yank(digest, explanation))
+
+    def revoke_key(self, key: str, explanation: str = "") -> registry_pb2.RevokeKeyResponse:
+        """Withdraw everything that rests on a key, for good."""
+        return self._session.run(self._registry.revoke_key(key, explanation))
+
+    def put_mixture(
+        self,
+        body: bytes,
+        release: bytes = b"",
+        gate: bytes | memoryview = b"",
+        *,
+        etag: str = "",
+        on_progress: Progress | None = None,
+    ) -> Mixture:
+        """Store a mixture under its name."""
+        return self._session.run(self._registry.put_mixture(body, release, gate, etag=etag, on_progress=on_progress))
+
+    def fetch_mixture(self, mixture: str) -> FetchedMixture:
+        """Fetch a mixture's body, release and gate tensor, unchecked."""
+        return self._session.run(self._registry.fetch_mixture(mixture))
+
+    def delete_mixture(self, name: str, etag: str = "") -> int:
+        """Free a mixture's name, and return the revision of the deletion."""
+        return self._session.run(self._registry.delete_mixture(name, etag))
+
+    def watch(self, after_revision: int = 0) -> Generator[registry_pb2.WatchResponse, None, None]:
+        """The feed: what has changed after a revision, a `synced` mark, then every change, until it breaks."""
+        return self._session.iterate(self._registry.watch(after_revision))
+
+
+class _Session:
+    """What one client has running on the shared loop. Leaving it ends all of that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_open = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._streams: set[AsyncGenerator[Any, None]] = set()
+        self._exits = AsyncExitStack()
+
+    def __enter__(self) -> Self:
+        self._loop = _loop_thread.acquire()
+        self._is_open = True
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._lock:
+            self._is_open = False
+        try:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        finally:
+            _loop_thread.release()
+
+    def enter(self, context: AbstractAsyncContextManager[T]) -> T:
+        """Enter a context on the loop, and leave it with this session."""
+        return self.run(self._exits.enter_async_context(context))
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine.
+
+        Raises:
+            HocketError: What it raises; `UNREACHABLE` if the client is closed, before or meanwhile.
+        """
+        with self._lock:
+            if not self._is_open:
+                coroutine.close()
+                raise _closed()
+            # Whatever is handed over under the lock reaches the loop before `_end` does.
+            future = asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise _closed() from None
+        except BaseException:  # such as KeyboardInterrupt: the call ends, too
+            future.cancel()
+            raise
+
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+        """The items of a stream. Leaving the generator early closes the stream."""
+
+        async def step() -> T:
+            self._streams.add(stream)
+            return await anext(stream, _END)
+
+        async def close() -> None:
+            self._streams.discard(stream)
+            await stream.aclose()
+
+        try:
+            while (item := self.run(step())) is not _END:
+                yield item
+        finally:
+            if self._is_open:
+                self.run(close())
+
+    async def _tracked(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker: coroutines run in tasks
+        self._tasks.add(task)
+        try:
+            return await coroutine
+        finally:
+            self._tasks.discard(task)
+
+    async def _end(self) -> None:
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in self._streams:
+            await stream.aclose()
+        await self._exits.aclose()
+
+
+class _LoopThread:
+    """The event loop of all blocking clients, in a thread that runs while somebody uses it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._user_count = 0
+
+    def acquire(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if not self._user_count:
+                self._loop = asyncio.new_event_loop()
+                self._loop.set_exception_handler(_report)
+                self._thread = threading.Thread(target=self._loop.run_forever, name="hocket-client", daemon=True)
+                self._thread.start()
+            self._user_count += 1
+            return self._loop
+
+    def release(self) -> None:
+        with self._lock:
+            self._user_count -= 1
+            if not self._user_count:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+
+
+_loop_thread: Final = _LoopThread()
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what asyncio reports, but not that another loop was faster.
+
+    All loops that use grpc are woken for an event of any of them, and those that find nothing complain
+    (https://github.com/grpc/grpc/issues/25364).
+    """
+    if not isinstance(context.get("exception"), BlockingIOError):
+        loop.default_exception_handler(context)
+
+
+def _closed() -> HocketError:
+    return HocketError(Reason.UNREACHABLE, "this client is closed: connect again")

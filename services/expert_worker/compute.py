@@ -1,0 +1,266 @@
+"""The arithmetic of every expert: parameters on a device, rows in, answers out.
+
+A kernel takes float32 `[n, F]` on its device and answers float32 `[n, C]`. Rows are independent: on a CPU a row has
+the same answer, bit for bit, whatever rows share its pass; on CUDA the float64 sums of linear kernels may add in another
+order, which moves an answer by at most one float32 step. Trees, votes and clusters are exact everywhere.
+
+Sources of the formulas: the `.apr` reference (`docs/packages.md`), whose float32 answers linear kernels meet within
+1e-6 * max(1, |bias| + sum |x_i w_i|) and the others exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_WORKSPACE_VALUES: Final = 2**20
+"""Intermediate values of one step: passes over more are done in parts."""
+
+_WIDE: Final = 2**15
+"""Width from which torch may split the sum of a single row between threads (its grain size)."""
+
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+
+
+class Kernel(Protocol):
+    """One expert, ready to run."""
+
+    @property
+    def work_per_row(self) -> int:
+        """Elementary operations that one row takes, roughly."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Answer rows: float32 `[n, F]`, contiguous on the kernel's device, to float32 `[n, C]`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """y = x . weights + bias: products in float32, their sum in float64.
+
+    Args:
+        weights: float32 `[F]`.
+        bias: The intercept.
+    """
+
+    weights: Tensor
+    bias: float
+
+    @property
+    def work_per_row(self) -> int:
+        """One product per feature."""
+        return len(self.weights)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 `[n, 1]`."""
+        return _row_sums(rows * self.weights).add_(self.bias).to(torch.float32).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Logistic:
+    """p = 1 / (1 + exp(-(x . weights + bias))), the sum and the sigmoid in float64.
+
+    Args:
+        weights: float32 `[F]`.
+        bias: The intercept.
+    """
+
+    weights: Tensor
+    bias: float
+
+    @property
+    def work_per_row(self) -> int:
+        """One product per feature."""
+        return len(self.weights)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 `[n, 2]`: 1 - p, p."""
+        margins = _row_sums(rows * self.weights).add_(self.bias)
+        # torch.sigmoid rounds differently at the end of its input than inside it; these three do not.
+        p = margins.neg_().exp_().add_(1).reciprocal_()
+        return torch.stack((1 - p, p), dim=1).to(torch.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trees:
+    """The nodes of all trees of a model in one table, so that one step moves every row in every tree.
+
+    A leaf is its own child on both sides.
+
+    Args:
+        roots: int32 `[T]`, the first node of each tree.
+        feature: int32 `[nodes]`, the column a node compares.
+        threshold: float32 `[nodes]`.
+        children: int32 `[2 * nodes]`, per node its right, then its left child.
+        depth: Steps that take every row to a leaf.
+    """
+
+    roots: Tensor
+    feature: Tensor
+    threshold: Tensor
+    children: Tensor
+    depth: int
+
+    @property
+    def work_per_row(self) -> int:
+        """One comparison per level of each tree."""
+        return len(self.roots) * (self.depth + 1)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows to take through the trees in one go."""
+        return max(1, _WORKSPACE_VALUES // len(self.roots))
+
+    def leaves(self, rows: Tensor) -> Tensor:
+        """The leaf each row reaches in each tree: int32 `[n, T]`, indices of nodes."""
+        count, width = rows.shape
+        values = rows.reshape(-1)
+        start = torch.arange(count, dtype=torch.int32, device=rows.device).mul_(width)
+        start = start.repeat_interleave(len(self.roots))
+        node = self.roots.repeat(count)
+        for _ in range(self.depth):
+            seen = values.index_select(0, self.feature.index_select(0, node).add_(start))
+            left = seen <= self.threshold.index_select(0, node)
+            node = self.children.index_select(0, node.mul_(2).add_(left))
+        return node.view(count, -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Votes:
+    """Each tree votes for a column: p(column) = votes / trees. A single tree answers one-hot.
+
+    Args:
+        trees: The voters.
+        column: int64 `[nodes]`, the column a leaf votes for.
+        columns: Output columns, C.
+    """
+
+    trees: Trees
+    column: Tensor
+    columns: int
+
+    @property
+    def work_per_row(self) -> int:
+        """That of the trees."""
+        return self.trees.work_per_row
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 `[n, C]`."""
+        voters = len(self.trees.roots)
+        votes = torch.zeros((len(rows), self.columns), dtype=torch.float32, device=rows.device)
+        one = torch.ones((1, 1), dtype=torch.float32, device=rows.device)
+        for part, counts in zip(rows.split(self.trees.rows_at_once), votes.split(self.trees.rows_at_once), strict=True):
+            chosen = self.column[self.trees.leaves(part)]
+            counts.scatter_add_(1, chosen, one.expand(chosen.shape))
+        return votes.div_(voters)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mean:
+    """The mean of the trees' values: a float32 running sum in file order, divided by their number.
+
+    Args:
+        trees: The trees.
+        value: float32 `[nodes]`, what a leaf answers.
+    """
+
+    trees: Trees
+    value: Tensor
+
+    @property
+    def work_per_row(self) -> int:
+        """That of the trees."""
+        return self.trees.work_per_row
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 `[n, 1]`."""
+        voters = len(self.trees.roots)
+        sums = [
+            _running_sum(self.value[self.trees.leaves(part)].cpu().numpy())
+            for part in rows.split(self.trees.rows_at_once)
+        ]
+        return torch.from_numpy(np.concatenate(sums) / np.float32(voters)).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nearest:
+    """One-hot of the nearest centroid, exactly as the reference finds it.
+
+    The reference adds (x - c)**2 in float32 from left to right and keeps the strictly smallest, lowest index first.
+    Here float64 distances decide wherever float32 rounding cannot change the outcome; only rows whose best centroids
+    are closer to each other than that go through the float32 arithmetic, in its order.
+
+    Args:
+        centroids: float64 `[K, F]`, float32 values.
+        squares: float64 `[K]`, the squared length of each.
+    """
+
+    centroids: Tensor
+    squares: Tensor
+
+    @property
+    def work_per_row(self) -> int:
+        """One product per feature and centroid."""
+        return self.centroids.numel()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 `[n, K]`."""
+        rows_at_once = max(1, _WORKSPACE_VALUES // len(self.centroids))
+        nearest = torch.cat([self._nearest(part) for part in rows.split(rows_at_once)])
+        answer = torch.zeros((len(rows), len(self.centroids)), dtype=torch.float32, device=rows.device)
+        return answer.scatter_(1, nearest.unsqueeze(1), 1.0)
+
+    def _nearest(self, rows: Tensor) -> Tensor:
+        """int64 `[n]`."""
+        width = rows.shape[1]
+        exact = rows.to(torch.float64)
+        lengths = (exact * exact).sum(-1, keepdim=True) + self.squares
+        distances = torch.addmm(lengths, exact, self.centroids.T, alpha=-2).clamp_(min=0)
+        # How far the reference's float32 sum may be from this float64 one. n float32 roundings are within n * 2**-24,
+        # relative to the distance, and terms below the smallest number within 2**-150 each; the expansion
+        # |x|**2 + |c|**2 - 2 x . c loses up to n * 2**-53 of the lengths. Every term twice over, for second orders.
+        slack = distances * ((width + 3) * 2.0**-23) + lengths * ((width + 4) * 2.0**-51) + width * 2.0**-148
+        least = (distances + slack).min(dim=1, keepdim=True).values
+        # Beyond float32 the reference's distance is infinite, and infinities tie.
+        possible = ((distances - slack) <= least) | (least >= _FLOAT32_MAX)
+        nearest = distances.argmin(dim=1)
+        open_rows = (possible.sum(dim=1) > 1).nonzero().squeeze(1)
+        if len(open_rows):
+            nearest[open_rows] = self._reference(rows[open_rows], possible[open_rows]).to(rows.device)
+        return nearest
+
+    def _reference(self, rows: Tensor, possible: Tensor) -> Tensor:
+        """The reference's choice among the possible centroids of each row: int64 `[n]`, on the host."""
+        row, centroid = possible.nonzero(as_tuple=True)
+        pairs_at_once = max(1, _WORKSPACE_VALUES // rows.shape[1])
+        distances = []
+        for some, others in zip(row.split(pairs_at_once), centroid.split(pairs_at_once), strict=True):
+            difference = rows[some] - self.centroids[others].to(torch.float32)
+            distances.append(_running_sum((difference * difference).cpu().numpy()))
+        row_of, centroid_of = row.cpu().numpy(), centroid.cpu().numpy()
+        order = np.lexsort((centroid_of, np.concatenate(distances), row_of))
+        _, first = np.unique(row_of[order], return_index=True)
+        return torch.from_numpy(centroid_of[order][first])
+
+
+def _row_sums(products: Tensor) -> Tensor:
+    """float64 `[n]`: the sum of each row of float32 `[n, F]`, in an order that only F decides (on a CPU)."""
+    if products.shape[1] >= _WIDE and len(products) == 1:
+        # torch shares out several sums between threads, but cuts a single one in pieces.
+        return products.repeat(2, 1).sum(-1, dtype=torch.float64)[:1]
+    return products.sum(-1, dtype=torch.float64)
+
+
+def _running_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 `[n]`: each row of `[n, F]` added from left to right in float32, as the reference does.
+
+    `accumulate` is the one sum of numpy and torch that promises this order.
+    """
+    with np.errstate(over="ignore"):
+        return np.add.accumulate(values, axis=1, dtype=np.float32)[:, -1]

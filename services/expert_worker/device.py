@@ -1,0 +1,82 @@
+"""Where experts live and compute: a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from hocket.errors import HocketError, Reason
+
+_CUDA_SHARE: Final = 0.8
+"""Of the memory that is free at start; the rest is for passes in progress and for fragmentation."""
+_HOST_SHARE: Final = 0.5
+"""Of the memory that is available at start; the rest is for packages being read, and for the other programs."""
+_UNKNOWN_HOST_BYTES: Final = 2 * 2**30
+_KIB: Final = 1024
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device that a setting names.
+
+    Args:
+        setting: `auto`, `cpu` or `cuda:<number>`.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if this machine has no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device(setting)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"device {setting} is not here ({count} CUDA devices found): "
+            "set worker.device to cpu, or check the driver and the container's GPU access",
+        )
+    return device
+
+
+def budget_bytes(device: torch.device) -> int:
+    """A sensible budget for experts on a device that nobody else is filling."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _CUDA_SHARE)
+    return int(available_host_bytes() * _HOST_SHARE)
+
+
+def available_host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory this process may still take: what the machine has available, within its container's limit.
+
+    Args:
+        proc: Where Linux says what the machine has.
+        cgroup: Where it says what the container may take (version 2; version 1 is not consulted).
+    """
+    found = [_available_bytes(proc / "meminfo"), _cgroup_bytes(cgroup)]
+    return min((value for value in found if value is not None), default=_UNKNOWN_HOST_BYTES)
+
+
+def compute_threads(setting: int) -> int:
+    """Threads of one pass: the setting, or half of the cores this process may use."""
+    return setting or max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _available_bytes(meminfo: Path) -> int | None:
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * _KIB
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _cgroup_bytes(cgroup: Path) -> int | None:
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        return None if limit == "max" else max(0, int(limit) - int((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,211 @@
+"""A verified model becomes tensors, first in host memory, then on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hocket.errors import HocketError, Reason
+from hocket.packages import model as m
+from hocket.rpc.convert import VALUES_MAX
+from services.expert_worker.compute import Kernel, Linear, Logistic, Mean, Nearest, Trees, Votes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from hocket.packages import Package
+
+_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expert:
+    """One expert on a device, and the inputs it takes.
+
+    Args:
+        kernel: Its arithmetic.
+        width: Columns of its input.
+        wider: Whether more columns than that are fine: the package does not say how many there are, only which are
+            read.
+        columns: Columns of its answer.
+    """
+
+    kernel: Kernel
+    width: int
+    wider: bool
+    columns: int
+
+    def check(self, rows: NDArray[np.float32]) -> None:
+        """Return if these rows can be answered.
+
+        Raises:
+            HocketError: `BAD_TENSOR` for another width, or rows whose answer would be too large for a message.
+        """
+        count, width = rows.shape
+        if width != self.width and not (self.wider and width > self.width):
+            least = "at least " if self.wider else ""
+            raise HocketError(
+                Reason.BAD_TENSOR,
+                f"input has {width} columns, this expert takes {least}{self.width}",
+                field="input.shape",
+            )
+        if count * self.columns > VALUES_MAX:
+            raise HocketError(
+                Reason.BAD_TENSOR,
+                f"{count} rows of {self.columns} columns each are too large an answer: "
+                f"send at most {VALUES_MAX // self.columns} rows at once",
+                field="input.shape",
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """The experts of a package in host memory, ready to move.
+
+    Args:
+        tensors: Every parameter; nothing else takes device memory.
+        assemble: From the same tensors, moved: the experts by ordinal.
+    """
+
+    tensors: tuple[Tensor, ...]
+    assemble: Callable[[Sequence[Tensor]], tuple[Expert, ...]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes the experts will take on the device."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def prepare(package: Package) -> Prepared:
+    """Lay out a package's experts for computing. The result shares no memory with the package.
+
+    Raises:
+        HocketError: `NOT_SERVABLE` if the package says that it cannot answer.
+    """
+    facts, model = package.facts, package.model
+    if facts.not_servable is not None:
+        raise HocketError(Reason.NOT_SERVABLE, f"{facts.digest} cannot serve: {facts.not_servable}")
+    tensors, kernels = _lay_out(model, facts.output_columns)
+    wider = facts.n_features is None
+    width = facts.n_features_min if facts.n_features is None else facts.n_features
+
+    def assemble(moved: Sequence[Tensor]) -> tuple[Expert, ...]:
+        return tuple(Expert(kernel, width, wider, facts.output_columns) for kernel in kernels(moved))
+
+    return Prepared(tensors, assemble)
+
+
+def place(prepared: Prepared, device: torch.device) -> tuple[Expert, ...]:
+    """Move prepared experts to a device; returns when they are there.
+
+    Raises:
+        HocketError: `DEVICE_MEMORY` if the device has less memory left than the budget says.
+    """
+    if device.type == "cpu":
+        return prepared.assemble(prepared.tensors)
+    try:
+        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in prepared.tensors]
+        torch.cuda.current_stream(device).synchronize()
+    except torch.OutOfMemoryError as error:
+        raise HocketError(
+            Reason.DEVICE_MEMORY,
+            f"{device} has no room for {prepared.size_bytes} bytes although the budget has: "
+            "set worker.budget_bytes lower, or see what else runs there",
+            retry_after_seconds=_RETRY_SECONDS,
+        ) from error
+    return prepared.assemble(moved)
+
+
+_LaidOut = tuple["tuple[Tensor, ...]", "Callable[[Sequence[Tensor]], tuple[Kernel, ...]]"]
+
+
+def _lay_out(model: m.Model, columns: int) -> _LaidOut:
+    match model:
+        case m.MixtureOfExperts(experts=experts):
+            return _linear(experts)
+        case m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
+            return _linear((model,))
+        case m.LogisticRegression(coefficients=coefficients, intercept=bias):
+            assert coefficients is not None  # noqa: S101 - servable
+            return (_tensor(coefficients),), lambda moved: (Logistic(moved[0], bias),)
+        case m.KMeans(centroids=centroids):
+            assert centroids is not None  # noqa: S101 - servable
+            exact = centroids.astype(np.float64)
+            return (_tensor(exact), _tensor((exact * exact).sum(axis=1))), lambda moved: (Nearest(*moved),)
+        case m.DecisionTreeClassifier() | m.RandomForestClassifier():
+            table = _Table.of(_members(model))
+            column = _tensor(np.concatenate([tree.value for tree in table.trees]))
+            return (*table.tensors, column), lambda moved: (Votes(table.on(moved), moved[4], columns),)
+        case m.DecisionTreeRegressor() | m.RandomForestRegressor():
+            table = _Table.of(_members(model))
+            value = _tensor(np.concatenate([tree.value for tree in table.trees]))
+            return (*table.tensors, value), lambda moved: (Mean(table.on(moved), moved[4]),)
+
+
+def _linear(experts: Sequence[m.LinearModel]) -> _LaidOut:
+    weights = np.stack([expert.coefficients for expert in experts if expert.coefficients is not None])
+    biases = [expert.intercept for expert in experts]
+
+    def kernels(moved: Sequence[Tensor]) -> tuple[Kernel, ...]:
+        return tuple(Linear(row, bias) for row, bias in zip(moved[0].unbind(0), biases, strict=True))
+
+    return (_tensor(weights),), kernels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """The nodes of all trees, one after the other."""
+
+    trees: Sequence[m.Tree]
+    tensors: tuple[Tensor, ...]
+    depth: int
+
+    @classmethod
+    def of(cls, trees: Sequence[m.Tree]) -> _Table:
+        sizes = np.array([len(tree.feature) for tree in trees])
+        roots = np.cumsum(sizes) - sizes
+        first = np.repeat(roots, sizes)
+        itself = np.arange(sizes.sum())
+        feature = np.concatenate([tree.feature for tree in trees])
+        is_leaf = feature < 0
+        left = np.where(is_leaf, itself, np.concatenate([tree.left for tree in trees]) + first)
+        right = np.where(is_leaf, itself, np.concatenate([tree.right for tree in trees]) + first)
+        tensors = (
+            _tensor(roots.astype(np.int32)),
+            _tensor(np.where(is_leaf, 0, feature).astype(np.int32)),
+            _tensor(np.concatenate([tree.threshold for tree in trees])),
+            _tensor(np.stack((right, left), axis=1).reshape(-1).astype(np.int32)),
+        )
+        return cls(trees, tensors, _depth(roots, is_leaf, left, right))
+
+    def on(self, moved: Sequence[Tensor]) -> Trees:
+        roots, feature, threshold, children, *_ = moved
+        return Trees(roots, feature, threshold, children, self.depth)
+
+
+def _depth(
+    roots: NDArray[np.int64], is_leaf: NDArray[np.bool_], left: NDArray[np.int64], right: NDArray[np.int64]
+) -> int:
+    """Splits on the way to the deepest leaf, level by level."""
+    level, depth = roots[~is_leaf[roots]], 0
+    while len(level):
+        depth += 1
+        level = np.concatenate((left[level], right[level]))
+        level = level[~is_leaf[level]]
+    return depth
+
+
+def _members(model: m.TreeModel) -> list[m.Tree]:
+    members = model.trees if isinstance(model, m.RandomForestClassifier | m.RandomForestRegressor) else (model,)
+    return [member.tree for member in members if member.tree is not None]
+
+
+def _tensor(array: NDArray[np.float32] | NDArray[np.float64] | NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+    """A tensor of its own memory: arrays of a package are read-only views that would keep the whole file."""
+    return torch.from_numpy(array.copy())

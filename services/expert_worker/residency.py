@@ -1,0 +1,379 @@
+"""What is in memory, under a budget of bytes.
+
+Everything here runs in the event loop, so no lock guards a state. A package is absent, loading (once, however many ask)
+or resident; while requests run on it, it is counted as in use and stays. Room is made by dropping what was used
+longest ago and is not in use; when that is not enough, loads wait, first come first served, until something ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from hocket.errors import HocketError, Reason, Situation
+from hocket.telemetry import metrics
+from hocket.v1.expert_worker_pb2 import (
+    LOAD_STATE_FETCHING,
+    LOAD_STATE_PLACING,
+    LOAD_STATE_READY,
+    LoadExpertResponse,
+    LoadState,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from hocket.packages import Proof
+    from services.expert_worker.authority import Authority, Credentials, Standing
+    from services.expert_worker.loader import Expert, Prepared
+    from services.expert_worker.supply import Report, Supplied
+
+_log: Final = structlog.get_logger("worker")
+_OPENED_AT_ONCE: Final = 4
+"""Packages that may lie decoded in host memory on their way to the device."""
+_REFUSAL_SECONDS: Final = 5.0
+"""How long a refusal is repeated without looking at the package again, unless trust changes."""
+_REFUSALS_MAX: Final = 1024
+_RETRY_SECONDS: Final = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class ResidentPackage:
+    """A package in memory.
+
+    Args:
+        digest: Which.
+        experts: By ordinal.
+        size_bytes: What it takes.
+        credentials: For judging it again.
+        proofs: What vouches for it now.
+        in_use_count: Requests that run on it or are about to.
+        last_use_time: In seconds since the epoch.
+        detached: Whether it leaves memory when nothing runs on it any more.
+    """
+
+    digest: str
+    experts: tuple[Expert, ...]
+    size_bytes: int
+    credentials: Credentials
+    proofs: tuple[Proof, ...]
+    in_use_count: int = 0
+    last_use_time: float = field(default_factory=time.time)
+    detached: bool = False
+
+    @property
+    def unsigned_by_policy(self) -> bool:
+        """Whether nothing but the operator's policy admits it."""
+        return all(proof.kind == "policy" for proof in self.proofs)
+
+
+@dataclass(slots=True, eq=False)
+class _Loading:
+    """A package on its way, the requests that wait for it, and how far it has come."""
+
+    progress: LoadExpertResponse
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting_count: int = 0
+    package: ResidentPackage | None = None
+    task: asyncio.Task[ResidentPackage] | None = None
+
+    def report(self, state: LoadState.ValueType, done_bytes: int, total_bytes: int) -> None:
+        self.progress = LoadExpertResponse(state=state, done_bytes=done_bytes, total_bytes=total_bytes)
+        self.wake()
+
+    def wake(self) -> None:
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+
+class Residency:
+    """The packages of one device.
+
+    Args:
+        budget_bytes: What they may take together.
+        loading_max: Packages that may be on their way at once.
+        placing_seconds: How long a load waits for room.
+        authority: What counts.
+        bring: A verified package in host memory, by digest.
+        place: Its experts on the device.
+        on_change: Called when a package has come or gone.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        loading_max: int,
+        placing_seconds: float,
+        authority: Authority,
+        bring: Callable[[str, Standing, Report], Awaitable[Supplied]],
+        place: Callable[[Prepared], Awaitable[tuple[Expert, ...]]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._loading_max = loading_max
+        self._placing_seconds = placing_seconds
+        self._authority = authority
+        self._bring = bring
+        self._place = place
+        self._on_change = on_change
+        self._residents: OrderedDict[str, ResidentPackage] = OrderedDict()  # least recently used first
+        self._loadings: dict[str, _Loading] = {}
+        self._refusals: dict[str, tuple[HocketError, Standing, float]] = {}
+        self._opening = asyncio.Semaphore(_OPENED_AT_ONCE)
+        self._turn = asyncio.Lock()  # asyncio's locks are fair
+        self._freed = asyncio.Event()
+
+    @property
+    def packages(self) -> list[ResidentPackage]:
+        """What is resident, most recently used first."""
+        return list(reversed(self._residents.values()))
+
+    def get(self, digest: str) -> ResidentPackage | None:
+        """A resident package, now in use by the caller until `release`; None if it is not resident."""
+        package = self._residents.get(digest)
+        if package is not None:
+            package.in_use_count += 1
+            package.last_use_time = time.time()
+            self._residents.move_to_end(digest)
+        return package
+
+    def release(self, package: ResidentPackage) -> None:
+        """End one use."""
+        package.in_use_count -= 1
+        if not package.in_use_count:
+            if package.detached:
+                self._free(package.size_bytes)
+            self._freed.set()
+
+    async def acquire(self, digest: str, seconds: float) -> ResidentPackage:
+        """A package, now in use by the caller until `release`; loaded first if need be.
+
+        Giving up waiting does not stop the load.
+
+        Args:
+            digest: Which.
+            seconds: How long to wait.
+
+        Raises:
+            HocketError: `EXPERT_LOADING` if that was too short; why it cannot be loaded, otherwise.
+        """
+        if (package := self.get(digest)) is not None:
+            return package
+        loading, task = self._begin(digest)
+        loading.waiting_count += 1
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(task)
+        except BaseException as error:
+            if loading.package is None:
+                loading.waiting_count -= 1
+            else:
+                self.release(loading.package)
+            if isinstance(error, TimeoutError):
+                raise _still_loading(digest) from None
+            raise
+
+    async def load(self, digest: str) -> AsyncGenerator[LoadExpertResponse, None]:
+        """Load a package ahead of use, and say how far it is; the last item says READY.
+
+        Leaving early does not stop the load.
+
+        Raises:
+            HocketError: Why it cannot be loaded.
+        """
+        package = self._residents.get(digest)
+        if package is None:
+            loading, task = self._begin(digest)
+            while not task.done():
+                changed = loading.changed
+                yield loading.progress
+                await changed.wait()
+            package = task.result()
+        yield LoadExpertResponse(state=LOAD_STATE_READY, done_bytes=package.size_bytes, total_bytes=package.size_bytes)
+
+    def drop(self, digest: str) -> int | None:
+        """Let a package leave memory, at once or with its last running request.
+
+        Returns:
+            Requests still running on it; None if it is not resident.
+        """
+        package = self._residents.pop(digest, None)
+        if package is None:
+            return None
+        package.detached = True
+        if not package.in_use_count:
+            self._free(package.size_bytes)
+        self._on_change()
+        return package.in_use_count
+
+    async def judge_again(self) -> None:
+        """Hold everything resident against what counts now; what nobody vouches for leaves memory.
+
+        Packages on their way are held against it when they arrive.
+        """
+        standing = None
+        while standing is not self._authority.standing:
+            standing = self._authority.standing
+            packages = self.packages
+            verdicts = await asyncio.to_thread(_judge, standing, packages)
+            for package, verdict in zip(packages, verdicts, strict=True):
+                if not isinstance(verdict, HocketError):
+                    package.proofs = verdict
+                elif self._residents.get(package.digest) is package:
+                    in_use_count = self.drop(package.digest)
+                    _log.warning(
+                        "expert withdrawn", digest=package.digest, reason=verdict.reason, in_use_count=in_use_count
+                    )
+
+    def forget_refusal(self, digest: str) -> None:
+        """Look at a package again when it is next asked for: there may be a new release of it."""
+        self._refusals.pop(digest, None)
+
+    async def stop(self) -> None:
+        """End what is on its way."""
+        tasks = [loading.task for loading in self._loadings.values() if loading.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, digest: str) -> tuple[_Loading, asyncio.Task[ResidentPackage]]:
+        """The load of a package, joined or begun."""
+        loading = self._loadings.get(digest)
+        if loading is not None and loading.task is not None:
+            return loading, loading.task
+        self._repeat_refusal(digest)
+        if len(self._loadings) >= self._loading_max:
+            raise HocketError(
+                Reason.QUEUE_FULL,
+                f"{self._loading_max} packages are being loaded already",
+                retry_after_seconds=_RETRY_SECONDS,
+            )
+        loading = self._loadings[digest] = _Loading(LoadExpertResponse(state=LOAD_STATE_FETCHING))
+        loading.task = asyncio.create_task(self._run(digest, loading))
+        loading.task.add_done_callback(_seen)
+        return loading, loading.task
+
+    async def _run(self, digest: str, loading: _Loading) -> ResidentPackage:
+        standing = self._authority.standing
+        begin = time.perf_counter()
+        outcome = "CANCELLED"
+        try:
+            async with self._opening:
+                package = await self._load(digest, loading, standing)
+            outcome = "OK"
+            _log.info(
+                "expert loaded",
+                digest=digest,
+                size_bytes=package.size_bytes,
+                seconds=round(time.perf_counter() - begin, 4),
+            )
+            return package
+        except HocketError as error:
+            outcome = error.reason
+            self._remember_refusal(digest, error, standing)
+            raise
+        except Exception:
+            outcome = Reason.INTERNAL
+            raise
+        finally:
+            metrics.EXPERT_LOADS.labels(outcome).inc()
+            del self._loadings[digest]
+            loading.wake()
+
+    async def _load(self, digest: str, loading: _Loading, standing: Standing) -> ResidentPackage:
+        supplied = await self._bring(digest, standing, loading.report)
+        size_bytes, proofs = supplied.prepared.size_bytes, supplied.proofs
+        loading.report(LOAD_STATE_PLACING, 0, size_bytes)
+        await self._reserve(digest, size_bytes)
+        try:
+            experts = await self._place(supplied.prepared)
+            while standing is not self._authority.standing:  # trust has changed meanwhile
+                standing = self._authority.standing
+                proofs = await asyncio.to_thread(standing.judge, supplied.credentials)
+        except BaseException:
+            self._free(size_bytes)
+            raise
+        package = ResidentPackage(digest, experts, size_bytes, supplied.credentials, proofs, loading.waiting_count)
+        loading.package = self._residents[digest] = package
+        self._on_change()
+        return package
+
+    async def _reserve(self, digest: str, size_bytes: int) -> None:
+        if size_bytes > self.budget_bytes:
+            raise HocketError(
+                Reason.DEVICE_MEMORY,
+                f"{digest} takes {size_bytes} bytes, the whole budget is {self.budget_bytes}: raise worker.budget_bytes "
+                "or use a device with more memory",
+                digest=digest,
+            )
+        try:
+            async with asyncio.timeout(self._placing_seconds), self._turn:
+                while not self._make_room(size_bytes):
+                    self._freed.clear()
+                    await self._freed.wait()
+        except TimeoutError:
+            raise _still_loading(digest) from None
+        self.used_bytes += size_bytes
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Drop what is idle, the least recently used first, if that makes enough room; else drop nothing."""
+        missing = self.used_bytes + size_bytes - self.budget_bytes
+        idle = [package for package in self._residents.values() if not package.in_use_count]
+        if sum(package.size_bytes for package in idle) < missing:
+            return False
+        for package in idle:
+            if missing <= 0:
+                break
+            self.drop(package.digest)
+            missing -= package.size_bytes
+            metrics.EXPERT_EVICTIONS.inc()
+        return True
+
+    def _free(self, size_bytes: int) -> None:
+        self.used_bytes -= size_bytes
+        self._freed.set()
+
+    def _remember_refusal(self, digest: str, error: HocketError, standing: Standing) -> None:
+        lasting = error.situation in {Situation.REFUSED, Situation.MALFORMED}
+        if lasting or (error.reason is Reason.DEVICE_MEMORY and error.retry_after_seconds is None):
+            if len(self._refusals) >= _REFUSALS_MAX:
+                self._refusals.clear()
+            self._refusals[digest] = error, standing, time.monotonic() + _REFUSAL_SECONDS
+
+    def _repeat_refusal(self, digest: str) -> None:
+        if (remembered := self._refusals.get(digest)) is not None:
+            error, standing, until = remembered
+            if standing is self._authority.standing and time.monotonic() < until:
+                raise error.with_traceback(None)
+            del self._refusals[digest]
+
+
+def _judge(standing: Standing, packages: list[ResidentPackage]) -> list[tuple[Proof, ...] | HocketError]:
+    verdicts: list[tuple[Proof, ...] | HocketError] = []
+    for package in packages:
+        try:
+            verdicts.append(standing.judge(package.credentials))
+        except HocketError as error:
+            verdicts.append(error)
+    return verdicts
+
+
+def _still_loading(digest: str) -> HocketError:
+    return HocketError(
+        Reason.EXPERT_LOADING,
+        f"{digest} is being loaded, or waits for memory: try again, with a longer deadline",
+        retry_after_seconds=_RETRY_SECONDS,
+        digest=digest,
+    )
+
+
+def _seen(task: asyncio.Task[ResidentPackage]) -> None:
+    """Nobody has to wait for a load: its failure is in the metrics, and in the answer to whoever does."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,68 @@
+"""What an operator may choose about an expert worker."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hocket.identity import is_digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_DEVICE: Final = re.compile(r"auto|cpu|cuda:[0-9]{1,3}")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """Table `[worker]`.
+
+    Args:
+        data_dir: Where it keeps its cache of packages (`cache/`) and what was withdrawn (`revocations.json`).
+        trust_dir: The trust folder it decides by, `<publisher>.toml` each.
+        host: Interface to listen on.
+        port: Port to listen on; metrics are on port + 1000.
+        name: How it calls itself, unique in its registry; empty for its address.
+        registry: Address of the registry it announces itself to and pulls packages from.
+        device: Where it computes: `cpu`, `cuda:0`, or `auto` for the first CUDA device if there is one.
+        budget_bytes: Memory for experts on that device; 0 for a share of what is free at start.
+        compute_threads: Threads of one pass on a CPU; 0 for half of the cores.
+        allow_unsigned: Admit packages that nobody trusted has signed. Logged at start, counted per use.
+        preload: Digests of packages to load at start.
+        queue_max: Requests waiting for the device; the next one is refused as `QUEUE_FULL`.
+        loading_max: Packages being loaded; the next one is refused as `QUEUE_FULL`.
+        in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
+        default_deadline_seconds: Deadline of a call that brings none.
+        drain_grace_seconds: Time for running calls to end at shutdown.
+    """
+
+    data_dir: Path
+    trust_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 50054
+    name: str = ""
+    registry: str = "127.0.0.1:50052"
+    device: str = "auto"
+    budget_bytes: int = 0
+    compute_threads: int = 0
+    allow_unsigned: bool = False
+    preload: tuple[str, ...] = ()
+    queue_max: int = 512
+    loading_max: int = 64
+    in_flight_max: int = 1024
+    default_deadline_seconds: float = 30.0
+    drain_grace_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if _DEVICE.fullmatch(self.device) is None:
+            raise ValueError(f"device must be auto, cpu or cuda:<number>, not {self.device!r}")
+        if self.budget_bytes < 0 or self.compute_threads < 0:
+            raise ValueError("budget_bytes and compute_threads must be 0 (choose for me) or more")
+        if min(self.queue_max, self.loading_max, self.in_flight_max) < 1:
+            raise ValueError("queue_max, loading_max and in_flight_max must be at least 1")
+        if self.default_deadline_seconds <= 0:
+            raise ValueError("default_deadline_seconds must be above 0")
+        for digest in self.preload:
+            if not is_digest(digest):
+                raise ValueError(f"preload names packages by sha256:<64 hex digits>, not {digest!r}")

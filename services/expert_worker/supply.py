@@ -1,0 +1,126 @@
+"""From a digest to experts ready to move: the cache, else the registry, and always this worker's own judgement."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+
+from hocket.errors import HocketError, Reason, Situation
+from hocket.packages import DEFAULT_LIMITS
+from hocket.v1 import expert_worker_pb2
+from services.expert_worker.loader import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    from hocket.client.registry import RegistryClient
+    from hocket.packages import Package, Proof
+    from services.expert_worker.authority import Credentials, Standing
+    from services.expert_worker.cache import PackageCache
+    from services.expert_worker.loader import Prepared
+
+T = TypeVar("T")
+Report: TypeAlias = "Callable[[expert_worker_pb2.LoadState.ValueType, int, int], None]"
+"""Told what a load is doing, the bytes done in that state, and all of them (0 if unknown)."""
+
+_FETCHING: Final = expert_worker_pb2.LOAD_STATE_FETCHING
+_VERIFYING: Final = expert_worker_pb2.LOAD_STATE_VERIFYING
+_NO_ANSWER: Final = frozenset({Situation.UNAVAILABLE, Situation.TIMED_OUT, Situation.OVERLOADED, Situation.BUG})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Supplied:
+    """A verified package in host memory.
+
+    Args:
+        prepared: Its experts.
+        credentials: For judging it again.
+        proofs: What vouches for it.
+    """
+
+    prepared: Prepared
+    credentials: Credentials
+    proofs: tuple[Proof, ...]
+
+
+class Supply:
+    """Brings packages.
+
+    Args:
+        cache: Packages on disk.
+        registry: This worker's own registry.
+        executor: Where bytes are hashed, verified and decoded.
+    """
+
+    def __init__(self, cache: PackageCache, registry: RegistryClient, executor: Executor) -> None:
+        self._cache = cache
+        self._registry = registry
+        self._executor = executor
+
+    async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
+        """A package, verified by what counts in `standing`.
+
+        Releases in the cache may have lost their worth while the registry has newer ones, so a cached package that
+        nobody vouches for is asked for again.
+
+        Raises:
+            HocketError: `YANKED`; `UNREACHABLE` if the registry is needed and does not answer; `UNKNOWN_PACKAGE` and
+                `BLOB_CORRUPT` from there; the refusals of `hocket.packages.open_package`; `NOT_SERVABLE`.
+        """
+        standing.check(digest)
+        cached = await self._in_thread(self._cache.read, digest)
+        refusal: HocketError | None = None
+        if cached is not None:
+            try:
+                return await self._open(digest, standing, cached.data, cached.releases, report)
+            except HocketError as error:
+                if error.reason is Reason.DIGEST_MISMATCH:
+                    await self._in_thread(self._cache.drop, digest)
+                elif error.situation is Situation.REFUSED or error.reason is Reason.BAD_RELEASE:
+                    refusal = error
+                else:
+                    raise
+        try:
+            data, releases = await self._fetch(digest, report)
+        except HocketError:
+            if refusal is not None:
+                raise refusal from None
+            raise
+        supplied = await self._open(digest, standing, data, releases, report)
+        await self._in_thread(self._cache.write, digest, data, releases)
+        return supplied
+
+    async def _fetch(self, digest: str, report: Report) -> tuple[bytes, tuple[bytes, ...]]:
+        report(_FETCHING, 0, 0)
+        try:
+            header, data = await self._registry.download(
+                digest,
+                size_bytes_max=DEFAULT_LIMITS.package_bytes,
+                on_progress=lambda done, total: report(_FETCHING, done, total),
+            )
+        except HocketError as error:
+            if error.situation in _NO_ANSWER:
+                raise HocketError(
+                    Reason.UNREACHABLE,
+                    f"{digest} is not here and the registry does not answer: try again, or another worker",
+                    digest=digest,
+                ) from error
+            raise
+        return data, tuple(header.releases)
+
+    async def _open(
+        self, digest: str, standing: Standing, data: bytes, releases: tuple[bytes, ...], report: Report
+    ) -> Supplied:
+        def open_and_prepare() -> tuple[Package, Credentials, Prepared]:
+            package, credentials = standing.open(digest, data, releases)
+            return package, credentials, prepare(package)
+
+        report(_VERIFYING, 0, len(data))
+        package, credentials, prepared = await self._in_thread(open_and_prepare)
+        report(_VERIFYING, len(data), len(data))
+        return Supplied(prepared, credentials, package.provenance.proofs)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)

@@ -1,0 +1,1 @@
+"""Keeps packages and mixtures, decides what is admitted, and tells everyone what has changed."""

@@ -1,0 +1,216 @@
+"""Bytes on disk, named by their SHA-256: `blobs/sha256/ab/ab34...`.
+
+A blob comes in as a draft in `blobs/incoming`, which is the same file system: written and hashed at once, synced, and
+then renamed to its digest, and the folder synced. What has its name is whole and outlasts a power failure. A blob
+without a row in the store is harmless: the same bytes, published again, take its place.
+
+A sync that fails is a `StorageError`. The kernel may have dropped the pages by then, so that trying again would succeed
+and prove nothing: the process has to stop, and start from what the disk holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from hocket.client.calls import CHUNK_BYTES
+from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FOLDER_MODE: Final = 0o700
+
+
+class StorageError(Exception):
+    """The disk did not confirm a change. What it holds is known only after a restart."""
+
+
+class Blobs:
+    """A folder of blobs, used by one process.
+
+    Args:
+        folder: `blobs`; made if need be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._named = folder / "sha256"
+        self._incoming = folder / "incoming"
+
+    def open(self) -> None:
+        """Make the folders, and remove the drafts of a process that died.
+
+        Raises:
+            StorageError: The folders cannot be made.
+        """
+        with _disk():
+            for folder in (self._named, self._incoming):
+                folder.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+            for draft in self._incoming.iterdir():
+                draft.unlink()
+            for folder in (self._incoming, self._named, self._named.parent, self._named.parent.parent):
+                _sync_folder(folder)
+
+    def create(self) -> Draft:
+        """A new draft, empty.
+
+        Raises:
+            HocketError: `CAPACITY` if the disk is full.
+            StorageError: The disk fails.
+        """
+        return Draft(self, self._incoming / uuid.uuid4().hex)
+
+    def reader(self, digest: str, size_bytes: int, offset: int = 0) -> Reader:
+        """The bytes of a blob from an offset, checked on the way.
+
+        Args:
+            digest: `sha256:<64 hex>`.
+            size_bytes: How many bytes it has.
+            offset: First byte wanted; those before it are read to be hashed.
+
+        Raises:
+            HocketError: `BLOB_CORRUPT` if the blob is not there or has another size.
+        """
+        return Reader(self.path(digest), digest, size_bytes, offset)
+
+    def remove(self, digest: str) -> None:
+        """Remove a blob; the store must have forgotten it before. Nothing happens if it is not there."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where a blob lies, or would."""
+        name = digest.removeprefix("sha256:")
+        return self._named / name[:2] / name
+
+
+class Draft:
+    """A blob on its way in. Ends in `commit` or `discard`."""
+
+    def __init__(self, blobs: Blobs, path: Path) -> None:
+        self._blobs = blobs
+        self._path = path
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+        with _disk():
+            self._file = path.open("xb", buffering=0)
+
+    def write(self, chunk: bytes) -> None:
+        """Append bytes.
+
+        Raises:
+            HocketError: `CAPACITY` if the disk is full.
+            StorageError: The disk fails.
+        """
+        with _disk():
+            view = memoryview(chunk)
+            while view:
+                view = view[self._file.write(view) :]
+        self._hash.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def finish(self) -> str:
+        """Bring all bytes to the disk, and return their digest.
+
+        Raises:
+            StorageError: The disk did not confirm.
+        """
+        with _disk():
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def read(self) -> bytes:
+        """All bytes, as they are on disk.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with _disk():
+            return self._path.read_bytes()
+
+    def commit(self) -> None:
+        """Give the blob its name, in place of one that is there: that heals a damaged one.
+
+        Raises:
+            StorageError: The disk did not confirm.
+        """
+        path = self._blobs.path(f"sha256:{self._hash.hexdigest()}")
+        with _disk():
+            if not path.parent.is_dir():
+                path.parent.mkdir(mode=_FOLDER_MODE)
+                _sync_folder(path.parent.parent)
+            self._path.replace(path)
+            _sync_folder(path.parent)
+
+    def discard(self) -> None:
+        """Forget the draft; nothing happens after `commit`."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class Reader:
+    """The bytes of one blob, in chunks."""
+
+    def __init__(self, path: Path, digest: str, size_bytes: int, offset: int) -> None:
+        self._digest = digest
+        self._hash = hashlib.sha256()
+        self._left_to_skip = offset
+        try:
+            self._file = path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise self._corrupt() from None
+        if os.fstat(self._file.fileno()).st_size != size_bytes:
+            self.close()
+            raise self._corrupt()
+
+    def read(self) -> bytes:
+        """The next chunk; empty at the end, when all bytes have been found to be right.
+
+        Raises:
+            HocketError: `BLOB_CORRUPT` at the end if the bytes are not those of the digest.
+        """
+        while chunk := self._file.read(CHUNK_BYTES):
+            self._hash.update(chunk)
+            skipped = min(self._left_to_skip, len(chunk))
+            self._left_to_skip -= skipped
+            if skipped < len(chunk):
+                return chunk[skipped:]
+        if f"sha256:{self._hash.hexdigest()}" != self._digest:
+            raise self._corrupt()
+        return b""
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def _corrupt(self) -> HocketError:
+        return HocketError(
+            Reason.BLOB_CORRUPT,
+            f"the stored bytes of {self._digest} are damaged: publish the same bytes again",
+            digest=self._digest,
+        )
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A full disk is a refusal, everything else that goes wrong with it is the end."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise HocketError(Reason.CAPACITY, "the registry's disk is full: make room, then try again") from error
+        raise StorageError(str(error)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

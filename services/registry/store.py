@@ -1,0 +1,592 @@
+"""Rows that outlive a restart: SQLite, written by one connection on one thread.
+
+The database is in WAL mode with full synchronisation: a commit that returned outlasts a power failure. It is locked
+exclusively, so that a second registry on the same folder does not start. Every durable change of a package, a mixture
+or a revocation takes the next number of one sequence, the revision, so that the newest state of everything, ordered by
+revision, is the history that the feed tells.
+
+Rows in, rows out: nothing here decides anything. States are spelled as in `services.registry.admission.State`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sql
+from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.pool import StaticPool
+
+from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from hocket.identity import ReleaseName
+
+SCHEMA_VERSION: Final = 1
+_LOCK_TIMEOUT_SECONDS: Final = 1.0
+_IN_ONE_QUERY: Final = 500
+"""Values in one `IN (...)`: SQLite allows 999 in old builds."""
+
+_tables: Final = sql.MetaData()
+
+_revisions: Final = sql.Table("revisions", _tables, sql.Column("newest", sql.BigInteger, nullable=False))
+
+_packages: Final = sql.Table(
+    "packages",
+    _tables,
+    sql.Column("digest", sql.String, primary_key=True),
+    sql.Column("size_bytes", sql.BigInteger, nullable=False),
+    sql.Column("format", sql.String, nullable=False),
+    sql.Column("facts", sql.LargeBinary, nullable=False),
+    sql.Column("metadata", sql.LargeBinary, nullable=False),
+    sql.Column("least_features", sql.Integer, nullable=False),
+    sql.Column("embedded_key_id", sql.String, index=True),
+    sql.Column("embedded_trusted", sql.Boolean, nullable=False),
+    sql.Column("state", sql.String, nullable=False),
+    sql.Column("by_policy", sql.Boolean, nullable=False),
+    sql.Column("yank_explanation", sql.String, nullable=False),
+    sql.Column("publish_time_us", sql.BigInteger, nullable=False),
+    sql.Column("revision", sql.BigInteger, nullable=False, unique=True),
+)
+
+_releases: Final = sql.Table(
+    "releases",
+    _tables,
+    sql.Column("publisher", sql.String, primary_key=True),
+    sql.Column("name", sql.String, primary_key=True),
+    sql.Column("version", sql.String, primary_key=True),
+    sql.Column("key_id", sql.String, primary_key=True, index=True),
+    sql.Column("digest", sql.ForeignKey("packages.digest"), nullable=False, index=True),
+    sql.Column("envelope", sql.LargeBinary, nullable=False),
+    sql.Column("state", sql.String, nullable=False),
+    sql.Column("publish_time_us", sql.BigInteger, nullable=False),
+)
+
+_mixtures: Final = sql.Table(
+    "mixtures",
+    _tables,
+    sql.Column("digest", sql.String, primary_key=True),
+    sql.Column("name", sql.String, nullable=False, index=True),
+    sql.Column("body", sql.LargeBinary, nullable=False),
+    sql.Column("shape", sql.JSON, nullable=False),
+    sql.Column("gate_digest", sql.String, index=True),
+    sql.Column("gate_bytes", sql.BigInteger, nullable=False),
+    sql.Column("package_digest", sql.ForeignKey("packages.digest"), index=True),
+    sql.Column("envelope", sql.LargeBinary, nullable=False),
+    sql.Column("publisher", sql.String, nullable=False),
+    sql.Column("version", sql.String, nullable=False),
+    sql.Column("key_id", sql.String, nullable=False, index=True),
+    sql.Column("state", sql.String, nullable=False),
+    sql.Column("by_policy", sql.Boolean, nullable=False),
+    sql.Column("publish_time_us", sql.BigInteger, nullable=False),
+)
+
+_nested: Final = sql.Table(
+    "nested_mixtures",
+    _tables,
+    sql.Column("parent", sql.ForeignKey("mixtures.digest"), primary_key=True),
+    sql.Column("child", sql.ForeignKey("mixtures.digest"), primary_key=True, index=True),
+)
+
+_names: Final = sql.Table(
+    "mixture_names",
+    _tables,
+    sql.Column("name", sql.String, primary_key=True),
+    sql.Column("digest", sql.ForeignKey("mixtures.digest"), unique=True),
+    sql.Column("last_digest", sql.String, nullable=False),
+    sql.Column("revision", sql.BigInteger, nullable=False, unique=True),
+)
+
+_revocations: Final = sql.Table(
+    "revocations",
+    _tables,
+    sql.Column("key_id", sql.String, primary_key=True),
+    sql.Column("explanation", sql.String, nullable=False),
+    sql.Column("revision", sql.BigInteger, nullable=False, unique=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PackageRow:
+    """A package.
+
+    Args:
+        digest: Identity of the file.
+        size_bytes: Of the file.
+        format: Container format.
+        facts: Serialized `hocket.v1.ModelFacts`, without metadata.
+        least_features: Least width of input that the model can read.
+        embedded_key_id: Key of the verified signature inside the file; None if there is none.
+        embedded_trusted: Whether that key counts.
+        state: Whether it may serve.
+        by_policy: Whether nothing but `allow_unsigned` admits it.
+        publish_time_us: When it first came, in microseconds since 1970.
+        revision: Of its last change.
+    """
+
+    digest: str
+    size_bytes: int
+    format: str
+    facts: bytes
+    least_features: int
+    embedded_key_id: str | None
+    embedded_trusted: bool
+    state: str
+    by_policy: bool
+    publish_time_us: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseRow:
+    """A signed name of a package. One name may be signed by several keys, each time for the same bytes.
+
+    Args:
+        publisher: Who published.
+        name: What.
+        version: Which.
+        key_id: The key that signed.
+        digest: The package.
+        envelope: As signed.
+        state: Whether it counts.
+        publish_time_us: When it came, in microseconds since 1970.
+    """
+
+    publisher: str
+    name: str
+    version: str
+    key_id: str
+    digest: str
+    envelope: bytes
+    state: str
+    publish_time_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureRow:
+    """A mixture's body and its proof. Kept while its name stands for it, or a mixture in use nests it.
+
+    Args:
+        digest: SHA-256 of the body.
+        name: What clients address.
+        body: Canonical JSON.
+        shape: What nests it needs to know (`services.registry.admission.Shape`), as a JSON object.
+        gate_digest: Blob of the gate tensor; None if the gate needs none.
+        gate_bytes: Its size.
+        package_digest: The `.apr` mixture it was made from, on whose proof it rests; None for others.
+        envelope: Its release as signed; empty if it has none.
+        publisher: Of the release; empty if it has none.
+        version: Of the release.
+        key_id: Of the release.
+        state: Whether it may serve.
+        by_policy: Whether nothing but `allow_unsigned` admits it.
+        publish_time_us: When this release of it came, in microseconds since 1970.
+    """
+
+    digest: str
+    name: str
+    body: bytes
+    shape: dict[str, Any]
+    gate_digest: str | None
+    gate_bytes: int
+    package_digest: str | None
+    envelope: bytes
+    publisher: str
+    version: str
+    key_id: str
+    state: str
+    by_policy: bool
+    publish_time_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class NameRow:
+    """What a mixture's name stands for.
+
+    Args:
+        name: What clients address.
+        digest: The mixture; None once the name was deleted.
+        last_digest: The mixture it stands for, or last stood for.
+        revision: Of the last change of the name or its mixture.
+    """
+
+    name: str
+    digest: str | None
+    last_digest: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationRow:
+    """A revoked key.
+
+    Args:
+        key_id: Which.
+        explanation: Why, for people.
+        revision: When.
+    """
+
+    key_id: str
+    explanation: str
+    revision: int
+
+
+class Store:
+    """The database. Open, use and close it on one thread.
+
+    Args:
+        path: `registry.db`; made if need be, in a folder that exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._engine = sql.create_engine("sqlite://", creator=self._connect, poolclass=StaticPool)
+        self._connection: sql.Connection | None = None
+
+    def open(self) -> None:
+        """Lock the file, check it, and make the tables of a new one.
+
+        Raises:
+            HocketError: `NOT_READY` if another process has it; `BLOB_CORRUPT` if it fails SQLite's integrity check
+                or is of another version of the registry.
+        """
+        try:
+            self._connection = self._engine.connect()
+            self._check(self._connection)
+            with self._connection.begin():
+                _tables.create_all(self._connection)
+                if self._connection.scalar(sql.select(_revisions.c.newest)) is None:
+                    self._connection.execute(_revisions.insert().values(newest=0))
+        except OperationalError as error:
+            self.close()
+            raise HocketError(
+                Reason.NOT_READY, f"cannot open {self._path} ({error.orig}): does another registry use this folder?"
+            ) from error
+        except DatabaseError as error:
+            self.close()
+            raise self._damaged(str(error.orig)) from error
+        except HocketError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._engine.dispose()
+
+    @contextmanager
+    def begin(self) -> Iterator[Transaction]:
+        """A transaction: committed at the end, undone when an exception leaves it."""
+        if self._connection is None:
+            raise HocketError(Reason.NOT_READY, "the registry is not open")
+        with self._connection.begin():
+            yield Transaction(self._connection)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=_LOCK_TIMEOUT_SECONDS)
+        try:
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}").close()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _check(self, connection: sql.Connection) -> None:
+        with connection.begin():
+            found = connection.exec_driver_sql("PRAGMA integrity_check").scalar()
+            if found != "ok":
+                raise self._damaged(str(found))
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+            if version not in {0, SCHEMA_VERSION}:
+                raise self._damaged(f"it has version {version}, this registry reads {SCHEMA_VERSION}")
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _damaged(self, what: str) -> HocketError:
+        return HocketError(
+            Reason.BLOB_CORRUPT, f"{self._path} cannot be used: {what[:200]}; restore it from a backup, or move it away"
+        )
+
+
+class Transaction:
+    """What can be asked and changed within one transaction."""
+
+    def __init__(self, connection: sql.Connection) -> None:
+        self._connection = connection
+
+    # Revisions
+
+    def revision(self) -> int:
+        """The newest revision; 0 before anything happened."""
+        return int(self._connection.execute(sql.select(_revisions.c.newest)).scalar_one())
+
+    def next_revision(self) -> int:
+        """Take the next revision for one change."""
+        self._connection.execute(_revisions.update().values(newest=_revisions.c.newest + 1))
+        return self.revision()
+
+    # Packages
+
+    def package(self, digest: str) -> PackageRow | None:
+        """One package."""
+        return next(self._package_rows(_packages.c.digest == digest), None)
+
+    def packages(self, digests: Sequence[str]) -> dict[str, PackageRow]:
+        """Those of these packages that are here, by digest."""
+        found = {}
+        for start in range(0, len(digests), _IN_ONE_QUERY):
+            some = digests[start : start + _IN_ONE_QUERY]
+            found.update({row.digest: row for row in self._package_rows(_packages.c.digest.in_(some))})
+        return found
+
+    def packages_after(self, digest: str, publisher: str, count: int) -> Iterator[PackageRow]:
+        """Packages by digest, from the first one behind `digest`.
+
+        Args:
+            digest: Empty to begin.
+            publisher: Only those with a release of this publisher; empty for all.
+            count: How many at most.
+        """
+        wanted = _packages.c.digest > digest
+        if publisher:
+            of_publisher = sql.select(_releases.c.digest).where(_releases.c.publisher == publisher)
+            wanted &= _packages.c.digest.in_(of_publisher)
+        return self._package_rows(wanted, order=_packages.c.digest, count=count)
+
+    def packages_since(self, revision: int, count: int) -> Iterator[PackageRow]:
+        """Packages changed after a revision, in that order."""
+        return self._package_rows(_packages.c.revision > revision, order=_packages.c.revision, count=count)
+
+    def packages_to_judge(self, key_id: str | None) -> list[PackageRow]:
+        """Packages whose state may change: all that are not yanked, or only those that a key vouches for."""
+        wanted: sql.ColumnElement[bool] = _packages.c.state != "YANKED"
+        if key_id is not None:
+            released = sql.select(_releases.c.digest).where(_releases.c.key_id == key_id)
+            wanted &= (_packages.c.embedded_key_id == key_id) | _packages.c.digest.in_(released)
+        return list(self._package_rows(wanted, order=_packages.c.digest))
+
+    def packages_of_key(self, key_id: str, state: str) -> list[str]:
+        """Digests of the packages in a state that a key has vouched for."""
+        released = sql.select(_releases.c.digest).where(_releases.c.key_id == key_id)
+        wanted = (_packages.c.embedded_key_id == key_id) | _packages.c.digest.in_(released)
+        query = sql.select(_packages.c.digest).where(wanted, _packages.c.state == state).order_by(_packages.c.digest)
+        return list(self._connection.execute(query).scalars())
+
+    def by_policy_count(self) -> int:
+        """Packages and mixtures that nothing but policy admits."""
+        count = sql.func.count
+        return sum(
+            self._connection.execute(sql.select(count()).where(table.c.by_policy)).scalar_one()
+            for table in (_packages, _mixtures)
+        )
+
+    def metadata(self, digest: str) -> bytes:
+        """The serialized metadata of a package."""
+        query = sql.select(_packages.c.metadata).where(_packages.c.digest == digest)
+        return bytes(self._connection.execute(query).scalar_one())
+
+    def insert_package(self, row: PackageRow, metadata: bytes) -> None:
+        """Add a package.
+
+        Args:
+            row: The package.
+            metadata: Serialized `google.protobuf.Struct`.
+        """
+        self._connection.execute(_packages.insert().values(**asdict(row), metadata=metadata, yank_explanation=""))
+
+    def update_package(self, digest: str, **values: Any) -> None:  # noqa: ANN401 - columns have types of their own
+        """Change columns of a package, and give it the next revision."""
+        revision = self.next_revision()
+        changed = _packages.update().where(_packages.c.digest == digest).values(**values, revision=revision)
+        self._connection.execute(changed)
+
+    # Releases
+
+    def releases(self, digests: Iterable[str]) -> dict[str, list[ReleaseRow]]:
+        """The releases of these packages, each by name, version and key."""
+        wanted = list(digests)
+        found: dict[str, list[ReleaseRow]] = {digest: [] for digest in wanted}
+        columns = _releases.c
+        for start in range(0, len(wanted), _IN_ONE_QUERY):
+            query = (
+                sql.select(_releases)
+                .where(columns.digest.in_(wanted[start : start + _IN_ONE_QUERY]))
+                .order_by(columns.publisher, columns.name, columns.version, columns.key_id)
+            )
+            for mapping in self._connection.execute(query).mappings():
+                row = ReleaseRow(**mapping)
+                found[row.digest].append(row)
+        return found
+
+    def released_digest(self, name: ReleaseName) -> str | None:
+        """The package that a release name is bound to."""
+        query = sql.select(_releases.c.digest).where(
+            _releases.c.publisher == name.publisher, _releases.c.name == name.name, _releases.c.version == name.version
+        )
+        return self._connection.execute(query.limit(1)).scalar()
+
+    def insert_release(self, row: ReleaseRow) -> None:
+        """Add a release."""
+        self._connection.execute(_releases.insert().values(**asdict(row)))
+
+    def update_release(self, row: ReleaseRow, state: str) -> None:
+        """Change the state of a release."""
+        columns = _releases.c
+        self._connection.execute(
+            _releases.update()
+            .where(
+                columns.publisher == row.publisher,
+                columns.name == row.name,
+                columns.version == row.version,
+                columns.key_id == row.key_id,
+            )
+            .values(state=state)
+        )
+
+    # Mixtures
+
+    def mixture(self, digest: str) -> MixtureRow | None:
+        """One mixture by the digest of its body."""
+        return next(self._mixture_rows(_mixtures.c.digest == digest), None)
+
+    def mixtures(self, digests: Sequence[str]) -> dict[str, MixtureRow]:
+        """Those of these mixtures that are here, by digest."""
+        found = {}
+        for start in range(0, len(digests), _IN_ONE_QUERY):
+            some = digests[start : start + _IN_ONE_QUERY]
+            found.update({row.digest: row for row in self._mixture_rows(_mixtures.c.digest.in_(some))})
+        return found
+
+    def mixtures_to_judge(self, key_id: str | None) -> list[MixtureRow]:
+        """Mixtures with a proof of their own: all, or only those that a key vouches for."""
+        wanted: sql.ColumnElement[bool] = _mixtures.c.package_digest.is_(None)
+        if key_id is not None:
+            wanted &= _mixtures.c.key_id == key_id
+        return list(self._mixture_rows(wanted))
+
+    def mixture_of_package(self, digest: str) -> MixtureRow | None:
+        """The mixture that was made from a package."""
+        return next(self._mixture_rows(_mixtures.c.package_digest == digest), None)
+
+    def put_mixture(self, row: MixtureRow, children: Iterable[str]) -> None:
+        """Add a mixture, or replace the proof of one that is here.
+
+        Args:
+            row: The mixture.
+            children: Digests of the mixtures it nests.
+        """
+        values = asdict(row)
+        proof = {name: values[name] for name in ("envelope", "publisher", "version", "key_id")}
+        standing = {name: values[name] for name in ("state", "by_policy", "publish_time_us")}
+        replaced = _mixtures.update().where(_mixtures.c.digest == row.digest).values(**proof, **standing)
+        if self._connection.execute(replaced).rowcount:
+            return
+        self._connection.execute(_mixtures.insert().values(**values))
+        if pairs := [{"parent": row.digest, "child": child} for child in children]:
+            self._connection.execute(_nested.insert(), pairs)
+
+    def update_mixture(self, digest: str, *, state: str, by_policy: bool) -> None:
+        """Change the state of a mixture. What stands for it, or nests it, gets the next revision."""
+        changed = _mixtures.update().where(_mixtures.c.digest == digest).values(state=state, by_policy=by_policy)
+        self._connection.execute(changed)
+        for name in self._names_over(digest):
+            moved = _names.update().where(_names.c.name == name).values(revision=self.next_revision())
+            self._connection.execute(moved)
+
+    def name(self, name: str) -> NameRow | None:
+        """What a name stands for, or stood for."""
+        return next(self._name_rows(_names.c.name == name), None)
+
+    def names_since(self, revision: int, count: int) -> list[NameRow]:
+        """Names changed after a revision, in that order."""
+        return list(self._name_rows(_names.c.revision > revision, count=count))
+
+    def set_name(self, name: str, digest: str) -> NameRow:
+        """Let a name stand for a mixture."""
+        return self._set_name(NameRow(name, digest, digest, self.next_revision()))
+
+    def delete_name(self, row: NameRow) -> NameRow:
+        """Let a name stand for nothing."""
+        return self._set_name(NameRow(row.name, None, row.last_digest, self.next_revision()))
+
+    def parents(self, digest: str) -> list[str]:
+        """Names of the mixtures that nest this one."""
+        query = (
+            sql.select(_names.c.name)
+            .join(_nested, _nested.c.parent == _names.c.digest)
+            .where(_nested.c.child == digest)
+            .order_by(_names.c.name)
+        )
+        return list(self._connection.execute(query).scalars())
+
+    def drop_unused_mixtures(self) -> list[str]:
+        """Forget mixtures that no name stands for and none in use nests.
+
+        Returns:
+            Digests of gate tensors that no mixture needs any more.
+        """
+        named = sql.select(_names.c.digest).where(_names.c.digest.is_not(None))
+        nested = sql.select(_nested.c.child).where(_nested.c.parent.in_(named))
+        unused = list(
+            self._connection.execute(
+                sql.select(_mixtures.c.digest, _mixtures.c.gate_digest).where(
+                    _mixtures.c.digest.not_in(named), _mixtures.c.digest.not_in(nested)
+                )
+            )
+        )
+        digests = [digest for digest, _ in unused]
+        self._connection.execute(_nested.delete().where(_nested.c.parent.in_(digests)))
+        self._connection.execute(_mixtures.delete().where(_mixtures.c.digest.in_(digests)))
+        gates = {gate for _, gate in unused if gate is not None}
+        needed = set(self._connection.execute(sql.select(_mixtures.c.gate_digest)).scalars())
+        return sorted(gates - needed)
+
+    # Revocations
+
+    def revocations_since(self, revision: int, count: int | None = None) -> list[RevocationRow]:
+        """Keys revoked after a revision, in that order."""
+        query = sql.select(_revocations).where(_revocations.c.revision > revision).order_by(_revocations.c.revision)
+        return [RevocationRow(**mapping) for mapping in self._connection.execute(query.limit(count)).mappings()]
+
+    def insert_revocation(self, key_id: str, explanation: str) -> None:
+        """Revoke a key."""
+        row = RevocationRow(key_id, explanation, self.next_revision())
+        self._connection.execute(_revocations.insert().values(**asdict(row)))
+
+    # Inside
+
+    def _package_rows(
+        self,
+        wanted: sql.ColumnElement[bool],
+        order: sql.ColumnElement[Any] | None = None,
+        count: int | None = None,
+    ) -> Iterator[PackageRow]:
+        columns = [column for column in _packages.c if column.name not in {"metadata", "yank_explanation"}]
+        query = sql.select(*columns).where(wanted).order_by(order).limit(count)
+        return (PackageRow(**mapping) for mapping in self._connection.execute(query).mappings())
+
+    def _mixture_rows(self, wanted: sql.ColumnElement[bool]) -> Iterator[MixtureRow]:
+        query = sql.select(_mixtures).where(wanted).order_by(_mixtures.c.digest)
+        return (MixtureRow(**mapping) for mapping in self._connection.execute(query).mappings())
+
+    def _name_rows(self, wanted: sql.ColumnElement[bool], count: int | None = None) -> Iterator[NameRow]:
+        query = sql.select(_names).where(wanted).order_by(_names.c.revision).limit(count)
+        return (NameRow(**mapping) for mapping in self._connection.execute(query).mappings())
+
+    def _set_name(self, row: NameRow) -> NameRow:
+        values = asdict(row)
+        moved = _names.update().where(_names.c.name == row.name).values(**values)
+        if not self._connection.execute(moved).rowcount:
+            self._connection.execute(_names.insert().values(**values))
+        return row
+
+    def _names_over(self, digest: str) -> list[str]:
+        query = sql.select(_names.c.name).where(_names.c.digest == digest)
+        return [*self._connection.execute(query).scalars(), *self.parents(digest)]

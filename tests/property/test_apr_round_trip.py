@@ -1,0 +1,199 @@
+"""Any model is written and read back unchanged, and no bytes bring anything out of the reader but a refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from hocket.errors import HocketError
+from hocket.packages import apr
+from hocket.packages import model as m
+from hocket.packages.apr.metadata import read_metadata, write_metadata
+from tests import builders
+
+f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+penalty = st.floats(0, 2.0**20, width=32, allow_subnormal=False)
+u64 = st.integers(0, 2**64 - 1)
+optional_u64 = st.none() | u64
+WIDTH = st.integers(1, 5)
+
+
+def vector(size: Any) -> Any:
+    return arrays(np.float32, size, elements=f32)
+
+
+def linear_model(kind: Any, width: int) -> Any:
+    settings_of = {"alpha": penalty, "l1_ratio": penalty, "max_iter": u64, "tol": f32, "fit_intercept": st.booleans()}
+    known = {name: strategy for name, strategy in settings_of.items() if name in kind.__dataclass_fields__}
+    return st.builds(kind, coefficients=vector(width), intercept=f32, **known)
+
+
+def linear_models(width: int) -> Any:
+    return st.sampled_from((m.LinearRegression, m.Ridge, m.Lasso, m.ElasticNet)).flatmap(
+        lambda kind: linear_model(kind, width)
+    )
+
+
+def trees(answers: Any) -> Any:
+    leaf = st.tuples(answers, st.integers(0, 2**63 - 1))
+    node = st.recursive(leaf, lambda below: st.tuples(st.integers(0, 9), f32, below, below), max_leaves=8)
+    return node.map(builders.grow)
+
+
+columns = st.integers(0, 20)
+classifiers = st.builds(m.DecisionTreeClassifier, trees(columns), optional_u64)
+regressors = st.builds(m.DecisionTreeRegressor, trees(f32), optional_u64, u64, u64)
+out_of_bag = st.lists(arrays(np.uint64, st.integers(0, 3)), max_size=3).map(tuple)
+
+
+def forests(kind: Any, members: Any, targets: Any) -> Any:
+    return st.builds(
+        kind,
+        st.lists(members, min_size=1, max_size=4).map(tuple),
+        n_estimators=u64,
+        max_depth=optional_u64,
+        random_state=optional_u64,
+        oob_indices=out_of_bag,
+        x_train=st.just(np.ones((2, 10), np.float32)),
+        y_train=targets,
+        n_features=st.just(10),
+    )
+
+
+@st.composite
+def mixtures(draw: Any) -> Any:
+    width, count = draw(WIDTH), draw(st.integers(1, 4))
+    kind = draw(st.sampled_from((m.LinearRegression, m.Ridge, m.Lasso, m.ElasticNet)))
+    return m.MixtureOfExperts(
+        tuple(draw(linear_model(kind, width)) for _ in range(count)),
+        m.SoftmaxGate(draw(vector((width, count))), draw(st.floats(0.125, 8, width=32))),
+        draw(st.builds(m.MoeConfig, u64, f32, f32, f32)),
+    )
+
+
+@st.composite
+def clusterings(draw: Any) -> Any:
+    clusters = draw(st.integers(1, 4))
+    return draw(
+        st.builds(
+            m.KMeans,
+            st.just(clusters),
+            vector((clusters, draw(WIDTH))),
+            u64,
+            f32,
+            optional_u64,
+            st.none() | arrays(np.uint64, 3),
+            f32,
+            u64,
+        )
+    )
+
+
+MODELS = {
+    "linear": WIDTH.flatmap(linear_models),
+    "logistic": st.builds(m.LogisticRegression, WIDTH.flatmap(vector), f32, f32, u64, f32),
+    "tree classifier": classifiers,
+    "tree regressor": regressors,
+    "forest classifier": forests(m.RandomForestClassifier, classifiers, st.just(np.array([20], np.uint64))),
+    "forest regressor": forests(m.RandomForestRegressor, regressors, st.none() | vector(2)),
+    "clustering": clusterings(),
+    "mixture": mixtures(),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_model_survives_writing_and_reading(family: str, data: Any) -> None:
+    model = data.draw(MODELS[family])
+    compression = data.draw(st.sampled_from(["none", "zstd"]))
+
+    again = apr.decode(apr.split(builders.apr_bytes(model, compression=compression)), "sha256:")[1]
+
+    assert builders.same(again, model)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_free_metadata_survives_writing_and_reading(custom: dict[str, Any]) -> None:
+    metadata = {**builders.METADATA, "custom": custom}
+
+    assert read_metadata(write_metadata(metadata)) == metadata
+
+
+def read(data: bytes) -> None:
+    """Read a file to the end. Anything but a refusal fails the test."""
+    try:
+        facts, model = apr.decode(apr.split(data), "sha256:")
+    except HocketError:
+        return
+    assert facts.layout == type(model).__name__
+
+
+SMALL = {
+    "linear": builders.linear(),
+    "tree": m.DecisionTreeClassifier(builders.grow((1, 0.5, (0, 3), (2, 4))), max_depth=3),
+    "mixture": builders.mixture(),
+}
+
+
+@pytest.mark.parametrize("layout", SMALL)
+def test_every_flipped_bit_under_a_right_checksum_is_refused_or_decoded(layout: str) -> None:
+    data = builders.apr_bytes(SMALL[layout], metadata=builders.METADATA, compression="none")
+
+    for bit in range(8 * (len(data) - 4)):
+        byte = bit // 8
+        read(builders.edited(data, byte, bytes([data[byte] ^ 1 << bit % 8])))
+
+
+@pytest.mark.parametrize("layout", SMALL)
+def test_every_flipped_bit_under_the_old_checksum_is_refused(layout: str) -> None:
+    data = builders.apr_bytes(SMALL[layout], metadata=builders.METADATA)
+
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(HocketError):
+            apr.split(bytes(flipped))
+
+
+@settings(max_examples=200, deadline=None)
+@given(payload=st.binary(max_size=200), model_type_id=st.sampled_from([1, 2, 3, 4, 6, 0x40]))
+def test_any_payload_is_refused_or_decoded(payload: bytes, model_type_id: int) -> None:
+    read(builders.raw_apr(payload, model_type_id=model_type_id))
+
+
+@settings(max_examples=100, deadline=None)
+@given(payload=st.binary(max_size=60))
+def test_any_compressed_payload_is_refused_or_decoded(payload: bytes) -> None:
+    magic = bytes.fromhex("28b52ffd")
+    read(builders.raw_apr(magic + payload, compression_id=1, uncompressed_bytes=22))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=80))
+def test_any_metadata_is_refused_or_decoded(metadata: bytes) -> None:
+    read(builders.raw_apr(bytes.fromhex("01 0100000000000000 00000040 0000003f 01"), b"\x81\xa1a" + metadata))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=160))
+def test_any_bytes_are_refused_or_taken_apart(data: bytes) -> None:
+    read(data)
+    read(b"APRN\1\0" + data)

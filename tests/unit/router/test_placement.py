@@ -1,0 +1,79 @@
+"""Which worker runs an expert."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from hocket.identity import ExpertId
+from services.router.placement import REPLICAS_MAX, Loads, Worker, place
+
+
+def worker(name: str, *, holds: str = "", draining: bool = False, budget: int = 100, formats: str = "apr") -> Worker:
+    return Worker(name, f"{name}:1", frozenset({formats}), budget, frozenset({holds} - {""}), draining)
+
+
+def names(digest: str, workers: list[Worker], loads: Loads | None = None) -> list[str]:
+    return [found.name for found in place(digest, 10, "apr", workers, loads or Loads())]
+
+
+def test_residents_come_before_those_who_would_have_to_load() -> None:
+    assert names("d", [worker("a"), worker("b", holds="d"), worker("c")])[0] == "b"
+
+
+def test_the_less_busy_of_two_residents_comes_first() -> None:
+    loads = Loads()
+    loads.by_worker["a"] = 5
+    for _ in range(20):
+        assert names("d", [worker("a", holds="d"), worker("b", holds="d")], loads) == ["b", "a"]
+
+
+def test_a_workers_own_report_counts_when_it_is_more() -> None:
+    loads = Loads(reported={"a": 9})
+    assert names("d", [worker("a", holds="d"), worker("b", holds="d")], loads)[0] == "b"
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [worker("x", draining=True), worker("x", budget=9), worker("x", formats="expert")],
+    ids=["draining", "too small", "other format"],
+)
+def test_a_worker_that_cannot_run_it_is_not_listed(unfit: Worker) -> None:
+    assert names("d", [unfit, worker("a")]) == ["a"]
+
+
+def test_nobody_is_listed_when_nobody_can() -> None:
+    assert names("d", []) == []
+
+
+def test_a_plan_lists_three_at_most() -> None:
+    assert len(names("d", [worker(str(place), holds="d") for place in range(9)])) == REPLICAS_MAX
+
+
+def test_routers_agree_on_the_home_of_a_package_nobody_holds() -> None:
+    workers = [worker(name) for name in "abcdef"]
+    homes = Counter(names(f"d{place}", workers)[0] for place in range(300))
+    assert all(names(f"d{place}", workers)[0] == names(f"d{place}", workers[::-1])[0] for place in range(50))
+    assert len(homes) == 6
+    assert max(homes.values()) < 100
+    moved = sum(names(f"d{place}", workers)[0] != names(f"d{place}", workers[:-1])[0] for place in range(300))
+    assert moved == homes["f"]  # only what lived on the lost worker moves
+
+
+def test_two_choices_keep_replicas_level() -> None:
+    workers = [worker(str(place), holds="d") for place in range(10)]
+    loads = Loads()
+    for _ in range(1000):
+        loads.reserve([(ExpertId("d"), names("d", workers, loads)[0])])
+    counts = [loads.by_worker[str(place)] for place in range(10)]
+    assert max(counts) - min(counts) <= 8
+
+
+def test_a_released_load_leaves_nothing_behind() -> None:
+    loads = Loads()
+    placed = [(ExpertId("d"), "a"), (ExpertId("e"), None)]
+    loads.reserve(placed)
+    assert (loads.of_worker("a"), loads.by_expert[ExpertId("e")]) == (1, 1)
+    loads.release(placed)
+    assert (dict(loads.by_worker), dict(loads.by_expert)) == ({}, {})
