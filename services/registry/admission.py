@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from hocket.packages import Limits, PackageFacts, Proof
+    from hocket.packages import Limits, Proof
+    from hocket.packages.model import PackageFacts
 
 PACKAGE_FORMAT: Final = "apr"
 MIXTURE_FORMAT: Final = "mixture"
@@ -386,8 +387,9 @@ def _labels(record: MixtureRecord, members: Sequence[Shape]) -> tuple[str, ...] 
         if len(union) > LABELS_MAX:
             raise _not_aligned(f"together they score {len(union)} labels, more than {LABELS_MAX}")
         return union
-    if missing := [label for label in union if label not in set(record.labels)]:
-        raise _not_aligned(f"the record's labels lack {missing[0]!r}, which one of them scores")
+    listed = frozenset(record.labels)
+    if missing := next((label for label in union if label not in listed), None):
+        raise _not_aligned(f"the record's labels lack {missing!r}, which one of them scores")
     return record.labels
 
 
