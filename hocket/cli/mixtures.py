@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hocket.v1.mixture_pb2 import Mixture
     from hocket.v1.router_pb2 import GetMixtureResponse
 
+Toml = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The mixture.", show_default=False)]
+
 app = typer.Typer(name="mixtures", help="List, show, put and delete mixtures.", no_args_is_help=True)
 
 
@@ -72,7 +74,7 @@ def show(
 
 @app.command()
 def put(
-    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The mixture.", show_default=False)],
+    file: Toml,
     *,
     publisher: Annotated[str, typer.Option(help="Who you are; needed unless --unsigned.", show_default=False)] = "",
     version: Annotated[str, typer.Option(help="Which version this is; the same.", show_default=False)] = "",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hocket.cli import files
 from hocket.client import REGISTRY_ADDRESS, ROUTER_ADDRESS, blocking
-from hocket.errors import HocketError, Reason
+from hocket.settings import read_token
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,8 +29,6 @@ TokenFile = Annotated[
 ]
 """Option: what allows to change the registry."""
 
-_TOKEN_BYTES_MAX: Final = 4096
-
 __all__ = ["REGISTRY_ADDRESS", "ROUTER_ADDRESS", "Registry", "Router", "TokenFile", "read_token", "registry", "router"]
 
 
@@ -43,17 +40,3 @@ def router(address: str) -> AbstractContextManager[blocking.RouterClient]:
 def registry(address: str, token_file: Path | None = None) -> AbstractContextManager[blocking.RegistryClient]:
     """A connection to the registry."""
     return blocking.connect_registry(address, read_token(token_file))
-
-
-def read_token(token_file: Path | None) -> str | None:
-    """The token in a file, without the line's end; None without a file.
-
-    Raises:
-        HocketError: `BAD_REQUEST` if the file cannot be read or holds no token.
-    """
-    if token_file is None:
-        return None
-    token = files.read_file(token_file, _TOKEN_BYTES_MAX).strip()
-    if not (token.isascii() and token.decode().isprintable() and token):
-        raise HocketError(Reason.BAD_REQUEST, f"{token_file} holds no token: one line of printable ASCII")
-    return token.decode()

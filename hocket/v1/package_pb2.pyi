@@ -202,6 +202,7 @@ class ModelFacts(_message.Message):
     EXPERT_COUNT_FIELD_NUMBER: _builtins.int
     PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    FEATURE_COUNT_MIN_FIELD_NUMBER: _builtins.int
     format_version: _builtins.str
     """Container version, `1.0`."""
     model_type_id: _builtins.int
@@ -219,11 +220,15 @@ class ModelFacts(_message.Message):
     encrypted: _builtins.bool
     """Whether the payload is encrypted."""
     feature_count: _builtins.int
-    """Width F of the input rows."""
+    """Width F of the input rows; 0 when the package does not say and every width from
+    `feature_count_min` on will do, as with trees.
+    """
     expert_count: _builtins.int
     """Experts in the package: 1, or the members of its mixture."""
     parameter_bytes: _builtins.int
     """Bytes of parameters after decoding, per package."""
+    feature_count_min: _builtins.int
+    """Smallest width the experts can read."""
     @_builtins.property
     def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Header flags, by name."""
@@ -258,10 +263,11 @@ class ModelFacts(_message.Message):
         expert_count: _builtins.int = ...,
         parameter_bytes: _builtins.int = ...,
         metadata: _struct_pb2.Struct | None = ...,
+        feature_count_min: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "output_range", b"output_range"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "compression", b"compression", "encrypted", b"encrypted", "expert_count", b"expert_count", "expert_layout", b"expert_layout", "feature_count", b"feature_count", "flags", b"flags", "format_version", b"format_version", "layout", b"layout", "metadata", b"metadata", "model_type", b"model_type", "model_type_id", b"model_type_id", "name", b"name", "output_range", b"output_range", "parameter_bytes", b"parameter_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "compression", b"compression", "encrypted", b"encrypted", "expert_count", b"expert_count", "expert_layout", b"expert_layout", "feature_count", b"feature_count", "feature_count_min", b"feature_count_min", "flags", b"flags", "format_version", b"format_version", "layout", b"layout", "metadata", b"metadata", "model_type", b"model_type", "model_type_id", b"model_type_id", "name", b"name", "output_range", b"output_range", "parameter_bytes", b"parameter_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -315,7 +315,7 @@ class MixtureSummary(_message.Message):
     expert_count: _builtins.int
     """Experts it is made of, nested ones counted."""
     feature_count: _builtins.int
-    """Width F of the input rows."""
+    """Width F of the input rows; 0 when no member says, as with trees."""
     state: _package_pb2.TrustState.ValueType
     """Whether it may serve."""
     def __init__(

@@ -198,15 +198,12 @@ class Batcher:
 
     def _pass(self, jobs: list[_Job]) -> list[_Outcome]:
         begin = time.perf_counter()
-        rows = torch.empty(
-            (sum(len(job.rows) for job in jobs), jobs[0].rows.shape[1]),
-            dtype=torch.float32,
-            pin_memory=self._device.type == "cuda",
-        )
-        np.concatenate([job.rows for job in jobs], out=rows.numpy())
-        output = jobs[0].expert.kernel(rows.to(self._device, non_blocking=True)).cpu().numpy()
+        rows = torch.from_numpy(np.concatenate([job.rows for job in jobs]))
+        if self._device.type == "cuda":
+            rows = rows.pin_memory().to(self._device, non_blocking=True)
+        output = jobs[0].expert.kernel(rows).cpu().numpy()
         seconds = time.perf_counter() - begin
-        metrics.BATCH_ROWS.observe(len(rows))
+        metrics.BATCH_ROWS.observe(len(output))
         outcomes: list[_Outcome] = []
         end = 0
         for job in jobs:
@@ -220,16 +217,8 @@ class _Pass:
     """Requests that share an expert and an input width."""
 
     jobs: list[_Job]
-    rows: int
-
-    @property
-    def work(self) -> int:
-        """Elementary operations it takes."""
-        return self.jobs[0].expert.kernel.work_per_row * self.rows
-
-    def fits(self, rows: int, columns: int) -> bool:
-        """Whether that many more rows keep it within the limits of one request."""
-        return (self.rows + rows) * columns <= VALUES_MAX
+    rows: int = 0
+    work: int = 0
 
 
 def _passes(jobs: list[_Job]) -> list[_Pass]:
@@ -239,11 +228,12 @@ def _passes(jobs: list[_Job]) -> list[_Pass]:
     for job in jobs:
         rows, width = job.rows.shape
         one = current.get((job.expert, width))
-        if one is None or not one.fits(rows, max(width, job.expert.columns)):
-            one = current[job.expert, width] = _Pass([], 0)
+        if one is None or (one.rows + rows) * max(width, job.expert.columns) > VALUES_MAX:  # the limit of one request
+            one = current[job.expert, width] = _Pass([])
             passes.append(one)
         one.jobs.append(job)
         one.rows += rows
+        one.work += rows * job.expert.work_per_row
     return sorted(passes, key=lambda one: one.work)
 
 

@@ -1,8 +1,8 @@
 """The arithmetic of every expert: parameters on a device, rows in, answers out.
 
 A kernel takes float32 `[n, F]` on its device and answers float32 `[n, C]`. Rows are independent: on a CPU a row has
-the same answer, bit for bit, whatever rows share its pass; on CUDA the float64 sums of linear kernels may add in another
-order, which moves an answer by at most one float32 step. Trees, votes and clusters are exact everywhere.
+the same answer, bit for bit, whatever rows share its pass; on CUDA the float64 sums of linear kernels may add in
+another order, which moves an answer by at most one float32 step. Trees, votes and clusters are exact everywhere.
 
 Sources of the formulas: the `.apr` reference (`docs/packages.md`), whose float32 answers linear kernels meet within
 1e-6 * max(1, |bias| + sum |x_i w_i|) and the others exactly.
@@ -59,7 +59,7 @@ class Linear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """float32 `[n, 1]`."""
-        return _row_sums(rows * self.weights).add_(self.bias).to(torch.float32).unsqueeze(1)
+        return _row_sums(rows * self.weights).add_(self.bias).to(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +84,7 @@ class Logistic:
         margins = _row_sums(rows * self.weights).add_(self.bias)
         # torch.sigmoid rounds differently at the end of its input than inside it; these three do not.
         p = margins.neg_().exp_().add_(1).reciprocal_()
-        return torch.stack((1 - p, p), dim=1).to(torch.float32)
+        return torch.cat((1 - p, p), dim=1).to(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,7 +155,7 @@ class Votes:
         voters = len(self.trees.roots)
         votes = torch.zeros((len(rows), self.columns), dtype=torch.float32, device=rows.device)
         one = torch.ones((1, 1), dtype=torch.float32, device=rows.device)
-        for part, counts in zip(rows.split(self.trees.rows_at_once), votes.split(self.trees.rows_at_once), strict=True):
+        for part, counts in zip(*(torch.split(whole, self.trees.rows_at_once) for whole in (rows, votes)), strict=True):
             chosen = self.column[self.trees.leaves(part)]
             counts.scatter_add_(1, chosen, one.expand(chosen.shape))
         return votes.div_(voters)
@@ -183,7 +183,7 @@ class Mean:
         voters = len(self.trees.roots)
         sums = [
             _running_sum(self.value[self.trees.leaves(part)].cpu().numpy())
-            for part in rows.split(self.trees.rows_at_once)
+            for part in torch.split(rows, self.trees.rows_at_once)
         ]
         return torch.from_numpy(np.concatenate(sums) / np.float32(voters)).unsqueeze(1)
 
@@ -212,7 +212,7 @@ class Nearest:
     def __call__(self, rows: Tensor) -> Tensor:
         """float32 `[n, K]`."""
         rows_at_once = max(1, _WORKSPACE_VALUES // len(self.centroids))
-        nearest = torch.cat([self._nearest(part) for part in rows.split(rows_at_once)])
+        nearest = torch.cat([self._nearest(part) for part in torch.split(rows, rows_at_once)])
         answer = torch.zeros((len(rows), len(self.centroids)), dtype=torch.float32, device=rows.device)
         return answer.scatter_(1, nearest.unsqueeze(1), 1.0)
 
@@ -240,7 +240,7 @@ class Nearest:
         row, centroid = possible.nonzero(as_tuple=True)
         pairs_at_once = max(1, _WORKSPACE_VALUES // rows.shape[1])
         distances = []
-        for some, others in zip(row.split(pairs_at_once), centroid.split(pairs_at_once), strict=True):
+        for some, others in zip(*(torch.split(whole, pairs_at_once) for whole in (row, centroid)), strict=True):
             difference = rows[some] - self.centroids[others].to(torch.float32)
             distances.append(_running_sum((difference * difference).cpu().numpy()))
         row_of, centroid_of = row.cpu().numpy(), centroid.cpu().numpy()
@@ -250,11 +250,12 @@ class Nearest:
 
 
 def _row_sums(products: Tensor) -> Tensor:
-    """float64 `[n]`: the sum of each row of float32 `[n, F]`, in an order that only F decides (on a CPU)."""
-    if products.shape[1] >= _WIDE and len(products) == 1:
+    """float64 `[n, 1]`: the sum of each row of float32 `[n, F]`, in an order that only F decides (on a CPU)."""
+    count, width = products.shape
+    if count == 1 and width >= _WIDE:
         # torch shares out several sums between threads, but cuts a single one in pieces.
-        return products.repeat(2, 1).sum(-1, dtype=torch.float64)[:1]
-    return products.sum(-1, dtype=torch.float64)
+        return products.repeat(2, 1).sum(-1, keepdim=True, dtype=torch.float64)[:1]
+    return products.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def _running_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -34,12 +34,14 @@ class Expert:
         wider: Whether more columns than that are fine: the package does not say how many there are, only which are
             read.
         columns: Columns of its answer.
+        work_per_row: Elementary operations that one row takes, roughly.
     """
 
     kernel: Kernel
     width: int
     wider: bool
     columns: int
+    work_per_row: int
 
     def check(self, rows: NDArray[np.float32]) -> None:
         """Return if these rows can be answered.
@@ -96,7 +98,9 @@ def prepare(package: Package) -> Prepared:
     width = facts.n_features_min if facts.n_features is None else facts.n_features
 
     def assemble(moved: Sequence[Tensor]) -> tuple[Expert, ...]:
-        return tuple(Expert(kernel, width, wider, facts.output_columns) for kernel in kernels(moved))
+        return tuple(
+            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row) for kernel in kernels(moved)
+        )
 
     return Prepared(tensors, assemble)
 

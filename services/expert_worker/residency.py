@@ -280,6 +280,7 @@ class Residency:
             raise
         except Exception:
             outcome = Reason.INTERNAL
+            _log.exception("bug", digest=digest)  # nobody need be waiting for this load
             raise
         finally:
             metrics.EXPERT_LOADS.labels(outcome).inc()
@@ -308,8 +309,8 @@ class Residency:
         if size_bytes > self.budget_bytes:
             raise HocketError(
                 Reason.DEVICE_MEMORY,
-                f"{digest} takes {size_bytes} bytes, the whole budget is {self.budget_bytes}: raise worker.budget_bytes "
-                "or use a device with more memory",
+                f"{digest} takes {size_bytes} bytes, the whole budget is {self.budget_bytes}: "
+                "raise worker.budget_bytes, or use a device with more memory",
                 digest=digest,
             )
         try:
@@ -317,9 +318,9 @@ class Residency:
                 while not self._make_room(size_bytes):
                     self._freed.clear()
                     await self._freed.wait()
+                self.used_bytes += size_bytes
         except TimeoutError:
             raise _still_loading(digest) from None
-        self.used_bytes += size_bytes
 
     def _make_room(self, size_bytes: int) -> bool:
         """Drop what is idle, the least recently used first, if that makes enough room; else drop nothing."""

@@ -4,32 +4,22 @@ A blob comes in as a draft in `blobs/incoming`, which is the same file system: w
 then renamed to its digest, and the folder synced. What has its name is whole and outlasts a power failure. A blob
 without a row in the store is harmless: the same bytes, published again, take its place.
 
-A sync that fails is a `StorageError`. The kernel may have dropped the pages by then, so that trying again would succeed
-and prove nothing: the process has to stop, and start from what the disk holds.
+Every method may raise `services.registry.disk.StorageError`, after which the process has to stop.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import uuid
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from hocket.client.calls import CHUNK_BYTES
 from hocket.errors import HocketError, Reason
+from services.registry.disk import FOLDER_MODE, disk, sync_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FOLDER_MODE: Final = 0o700
-
-
-class StorageError(Exception):
-    """The disk did not confirm a change. What it holds is known only after a restart."""
 
 
 class Blobs:
@@ -44,25 +34,20 @@ class Blobs:
         self._incoming = folder / "incoming"
 
     def open(self) -> None:
-        """Make the folders, and remove the drafts of a process that died.
-
-        Raises:
-            StorageError: The folders cannot be made.
-        """
-        with _disk():
+        """Make the folders, and remove the drafts of a process that died."""
+        with disk():
             for folder in (self._named, self._incoming):
-                folder.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+                folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
             for draft in self._incoming.iterdir():
                 draft.unlink()
             for folder in (self._incoming, self._named, self._named.parent, self._named.parent.parent):
-                _sync_folder(folder)
+                sync_folder(folder)
 
     def create(self) -> Draft:
         """A new draft, empty.
 
         Raises:
             HocketError: `CAPACITY` if the disk is full.
-            StorageError: The disk fails.
         """
         return Draft(self, self._incoming / uuid.uuid4().hex)
 
@@ -81,7 +66,8 @@ class Blobs:
 
     def remove(self, digest: str) -> None:
         """Remove a blob; the store must have forgotten it before. Nothing happens if it is not there."""
-        self.path(digest).unlink(missing_ok=True)
+        with disk():
+            self.path(digest).unlink(missing_ok=True)
 
     def path(self, digest: str) -> Path:
         """Where a blob lies, or would."""
@@ -97,7 +83,7 @@ class Draft:
         self._path = path
         self._hash = hashlib.sha256()
         self.size_bytes = 0
-        with _disk():
+        with disk():
             self._file = path.open("xb", buffering=0)
 
     def write(self, chunk: bytes) -> None:
@@ -105,9 +91,8 @@ class Draft:
 
         Raises:
             HocketError: `CAPACITY` if the disk is full.
-            StorageError: The disk fails.
         """
-        with _disk():
+        with disk():
             view = memoryview(chunk)
             while view:
                 view = view[self._file.write(view) :]
@@ -115,38 +100,26 @@ class Draft:
         self.size_bytes += len(chunk)
 
     def finish(self) -> str:
-        """Bring all bytes to the disk, and return their digest.
-
-        Raises:
-            StorageError: The disk did not confirm.
-        """
-        with _disk():
+        """Bring all bytes to the disk, and return their digest."""
+        with disk():
             os.fsync(self._file.fileno())
             self._file.close()
         return f"sha256:{self._hash.hexdigest()}"
 
     def read(self) -> bytes:
-        """All bytes, as they are on disk.
-
-        Raises:
-            StorageError: The disk fails.
-        """
-        with _disk():
+        """All bytes, as they are on disk."""
+        with disk():
             return self._path.read_bytes()
 
     def commit(self) -> None:
-        """Give the blob its name, in place of one that is there: that heals a damaged one.
-
-        Raises:
-            StorageError: The disk did not confirm.
-        """
+        """Give the blob its name, in place of one that is there: that heals a damaged one."""
         path = self._blobs.path(f"sha256:{self._hash.hexdigest()}")
-        with _disk():
+        with disk():
             if not path.parent.is_dir():
-                path.parent.mkdir(mode=_FOLDER_MODE)
-                _sync_folder(path.parent.parent)
+                path.parent.mkdir(mode=FOLDER_MODE)
+                sync_folder(path.parent.parent)
             self._path.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def discard(self) -> None:
         """Forget the draft; nothing happens after `commit`."""
@@ -195,22 +168,3 @@ class Reader:
             f"the stored bytes of {self._digest} are damaged: publish the same bytes again",
             digest=self._digest,
         )
-
-
-@contextmanager
-def _disk() -> Iterator[None]:
-    """A full disk is a refusal, everything else that goes wrong with it is the end."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise HocketError(Reason.CAPACITY, "the registry's disk is full: make room, then try again") from error
-        raise StorageError(str(error)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import StaticPool
 
 from hocket.errors import HocketError, Reason
+from services.registry.disk import check_database_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -51,6 +52,7 @@ _packages: Final = sql.Table(
     sql.Column("by_policy", sql.Boolean, nullable=False),
     sql.Column("yank_explanation", sql.String, nullable=False),
     sql.Column("publish_time_us", sql.BigInteger, nullable=False),
+    sql.Column("proof_time_us", sql.BigInteger, nullable=False),
     sql.Column("revision", sql.BigInteger, nullable=False, unique=True),
 )
 
@@ -73,6 +75,7 @@ _mixtures: Final = sql.Table(
     sql.Column("digest", sql.String, primary_key=True),
     sql.Column("name", sql.String, nullable=False, index=True),
     sql.Column("body", sql.LargeBinary, nullable=False),
+    sql.Column("body_bytes", sql.BigInteger, nullable=False),
     sql.Column("shape", sql.JSON, nullable=False),
     sql.Column("gate_digest", sql.String, index=True),
     sql.Column("gate_bytes", sql.BigInteger, nullable=False),
@@ -126,6 +129,7 @@ class PackageRow:
         state: Whether it may serve.
         by_policy: Whether nothing but `allow_unsigned` admits it.
         publish_time_us: When it first came, in microseconds since 1970.
+        proof_time_us: When it last came without a release, so that the signature inside it was its proof.
         revision: Of its last change.
     """
 
@@ -139,6 +143,7 @@ class PackageRow:
     state: str
     by_policy: bool
     publish_time_us: int
+    proof_time_us: int
     revision: int
 
 
@@ -154,7 +159,7 @@ class ReleaseRow:
         digest: The package.
         envelope: As signed.
         state: Whether it counts.
-        publish_time_us: When it came, in microseconds since 1970.
+        publish_time_us: When it last came, in microseconds since 1970.
     """
 
     publisher: str
@@ -166,15 +171,20 @@ class ReleaseRow:
     state: str
     publish_time_us: int
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What there is one of: a name, signed by a key."""
+        return self.publisher, self.name, self.version, self.key_id
+
 
 @dataclass(frozen=True, slots=True)
 class MixtureRow:
-    """A mixture's body and its proof. Kept while its name stands for it, or a mixture in use nests it.
+    """A mixture and its proof. Kept while its name stands for it, or a mixture in use nests it.
 
     Args:
         digest: SHA-256 of the body.
         name: What clients address.
-        body: Canonical JSON.
+        body_bytes: Size of its body.
         shape: What nests it needs to know (`services.registry.admission.Shape`), as a JSON object.
         gate_digest: Blob of the gate tensor; None if the gate needs none.
         gate_bytes: Its size.
@@ -190,7 +200,7 @@ class MixtureRow:
 
     digest: str
     name: str
-    body: bytes
+    body_bytes: int
     shape: dict[str, Any]
     gate_digest: str | None
     gate_bytes: int
@@ -283,11 +293,20 @@ class Store:
 
     @contextmanager
     def begin(self) -> Iterator[Transaction]:
-        """A transaction: committed at the end, undone when an exception leaves it."""
+        """A transaction: committed at the end, undone when an exception leaves it.
+
+        Raises:
+            HocketError: `CAPACITY` if the disk is full, `NOT_READY` before `open`.
+            StorageError: The disk fails.
+        """
         if self._connection is None:
             raise HocketError(Reason.NOT_READY, "the registry is not open")
-        with self._connection.begin():
-            yield Transaction(self._connection)
+        try:
+            with self._connection.begin():
+                yield Transaction(self._connection)
+        except DatabaseError as error:
+            check_database_error(error.orig)
+            raise
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=_LOCK_TIMEOUT_SECONDS)
@@ -407,6 +426,11 @@ class Transaction:
         changed = _packages.update().where(_packages.c.digest == digest).values(**values, revision=revision)
         self._connection.execute(changed)
 
+    def touch_package(self, digest: str, proof_time_us: int) -> None:
+        """Note that a package came again without a release."""
+        touched = _packages.update().where(_packages.c.digest == digest).values(proof_time_us=proof_time_us)
+        self._connection.execute(touched)
+
     # Releases
 
     def releases(self, digests: Iterable[str]) -> dict[str, list[ReleaseRow]]:
@@ -436,19 +460,10 @@ class Transaction:
         """Add a release."""
         self._connection.execute(_releases.insert().values(**asdict(row)))
 
-    def update_release(self, row: ReleaseRow, state: str) -> None:
-        """Change the state of a release."""
-        columns = _releases.c
-        self._connection.execute(
-            _releases.update()
-            .where(
-                columns.publisher == row.publisher,
-                columns.name == row.name,
-                columns.version == row.version,
-                columns.key_id == row.key_id,
-            )
-            .values(state=state)
-        )
+    def update_release(self, row: ReleaseRow, **values: Any) -> None:  # noqa: ANN401 - columns have types of their own
+        """Change columns of a release."""
+        key = sql.tuple_(*_releases.primary_key.columns)
+        self._connection.execute(_releases.update().where(key == row.key).values(**values))
 
     # Mixtures
 
@@ -471,15 +486,21 @@ class Transaction:
             wanted &= _mixtures.c.key_id == key_id
         return list(self._mixture_rows(wanted))
 
+    def body(self, digest: str) -> bytes:
+        """The body of a mixture."""
+        query = sql.select(_mixtures.c.body).where(_mixtures.c.digest == digest)
+        return bytes(self._connection.execute(query).scalar_one())
+
     def mixture_of_package(self, digest: str) -> MixtureRow | None:
         """The mixture that was made from a package."""
         return next(self._mixture_rows(_mixtures.c.package_digest == digest), None)
 
-    def put_mixture(self, row: MixtureRow, children: Iterable[str]) -> None:
+    def put_mixture(self, row: MixtureRow, body: bytes, children: Iterable[str]) -> None:
         """Add a mixture, or replace the proof of one that is here.
 
         Args:
             row: The mixture.
+            body: Canonical JSON.
             children: Digests of the mixtures it nests.
         """
         values = asdict(row)
@@ -488,7 +509,7 @@ class Transaction:
         replaced = _mixtures.update().where(_mixtures.c.digest == row.digest).values(**proof, **standing)
         if self._connection.execute(replaced).rowcount:
             return
-        self._connection.execute(_mixtures.insert().values(**values))
+        self._connection.execute(_mixtures.insert().values(**values, body=body))
         if pairs := [{"parent": row.digest, "child": child} for child in children]:
             self._connection.execute(_nested.insert(), pairs)
 
@@ -573,7 +594,8 @@ class Transaction:
         return (PackageRow(**mapping) for mapping in self._connection.execute(query).mappings())
 
     def _mixture_rows(self, wanted: sql.ColumnElement[bool]) -> Iterator[MixtureRow]:
-        query = sql.select(_mixtures).where(wanted).order_by(_mixtures.c.digest)
+        columns = [column for column in _mixtures.c if column.name != "body"]
+        query = sql.select(*columns).where(wanted).order_by(_mixtures.c.digest)
         return (MixtureRow(**mapping) for mapping in self._connection.execute(query).mappings())
 
     def _name_rows(self, wanted: sql.ColumnElement[bool], count: int | None = None) -> Iterator[NameRow]:

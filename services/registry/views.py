@@ -10,7 +10,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from hocket.v1.mixture_pb2 import Mixture
 from hocket.v1.package_pb2 import EmbeddedSignature, ModelFacts, OutputColumn, OutputRange, Package, Release, TrustState
-from services.registry.admission import Shape, expert_shape
+from services.registry.admission import Shape, State, expert_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,9 +28,9 @@ def facts_message(facts: PackageFacts) -> ModelFacts:
         format_version=facts.format_version,
         model_type_id=facts.model_type_id,
         model_type=facts.model_type,
-        layout=facts.layout,
-        expert_layout=facts.expert_layout,
-        name=facts.name,
+        layout=facts.layout or "",
+        expert_layout=facts.expert_layout or "",
+        name=facts.name or "",
         compression=facts.compression,
         encrypted=facts.encrypted,
         flags=facts.flags,
@@ -52,19 +52,13 @@ def metadata_message(metadata: Mapping[str, Any]) -> Struct:
     return message
 
 
-def shape_of_package(row: PackageRow) -> Shape:
-    """What one expert of a package means to a mixture."""
+def package_shape(row: PackageRow) -> tuple[Shape, int]:
+    """What each expert of a package means to a mixture, and how many there are."""
     facts = ModelFacts.FromString(row.facts)
-    scored = [None if column.dropped else column.label for column in facts.columns]
-    numbers = not any(column.dropped or column.HasField("label") for column in facts.columns)
-    return expert_shape(
-        facts.feature_count or None, row.least_features, None if numbers else scored, len(facts.columns)
-    )
-
-
-def expert_count(row: PackageRow) -> int:
-    """Experts in a package."""
-    return ModelFacts.FromString(row.facts).expert_count
+    labels = None
+    if any(column.dropped or column.HasField("label") for column in facts.columns):
+        labels = [None if column.dropped else column.label for column in facts.columns]
+    return expert_shape(facts.feature_count or None, row.least_features, labels, len(facts.columns)), facts.expert_count
 
 
 def package_message(row: PackageRow, releases: Iterable[ReleaseRow], metadata: bytes | None = None) -> Package:
@@ -113,9 +107,9 @@ def mixture_message(row: MixtureRow, name: NameRow | None) -> Mixture:
         name=row.name,
         digest=row.digest,
         revision=name.revision if name is not None and name.digest == row.digest else 0,
-        package_digest=row.package_digest,
+        package_digest=row.package_digest or "",
         state=_state(row.state),
-        body_bytes=len(row.body),
+        body_bytes=row.body_bytes,
         gate_bytes=row.gate_bytes,
         unsigned_by_policy=row.by_policy,
     )
@@ -126,15 +120,22 @@ def mixture_message(row: MixtureRow, name: NameRow | None) -> Mixture:
                 name=row.name,
                 version=row.version,
                 key_id=row.key_id,
-                state=_state(row.state),
+                state=_state(State.UNTRUSTED if row.by_policy else row.state),
             )
         )
     return message
 
 
-def deleted_message(name: NameRow) -> Mixture:
-    """A mixture whose name was deleted."""
-    return Mixture(name=name.name, digest=name.last_digest, revision=name.revision, deleted=True)
+def name_message(name: NameRow, row: MixtureRow | None) -> Mixture:
+    """What a mixture's name now stands for.
+
+    Args:
+        name: The name.
+        row: The mixture it stands for; of a deleted name not needed.
+    """
+    if name.digest is None or row is None:
+        return Mixture(name=name.name, digest=name.last_digest, revision=name.revision, deleted=True)
+    return mixture_message(row, name)
 
 
 def _columns(facts: PackageFacts) -> list[OutputColumn]:

@@ -64,7 +64,8 @@ class Model:
         state: Whether it may serve.
         leaves: Its experts, each once, in member order.
         top: Its gates.
-        feature_count: Width of the input.
+        feature_count: Width of the input; None when no member says.
+        feature_count_min: Least width of the input.
         labels: The class each column of the answer scores; empty for regression.
         column_count: Columns of the answer.
         mixture: What the registry says about the mixture; None for a lone expert.
@@ -75,10 +76,24 @@ class Model:
     state: TrustState.ValueType
     leaves: tuple[Leaf, ...]
     top: Level
-    feature_count: int
+    feature_count: int | None
+    feature_count_min: int
     labels: tuple[str, ...]
     column_count: int
     mixture: Mixture | None
+
+    def check_width(self, width: int) -> None:
+        """Pass if rows of this width can be answered.
+
+        Raises:
+            HocketError: `BAD_TENSOR`.
+        """
+        if width == self.feature_count or (self.feature_count is None and width >= self.feature_count_min):
+            return
+        takes = self.feature_count or f"at least {self.feature_count_min}"
+        raise HocketError(
+            Reason.BAD_TENSOR, f"model {self.name} takes rows of {takes} values, not {width}", field="input.shape[1]"
+        )
 
     def check_servable(self) -> None:
         """Pass if the model may serve.
@@ -114,7 +129,8 @@ def lone_model(package: Package, ordinal: int, name: str) -> Model:
         state=package.state,
         leaves=(_leaf(expert, package, labels),),
         top=Level(lone_gate(), (0,), 1),
-        feature_count=package.model.feature_count,
+        feature_count=package.model.feature_count or None,
+        feature_count_min=package.model.feature_count_min,
         labels=labels,
         column_count=len(labels) or len(package.model.columns),
         mixture=None,
@@ -131,6 +147,7 @@ def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mappin
     experts: dict[ExpertId, int] = {}
     top = _level(body, bodies, experts)
     members = [packages[expert.digest] for expert in experts]
+    widths = [member.model.feature_count for member in members]
     labels = body.record.labels or tuple(dict.fromkeys(label for member in members for label in _shown_labels(member)))
     return Model(
         name=mixture.name,
@@ -138,11 +155,20 @@ def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mappin
         state=mixture.state,
         leaves=tuple(_leaf(expert, packages[expert.digest], labels) for expert in experts),
         top=top,
-        feature_count=members[0].model.feature_count,
+        feature_count=_gate_width(body, bodies) or next((w for w in widths if w), None),
+        feature_count_min=max(member.model.feature_count_min for member in members),
         labels=labels,
         column_count=len(labels) or len(members[0].model.columns),
         mixture=mixture,
     )
+
+
+def _gate_width(body: Body, bodies: Mapping[str, Body]) -> int | None:
+    """Width that a softmax gate of the mixture, or of one inside it, takes."""
+    if isinstance(body.record.gate, SoftmaxGate):
+        return body.record.gate.features
+    nested = (member for member in body.record.members if isinstance(member, MixtureRef))
+    return next((width for member in nested if (width := _gate_width(bodies[member.digest], bodies))), None)
 
 
 def _level(body: Body, bodies: Mapping[str, Body], experts: dict[ExpertId, int]) -> Level:

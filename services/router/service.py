@@ -164,7 +164,7 @@ def _summary(model: Model) -> router_pb2.MixtureSummary:
         name=model.name,
         digest=model.digest,
         expert_count=len(model.leaves),
-        feature_count=model.feature_count,
+        feature_count=model.feature_count or 0,
         state=model.state,
     )
 

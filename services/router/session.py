@@ -82,12 +82,7 @@ def decide(
     model = snapshot.resolve(address)
     model.check_servable()
     rows = tensor_to_matrix(tensor)
-    if rows.shape[1] != model.feature_count:
-        raise HocketError(
-            Reason.BAD_TENSOR,
-            f"model {model.name} takes rows of {model.feature_count} values, not {rows.shape[1]}",
-            field="input.shape[1]",
-        )
+    model.check_width(rows.shape[1])
     if top_k is not None and not 1 <= top_k <= len(model.top.members):
         raise HocketError(
             Reason.TOP_K_OUT_OF_RANGE, f"top_k must be 1 to {len(model.top.members)} for {model.name}", field="top_k"

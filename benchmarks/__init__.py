@@ -1,0 +1,1 @@
+"""Speed, measured: both sides in one run, printed as ratios, with the floor beside them."""

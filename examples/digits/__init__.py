@@ -1,0 +1,1 @@
+"""Separately trained and signed experts on handwritten digits answer as one mixture."""

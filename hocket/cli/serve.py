@@ -1,0 +1,190 @@
+"""`hocket up` and `hocket health`: start a suite, and ask servers how they are."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from enum import IntEnum, StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from hocket.cli import output
+from hocket.client import ROUTER_ADDRESS, connect_health
+from hocket.client.health import Health
+from hocket.errors import HocketError, Reason, Situation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+app = typer.Typer()
+
+_NEEDED: Final = ("grpc_reflection", "sqlalchemy", "torch", "uvloop")
+
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Settings (TOML): [router] [aggregator] ..."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Packages, caches and database.", show_default="~/.local/share/hocket"),
+]
+Trust = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="The trust folder.", show_default="~/.local/share/hocket/trust")
+]
+Port = Annotated[int | None, typer.Option(metavar="PORT", min=1, max=64535)]
+
+
+class LogLevel(StrEnum):
+    """Least severity that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Exit(IntEnum):
+    """Exit statuses of `hocket health`."""
+
+    SERVING = 0
+    NOT_SERVING = 1
+    UNREACHABLE = 2
+    FAILED = 3
+
+
+@app.command()
+def up(
+    *,
+    config: Config = None,
+    data: Data = None,
+    trust: Trust = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Where the router listens.", show_default="127.0.0.1")
+    ] = None,
+    router_port: Port = None,
+    registry_port: Port = None,
+    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda:0.")] = None,
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Serve what nobody trusted has signed. Logged and shown.")
+    ] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without tokens.")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severity that is logged.")] = LogLevel.INFO,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any other setting; may be repeated."),
+    ] = None,
+) -> None:
+    """Start a whole suite on this machine.
+
+    Router, aggregator, registry and worker in one process; the router
+    listens on port 50051 and the registry on 50052. Ctrl-C ends it when
+    running calls are done.
+
+    $ hocket up
+    $ hocket up --data ./data --trust ./trust --router-port 6001
+    $ hocket up --config hocket.toml --set worker.budget_bytes=2000000000
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise HocketError(Reason.BAD_REQUEST, f"a suite needs {', '.join(missing)} as well: pip install 'hocket[all]'")
+    chosen = {
+        "registry.data_dir": data,
+        "worker.data_dir": data,
+        "registry.trust_dir": trust,
+        "worker.trust_dir": trust,
+        "router.host": host,
+        "router.port": router_port,
+        "registry.port": registry_port,
+        "worker.device": device,
+        "registry.allow_unsigned": allow_unsigned or None,
+        "worker.allow_unsigned": allow_unsigned or None,
+    }
+    command = [sys.executable, "-m", "services.suite", "--log-level", log_level]
+    if config is not None:
+        command += ["--config", str(config)]
+    if insecure:
+        command.append("--insecure")
+    for assignment in (*_assignments(chosen), *(settings or ())):
+        command += ["--set", assignment]
+    os.execv(sys.executable, command)  # noqa: S606 - the arguments are ours, and no shell reads them
+
+
+@app.command()
+def health(
+    *,
+    address: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Any of our servers.", envvar="HOCKET_ROUTER")
+    ] = ROUTER_ADDRESS,
+    service: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="One service, such as hocket.v1.RouterService.", show_default="all of them"),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on and print every change.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.001, help="How long to wait for an answer.")] = 5.0,
+    json: output.Json = False,
+) -> None:
+    """Ask a server whether it serves.
+
+    Exit status: 0 every service asked about is serving; 1 one is not;
+    2 nobody answers at the address; 3 the server does not know the
+    service, or refuses the question.
+
+    $ hocket health
+    $ hocket health --address 127.0.0.1:50052 --service hocket.v1.RegistryService
+    $ hocket health --watch
+    """
+    question = _watch if watch else _ask
+    try:
+        status = asyncio.run(question(address, service, timeout, as_json=json))
+    except HocketError as error:
+        output.refuse(error, as_json=json)
+        unreachable = error.situation in {Situation.UNAVAILABLE, Situation.TIMED_OUT}
+        status = Exit.UNREACHABLE if unreachable else Exit.FAILED
+    raise typer.Exit(status)
+
+
+async def _ask(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
+    async with connect_health(address, timeout_seconds=timeout_seconds) as client:
+        if service is None:
+            states = await client.list_services()
+        else:
+            states = {service: await client.check(service)}
+    if as_json:
+        output.emit({"services": states})
+    else:
+        rows = [(name or "(process)", _coloured(state)) for name, state in states.items()]
+        output.print_table(("service", "state"), rows, "The server has no services")
+    return _exit_of(states)
+
+
+async def _watch(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
+    """Until the server goes away: then the refusal that says so is raised."""
+    name = service or ""
+    async with connect_health(address, timeout_seconds=timeout_seconds) as client:
+        await client.check(name)  # a watch alone would wait for a server that is not there
+        async for state in client.watch(name):
+            if as_json:
+                output.emit({"service": name, "state": state})
+            else:
+                output.console().print(name or "(process)", _coloured(state))
+    raise HocketError(Reason.UNREACHABLE, f"the server at {address} has ended the watch")
+
+
+def _exit_of(states: Mapping[str, Health]) -> Exit:
+    if Health.SERVICE_UNKNOWN in states.values():
+        return Exit.FAILED
+    return Exit.SERVING if all(state is Health.SERVING for state in states.values()) else Exit.NOT_SERVING
+
+
+def _coloured(state: Health) -> object:
+    return output.plain(state.lower().replace("_", " "), "green" if state is Health.SERVING else "red")
+
+
+def _assignments(chosen: Mapping[str, object]) -> Iterator[str]:
+    for key, value in chosen.items():
+        if value is not None:
+            yield f"{key}={value}"

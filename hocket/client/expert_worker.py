@@ -1,0 +1,96 @@
+"""The expert worker's caller: run an expert, and decide what is in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hocket.client.calls import call_metadata, refusals
+from hocket.rpc.handlers import LOAD_KEY
+from hocket.v1 import expert_worker_pb2
+from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceStub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    import grpc
+
+    from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceAsyncStub
+    from hocket.v1.tensor_pb2 import Tensor
+
+
+class ExpertWorkerClient:
+    """Calls one expert worker. Every method raises what the worker refused as `HocketError`.
+
+    Args:
+        channel: To the worker; stays the caller's to close.
+        token: The admin token, needed by `load` and `unload` where the worker asks for one.
+        timeout_seconds: Deadline of the calls that name none; loading has none.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, *, token: str | None = None, timeout_seconds: float = 30.0) -> None:
+        self._stub: ExpertWorkerServiceAsyncStub = ExpertWorkerServiceStub(channel)
+        self._token = token
+        self._timeout_seconds = timeout_seconds
+
+    async def run_tensor(
+        self,
+        expert: str,
+        input: Tensor,  # noqa: A002 - the contract's own name
+        timeout_seconds: float,
+    ) -> tuple[expert_worker_pb2.RunTensorResponse, expert_worker_pb2.WorkerLoad | None]:
+        """Run one expert on a batch of rows.
+
+        Args:
+            expert: `sha256:<64 hex>[#ordinal]`.
+            input: FP32 `[n, F]`.
+            timeout_seconds: Deadline, loading included.
+
+        Returns:
+            The answer, and how busy the worker is, if it said so.
+        """
+        request = expert_worker_pb2.RunTensorRequest(expert=expert, input=input)
+        with refusals():
+            call = self._stub.RunTensor(request, timeout=timeout_seconds, metadata=call_metadata(self._token))
+            response = await call
+            trailing = await call.trailing_metadata()
+        for key, value in trailing or ():
+            if key == LOAD_KEY and isinstance(value, bytes):
+                return response, expert_worker_pb2.WorkerLoad.FromString(value)
+        return response, None
+
+    async def load(self, digest: str) -> AsyncGenerator[expert_worker_pb2.LoadExpertResponse, None]:
+        """Load a package ahead of use. The last item says READY; leaving earlier does not stop the load.
+
+        Args:
+            digest: `sha256:<64 hex>`.
+        """
+        request = expert_worker_pb2.LoadExpertRequest(digest=digest)
+        call = self._stub.LoadExpert(request, metadata=call_metadata(self._token))
+        try:
+            with refusals():
+                async for step in call:
+                    yield step
+        finally:
+            call.cancel()
+
+    async def unload(self, digest: str) -> int:
+        """Drop a package from memory, and return how many requests still run on it.
+
+        Args:
+            digest: `sha256:<64 hex>`.
+        """
+        request = expert_worker_pb2.UnloadExpertRequest(digest=digest)
+        with refusals():
+            response = await self._stub.UnloadExpert(
+                request, timeout=self._timeout_seconds, metadata=call_metadata(self._token)
+            )
+        return response.in_use_count
+
+    async def list_experts(self) -> expert_worker_pb2.ListExpertsResponse:
+        """What the worker has in memory."""
+        with refusals():
+            return await self._stub.ListExperts(
+                expert_worker_pb2.ListExpertsRequest(),
+                timeout=self._timeout_seconds,
+                metadata=call_metadata(self._token),
+            )

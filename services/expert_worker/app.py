@@ -1,0 +1,170 @@
+"""The expert worker, wired."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from hocket.client.registry import RegistryClient
+from hocket.errors import HocketError, Reason
+from hocket.packages import Policy
+from hocket.rpc.handlers import Handlers, Tokens
+from hocket.telemetry import metrics
+from hocket.trust_folder import TrustFolder
+from hocket.v1.expert_worker_pb2_grpc import add_ExpertWorkerServiceServicer_to_server
+from hocket.v1.registry_pb2 import Residency as ResidencyMessage
+from hocket.v1.registry_pb2 import WorkerState
+from services.expert_worker.announce import Announcer
+from services.expert_worker.authority import Authority
+from services.expert_worker.background import keep_running
+from services.expert_worker.batching import Batcher
+from services.expert_worker.cache import PackageCache
+from services.expert_worker.device import budget_bytes, choose_device, compute_threads
+from services.expert_worker.feed import Feed
+from services.expert_worker.loader import place
+from services.expert_worker.residency import Residency
+from services.expert_worker.revocations import RevocationFile
+from services.expert_worker.service import ADMIN_METHODS, WorkerServicer
+from services.expert_worker.supply import Supply
+
+if TYPE_CHECKING:
+    from hocket.rpc.channel import Channels
+    from services.expert_worker.loader import Expert, Prepared
+    from services.expert_worker.settings import WorkerSettings
+
+_log: Final = structlog.get_logger("worker")
+_FORMATS: Final = ("apr",)
+_VERIFYING_THREADS: Final = 4
+_FAREWELL_SECONDS: Final = 0.5
+
+
+class WorkerApp:
+    """An expert worker's handlers, its compute thread, and the tasks that keep it current.
+
+    Args:
+        settings: What the operator chose.
+        channels: To its registry.
+        address: How others reach it: `host:port`, or `local:name`.
+        worker_token: What it shows the registry to announce itself; None where that is open.
+        tokens: The admin token that guards loading and unloading, if there is one.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if this machine has not the device chosen.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        channels: Channels,
+        address: str,
+        worker_token: str | None = None,
+        tokens: Tokens = Tokens(),  # noqa: B008 - frozen
+    ) -> None:
+        self._settings = settings
+        self._address = address
+        self._name = settings.name or address
+        self._device = choose_device(settings.device)
+        self._executor = ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify")
+        self._cache = PackageCache(settings.data_dir / "cache")
+        self._revocations = RevocationFile(settings.data_dir / "revocations.json")
+        self._authority = Authority(TrustFolder(settings.trust_dir), Policy(allow_unsigned=settings.allow_unsigned))
+        self._registry = RegistryClient(channels.get(settings.registry), token=worker_token)
+        self._announcer = Announcer(self._registry, self._state)
+        self.residency = Residency(
+            settings.budget_bytes or budget_bytes(self._device),
+            settings.loading_max,
+            settings.default_deadline_seconds,
+            self._authority,
+            Supply(self._cache, self._registry, self._executor).bring,
+            self._place,
+            self._announcer.notice,
+        )
+        self._batcher = Batcher(self._device, compute_threads(settings.compute_threads), settings.queue_max)
+        self._servicer = WorkerServicer(
+            self._name, str(self._device), self.residency, self._batcher, settings.default_deadline_seconds
+        )
+        self.handlers = Handlers(
+            tokens=replace(tokens, admin_methods=ADMIN_METHODS), in_flight_max=settings.in_flight_max
+        )
+        self.handlers.add(add_ExpertWorkerServiceServicer_to_server, self._servicer)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Learn what counts, then serve; the registry need not be there.
+
+        Raises:
+            HocketError: `BAD_TRUST_FILE` if what was withdrawn earlier cannot be read.
+        """
+        self._authority.withdraw(await asyncio.to_thread(self._revocations.read))
+        await self._authority.read_folder()
+        await asyncio.to_thread(self._cache.tidy)
+        if self._settings.allow_unsigned:
+            _log.warning("allow_unsigned is on: this worker runs packages that nobody trusted has signed")
+        metrics.RESIDENT_BYTES.labels(str(self._device)).set_function(lambda: self.residency.used_bytes)
+        self._batcher.start()
+        feed = Feed(self._registry, self._authority, self._revocations, self.residency.forget_refusal)
+        running = {
+            "the registry's feed": feed.follow,
+            "the lease": self._announcer.hold,
+            "the trust folder": self._authority.follow_folder,
+            "what is resident": self._stay_current,
+        }
+        self._tasks = [asyncio.create_task(keep_running(name, run)) for name, run in running.items()]
+        self._tasks += [asyncio.create_task(self._preload(digest)) for digest in self._settings.preload]
+
+    async def stop(self) -> None:
+        """Tell the registry, end every task, finish what is queued."""
+        if not self._tasks:
+            return
+        self.handlers.draining = True
+        await self._announcer.tell(_FAREWELL_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        await self.residency.stop()
+        await self._batcher.stop()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _stay_current(self) -> None:
+        """Judge what is resident again whenever it has changed what counts."""
+        while True:
+            await self._authority.changed.wait()
+            self._authority.changed.clear()
+            await self.residency.judge_again()
+
+    async def _preload(self, digest: str) -> None:
+        """Load a package, waiting for the registry if need be."""
+
+        async def load() -> None:
+            async for _ in self.residency.load(digest):
+                pass
+
+        while True:
+            try:
+                return await load()
+            except HocketError as error:
+                if error.reason is not Reason.UNREACHABLE:
+                    _log.warning("not preloaded", digest=digest, reason=error.reason, message=error.message)
+                    return None
+            await asyncio.sleep(1.0)
+
+    async def _place(self, prepared: Prepared) -> tuple[Expert, ...]:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, place, prepared, self._device)
+
+    def _state(self) -> WorkerState:
+        return WorkerState(
+            worker=self._name,
+            address=self._address,
+            device=str(self._device),
+            formats=_FORMATS,
+            budget_bytes=self.residency.budget_bytes,
+            residency=[
+                ResidencyMessage(digest=package.digest, tier=self._servicer.tier) for package in self.residency.packages
+            ],
+            draining=self.handlers.draining,
+        )

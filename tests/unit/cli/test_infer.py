@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hocket.cli import infer, output
+from hocket.client import Answer, blocking
+from hocket.errors import HocketError, Reason
+from tests.fakes import HIGH, LOW, MIXTURE, ScriptedRouter
+
+pytestmark = pytest.mark.usefixtures("router_address")
+
+ROWS = ("--row", "0.5,1.5", "--row", "2,-1")
+
+
+def test_json_is_one_event_a_line(hocket: Any, router: ScriptedRouter) -> None:
+    outcome = hocket("predict", "digits", *ROWS, "--partials", "--json")
+    plan, partial, answer = outcome.lines
+
+    assert outcome.code == 0
+    assert [event["event"] for event in outcome.lines] == ["plan", "partial", "answer"]
+    assert plan["request_id"] == answer["request_id"] == "request-1"
+    assert plan["plan"]["digest"] == MIXTURE
+    assert [expert["expert"] for expert in plan["plan"]["experts"]] == [LOW, HIGH]
+    assert (partial["sequence"], partial["coverage"]) == (1, [0.75, 0.75])
+    assert partial["lower_bound"] == [[0.0, 0.0]] * 2
+    assert partial["upper_bound"] == answer["value"] == [[0.1, 0.9]] * 2
+    assert answer["labels"] == ["0", "1"]
+    assert answer["contributions"][1]["reason"] == "NO_REPLICA"
+    assert answer["finish"]["reason"] == "FINISH_REASON_COMPLETE"
+    assert list(router.requests[-1].input.shape) == [2, 2]
+
+
+def test_partials_come_only_if_asked_for(hocket: Any) -> None:
+    assert [event["event"] for event in hocket("predict", "digits", *ROWS, "--json").lines] == ["plan", "answer"]
+
+
+def test_options_reach_the_request(hocket: Any, router: ScriptedRouter) -> None:
+    hocket(
+        "predict", "digits", *ROWS, "--top-k", 1, "--renormalise", "--min-coverage", 0.5, "--straggler-timeout", 0.25,
+        "--json",
+    )  # fmt: skip
+    [request] = router.requests
+
+    assert (request.top_k, request.min_coverage, request.on_missing) == (1, 0.5, 2)
+    assert request.straggler_timeout.ToMilliseconds() == 250
+
+
+def test_people_get_the_experts_and_a_table_of_labels(hocket: Any) -> None:
+    outcome = hocket("predict", "digits", *ROWS)
+
+    assert outcome.code == 0
+    for text in ("acme/low@1.0.0", "acme/high@1.0.0", "arrived", "failed: NO_REPLICA", "3.2 ms", "0.750", "worker-a"):
+        assert text in outcome.out
+    assert "UNSIGNED_EXPERT" in outcome.out
+    assert "pending" not in outcome.out
+    assert "request-1" in outcome.err
+    table = outcome.out.splitlines()
+    assert [line.split() for line in table if line.strip().startswith(("row", "0 ", "1 "))] == [
+        ["row", "answer", "0", "1", "coverage"],
+        ["0", "1", "0.1", "0.9", "1.000"],
+        ["1", "1", "0.1", "0.9", "1.000"],
+    ]
+
+
+def test_a_terminal_follows_the_answer_live(router_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(output, "console", lambda: Console(file=screen, force_terminal=True, width=120))
+    board = infer._Board()
+    assert board.is_live
+    with blocking.connect(router_address) as client, board:
+        for event in client.predict("digits", [0.5, 1.5], partials=True):
+            board.show(event)
+
+    assert "pending" in screen.getvalue()
+    assert "arrived" in screen.getvalue()
+    assert isinstance(board.answer, Answer)
+
+
+def test_more_rows_than_fit_are_counted(hocket: Any) -> None:
+    rows = [text for number in range(25) for text in ("--row", f"{number},0")]
+    assert "... and 5 more rows" in hocket("predict", "digits", *rows).out
+    assert "... and 5 more rows" in hocket("route", "digits", *rows).out
+
+
+def test_a_refusal_is_a_reason_and_advice(hocket: Any, router: ScriptedRouter) -> None:
+    router.refusal = HocketError(Reason.QUEUE_FULL, "this server is busy", retry_after_seconds=0.5)
+
+    outcome = hocket("predict", "digits", *ROWS, "--json")
+    assert outcome.code == 2
+    assert outcome.document == {"error": {"reason": "QUEUE_FULL", "message": "this server is busy"}}
+    outcome = hocket("predict", "digits", *ROWS)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "QUEUE_FULL this server is busy" in outcome.err
+    assert "0.5 s" in outcome.err
+
+
+def test_a_decision_is_explained_row_by_row(hocket: Any) -> None:
+    out = hocket("route", "digits", *ROWS, "--top-k", 1).out
+
+    for text in ("registry revision 7", "acme/low@1.0.0", "0.7500", "chosen", "1.0000", "0.2500"):
+        assert text in out
+    assert "acme/high@1.0.0 is full" in out
+    assert "acme/high@1.0.0 cannot run: YANKED" in out
+
+
+def test_a_decision_as_json_is_the_message(hocket: Any, router: ScriptedRouter) -> None:
+    document = hocket("route", "digits", *ROWS, "--json").document
+
+    assert document["plan"]["digest"] == MIXTURE
+    assert document["rows"][1]["candidates"][0] == {
+        "expert": LOW, "gate_weight": 0.75, "weight": 1.0, "chosen": True,
+    }  # fmt: skip
+    assert len(router.requests) == 1
+
+
+def test_an_unknown_model_is_refused(hocket: Any) -> None:
+    outcome = hocket("predict", "none", *ROWS)
+
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("UNKNOWN_MODEL")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hocket import __version__
+from hocket.cli import main
+from hocket.cli.main import VERBS
+
+
+def test_the_overview_names_every_verb(hocket: Any) -> None:
+    outcome = hocket("--help")
+
+    assert outcome.code == 0
+    for name, verb in VERBS.items():
+        assert name in outcome.out
+        assert verb.help in outcome.out
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_overview_says_what_the_verb_itself_says(name: str) -> None:
+    command = main._load(name)
+
+    assert command.help.splitlines()[0] == VERBS[name].help
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_explains_itself(hocket: Any, name: str) -> None:
+    outcome = hocket(name, "--help")
+
+    assert outcome.code == 0
+    assert VERBS[name].help in outcome.out
+
+
+def test_the_version_is_the_library_s(hocket: Any) -> None:
+    assert hocket("--version").out == f"hocket {__version__}\n"
+
+
+def test_a_misspelled_verb_gets_a_suggestion(hocket: Any) -> None:
+    outcome = hocket("inspekt")
+
+    assert outcome.code == 2
+    assert "'inspect'" in outcome.err
+
+
+def test_the_overview_needs_neither_grpc_nor_numpy_nor_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['hocket', '--help']; from hocket.cli.main import app\n"
+        "try: app()\n"
+        "except SystemExit: print(sorted({'grpc', 'numpy', 'google.protobuf', 'torch'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_commands_on_files_work_without_torch_and_grpc(tmp_path: Any) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None; sys.modules['grpc'] = None\n"
+        f"sys.argv = ['hocket', 'inspect', {str(tmp_path / 'no.apr')!r}, '--json']\n"
+        "from hocket.cli.main import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 2
+    assert '"reason": "BAD_REQUEST"' in result.stdout
+
+
+def test_a_bug_is_a_sentence_unless_the_traceback_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_name: str) -> object:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main, "_load", broken)
+    monkeypatch.setattr(sys, "argv", ["hocket", "keygen"])
+    monkeypatch.delenv("HOCKET_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+    monkeypatch.setenv("HOCKET_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main.main()

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hocket.errors import HocketError, Reason
+from services.expert_worker.batching import Answer, Batcher
+from services.expert_worker.loader import Expert
+from tests.builders import floats
+from tests.unit.expert_worker.test_compute import random_models
+from tests.worker_numerics import answer, on_device
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+CPU = torch.device("cpu")
+TIMEOUT_SECONDS = 10.0
+
+
+@dataclass
+class Kernel:
+    """Doubles its rows, remembers each pass, and does as its script says before it answers."""
+
+    script: Callable[[Any], None] = lambda rows: None
+    work_per_row: int = 1
+    passes: list[list[float]] = field(default_factory=list)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.passes.append(rows[:, 0].tolist())
+        self.script(rows)
+        return rows * 2
+
+    def expert(self) -> Expert:
+        return Expert(self, 1, wider=False, columns=1, work_per_row=self.work_per_row)
+
+
+class Gate:
+    """Holds the compute thread inside a pass."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.leave = threading.Event()
+        self.kernel = Kernel(self._hold)
+
+    def _hold(self, _rows: Any) -> None:
+        self.entered.set()
+        assert self.leave.wait(TIMEOUT_SECONDS)
+
+    async def hold(self, batcher: Batcher) -> asyncio.Future[Answer]:
+        future = batcher.submit(self.kernel.expert(), floats([0]), nothing)
+        assert await asyncio.to_thread(self.entered.wait, TIMEOUT_SECONDS)
+        return future
+
+
+def nothing() -> None:
+    pass
+
+
+@asynccontextmanager
+async def running(queue_max: int = 100) -> AsyncIterator[Batcher]:
+    batcher = Batcher(CPU, threads=1, queue_max=queue_max)
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        await batcher.stop()
+
+
+async def settled(future: asyncio.Future[Answer]) -> Any:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        return (await future).output.tolist()
+
+
+async def test_an_answer_belongs_to_its_request() -> None:
+    async with running() as batcher:
+        expert = Kernel().expert()
+        futures = [batcher.submit(expert, floats([place], [-place]), nothing) for place in range(5)]
+        assert [await settled(future) for future in futures] == [[[2 * n], [-2 * n]] for n in range(5)]
+
+
+async def test_requests_of_one_turn_share_a_pass_and_wake_the_loop_once() -> None:
+    async with running() as batcher:
+        deliveries: list[int] = []
+        settle = batcher._settle
+        batcher._settle = lambda outcomes: (deliveries.append(1), settle(outcomes))[1]  # type: ignore[method-assign]
+        one, other = Kernel(), Kernel()
+        first, second = one.expert(), other.expert()
+
+        async def ask(expert: Expert, value: float) -> Any:
+            return await settled(batcher.submit(expert, floats([value]), nothing))
+
+        calls = [(first, 1.0), (second, 2.0), (first, 3.0), (second, 4.0)]
+        assert await asyncio.gather(*(ask(*call) for call in calls)) == [[[2.0]], [[4.0]], [[6.0]], [[8.0]]]
+        assert (one.passes, other.passes, len(deliveries)) == ([[1.0, 3.0]], [[2.0, 4.0]], 1)
+
+
+async def test_what_queues_up_during_a_pass_is_the_next_batch() -> None:
+    async with running() as batcher:
+        gate, kernel = Gate(), Kernel()
+        await gate.hold(batcher)
+        expert = kernel.expert()
+        futures = []
+        for place in range(3):
+            futures.append(batcher.submit(expert, floats([place]), nothing))
+            await asyncio.sleep(0)
+        gate.leave.set()
+        await asyncio.gather(*futures)
+        assert kernel.passes == [[0.0, 1.0, 2.0]]
+
+
+async def test_answers_do_not_wait_for_a_long_pass_of_their_batch() -> None:
+    async with running() as batcher:
+        gate, short = Gate(), Kernel()
+        gate.kernel.work_per_row = 2**21
+        long = batcher.submit(gate.kernel.expert(), floats([0]), nothing)
+        quick = batcher.submit(short.expert(), floats([1]), nothing)
+        assert await settled(quick) == [[2.0]]
+        assert gate.entered.wait(TIMEOUT_SECONDS)
+        assert not long.done()
+        gate.leave.set()
+        await long
+
+
+async def test_a_request_whose_caller_has_gone_is_not_computed() -> None:
+    async with running() as batcher:
+        gate, kernel = Gate(), Kernel()
+        held = await gate.hold(batcher)
+        done: list[str] = []
+        expert = kernel.expert()
+        gone = batcher.submit(expert, floats([1]), lambda: done.append("gone"))
+        stays = batcher.submit(expert, floats([2]), lambda: done.append("stays"))
+        gone.cancel()
+        await asyncio.sleep(0)
+        assert not done
+        gate.leave.set()
+        assert await settled(stays) == [[4.0]]
+        await held
+        assert kernel.passes == [[2.0]]
+        assert done == ["gone", "stays"]
+
+
+async def test_an_expert_stays_in_use_until_its_pass_ends_even_if_the_caller_has_gone() -> None:
+    async with running() as batcher:
+        gate, done = Gate(), asyncio.Event()
+        future = batcher.submit(gate.kernel.expert(), floats([1]), done.set)
+        assert await asyncio.to_thread(gate.entered.wait, TIMEOUT_SECONDS)
+        future.cancel()
+        await asyncio.sleep(0.01)
+        assert not done.is_set()
+        gate.leave.set()
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await done.wait()
+
+
+async def test_a_request_that_fails_fails_alone() -> None:
+    def refuse_thirteen(rows: Any) -> None:
+        if (rows == 13).any():
+            raise ValueError("unlucky")
+
+    async with running() as batcher:
+        expert = Kernel(refuse_thirteen).expert()
+        futures = [batcher.submit(expert, floats([value]), nothing) for value in (1, 13, 2)]
+        assert await settled(futures[0]) == [[2.0]]
+        with pytest.raises(ValueError, match="unlucky"):
+            await settled(futures[1])
+        assert await settled(futures[2]) == [[4.0]]
+
+
+async def test_no_memory_for_a_pass_is_a_refusal_that_can_be_retried() -> None:
+    def exhaust(_rows: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async with running() as batcher:
+        with pytest.raises(HocketError) as refusal:
+            await settled(batcher.submit(Kernel(exhaust).expert(), floats([1]), nothing))
+        assert refusal.value.reason is Reason.DEVICE_MEMORY
+        assert refusal.value.retry_after_seconds
+
+
+async def test_a_row_that_answers_nan_leaves_its_mates_alone() -> None:
+    class Poisoned(Kernel):
+        def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.log(rows)
+
+    async with running() as batcher:
+        expert = Poisoned().expert()
+        futures = [batcher.submit(expert, floats([value]), nothing) for value in (1, -1)]
+        assert await settled(futures[0]) == [[0.0]]
+        assert np.isnan(await settled(futures[1])).all()
+
+
+async def test_a_full_queue_refuses_the_next_until_one_is_settled() -> None:
+    async with running(queue_max=2) as batcher:
+        gate, kernel = Gate(), Kernel()
+        held = await gate.hold(batcher)
+        waiting = batcher.submit(kernel.expert(), floats([1]), nothing)
+        with pytest.raises(HocketError) as refusal:
+            batcher.submit(kernel.expert(), floats([2]), nothing)
+        assert refusal.value.reason is Reason.QUEUE_FULL
+        assert refusal.value.retry_after_seconds
+        waiting.cancel()  # it still takes a place: the thread has not let go of it
+        with pytest.raises(HocketError):
+            batcher.submit(kernel.expert(), floats([2]), nothing)
+        gate.leave.set()
+        await held
+        assert await settled(batcher.submit(kernel.expert(), floats([3]), nothing)) == [[6.0]]
+
+
+async def test_a_pass_stays_within_the_limits_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.expert_worker.batching.VALUES_MAX", 3)
+    async with running() as batcher:
+        kernel = Kernel()
+        expert = kernel.expert()
+        futures = [batcher.submit(expert, floats([n], [n]), nothing) for n in range(2)]
+        futures += [batcher.submit(expert, floats([5]), nothing)]
+        assert [await settled(future) for future in futures] == [[[0], [0]], [[2], [2]], [[10]]]
+        assert sorted(kernel.passes) == [[0, 0], [1, 1, 5]]
+
+
+async def test_stopping_finishes_what_is_queued_and_takes_nothing_more() -> None:
+    batcher = Batcher(CPU, threads=1, queue_max=10)
+    with pytest.raises(HocketError) as refusal:
+        batcher.submit(Kernel().expert(), floats([1]), nothing)
+    assert refusal.value.reason is Reason.DRAINING
+    batcher.start()
+    future = batcher.submit(Kernel().expert(), floats([1]), nothing)
+    await batcher.stop()
+    assert await settled(future) == [[2.0]]
+    with pytest.raises(HocketError):
+        batcher.submit(Kernel().expert(), floats([1]), nothing)
+    await batcher.stop()
+
+
+async def test_a_loop_that_was_closed_without_stopping_does_not_kill_the_thread() -> None:
+    batcher = Batcher(CPU, threads=1, queue_max=10)
+
+    async def leave() -> None:
+        batcher.start()
+        batcher.submit(Kernel(lambda rows: gate.wait(TIMEOUT_SECONDS) and None).expert(), floats([1]), nothing)
+        await asyncio.sleep(0)
+
+    gate = threading.Event()
+    await asyncio.to_thread(asyncio.run, leave())
+    thread = batcher._thread
+    assert thread is not None
+    gate.set()
+    batcher._queue.put(None)
+    await asyncio.to_thread(thread.join, TIMEOUT_SECONDS)
+    assert not thread.is_alive()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9), st.booleans()), max_size=24))
+def test_any_interleaving_answers_the_same_bits_as_alone(seed: int, requests: list[tuple[int, int, bool]]) -> None:
+    rng = np.random.default_rng(seed)
+    experts = [expert for model in random_models(rng, 5) for expert in on_device(model)]
+    asked = [(experts[n % len(experts)], rng.normal(size=(rows, 5)).astype(np.float32), p) for n, rows, p in requests]
+
+    async def ask() -> list[Any]:
+        async with running() as batcher:
+            futures = []
+            for expert, rows, pause in asked:
+                futures.append(batcher.submit(expert, rows, nothing))
+                if pause:
+                    await asyncio.sleep(0)
+            return [(await future).output for future in futures]
+
+    for (expert, rows, _), output in zip(asked, asyncio.run(ask()), strict=True):
+        assert output.tobytes() == answer(expert, rows).tobytes()

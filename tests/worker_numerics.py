@@ -1,0 +1,107 @@
+"""Experts on a device, held against the oracle and against the reference's recorded answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hocket.errors import HocketError, Reason
+from hocket.packages import Package, Policy, TrustRoots, open_package
+from hocket.packages import model as m
+from services.expert_worker.loader import Expert, place, prepare
+from tests import apr_oracle
+from tests.builders import apr_bytes, models
+from tests.signing import NOW
+
+SERVED = {*models()}
+"""The layouts that serve."""
+
+RECORDED_MIN = 30
+"""Fewer recorded files than this in the clear would mean that the fixtures are not what they were."""
+
+
+def opened(data: bytes) -> Package:
+    return open_package(data, trust=TrustRoots(), policy=Policy(allow_unsigned=True), now=NOW)
+
+
+def on_device(model: Any, device: str = "cpu", **options: Any) -> tuple[Expert, ...]:
+    """The experts of a model, by way of a file."""
+    return place(prepare(opened(apr_bytes(model, **options))), torch.device(device))
+
+
+def lone(model: Any, device: str = "cpu", **options: Any) -> Expert:
+    """The one expert of a model."""
+    (expert,) = on_device(model, device, **options)
+    return expert
+
+
+def answer(expert: Expert, rows: Any, device: str = "cpu") -> Any:
+    with torch.inference_mode():
+        return expert.kernel(torch.from_numpy(np.array(rows, np.float32)).to(device)).cpu().numpy()
+
+
+def assert_meets_the_oracle(model: Any, rows: Any, device: str = "cpu") -> None:
+    """Linear outputs within D6's tolerance, everything else exactly."""
+    experts = on_device(model, device)
+    members = model.experts if isinstance(model, m.MixtureOfExperts) else (model,)
+    assert len(experts) == len(members)
+    for expert, member in zip(experts, members, strict=True):
+        given = answer(expert, rows, device)
+        expected = apr_oracle.predict(member, rows, expert.columns)
+        assert given.dtype == np.float32
+        assert given.shape == (len(rows), expert.columns)
+        if isinstance(member, m.LinearModel | m.LogisticRegression):
+            assert (np.abs(given - expected) <= apr_oracle.tolerance(member, rows)[:, None]).all()
+        else:
+            assert np.array_equal(given, expected)
+
+
+def recorded() -> list[dict[str, Any]]:
+    """What the reference recorded about files of the layouts that serve; skips without the fixtures."""
+    folder = os.environ.get("HOCKET_FIXTURES")
+    if not folder:
+        pytest.skip("HOCKET_FIXTURES is not set: the genuine files are not here")
+    path = Path(folder) / "apr" / "reference-0.11.0"
+    manifest = json.loads((path / "manifest.json").read_text())
+    return [
+        {**entry, "data": (path / entry["file"]).read_bytes()}
+        for entry in manifest["files"]
+        if entry.get("layout") in SERVED and entry.get("inputs")
+    ]
+
+
+def assert_meets_the_record(entry: dict[str, Any], device: str = "cpu") -> bool:
+    """Whether the file serves, and if so, that it answers as recorded."""
+    try:
+        package = opened(entry["data"])
+        experts = place(prepare(package), torch.device(device))
+    except HocketError as error:
+        if error.reason not in {Reason.ENCRYPTED, Reason.NOT_SERVABLE}:  # the latter chooses no expert
+            raise
+        return False
+    rows = np.array(entry["inputs"], np.float32)
+    given = [answer(expert, rows, device) for expert in experts]
+    model = package.model
+    if isinstance(model, m.MixtureOfExperts):
+        for place_of, expected in enumerate(np.array(entry["expert_outputs"], np.float32).T):
+            tolerance = apr_oracle.tolerance(model.experts[place_of], rows)
+            assert (np.abs(given[place_of][:, 0] - expected) <= tolerance).all()
+    elif isinstance(model, m.LogisticRegression):
+        assert (np.abs(given[0][:, 1] - entry["probabilities"]) <= apr_oracle.tolerance(model, rows)).all()
+        assert ((given[0][:, 1] >= 0.5) == entry["classes"]).all()
+    elif "predictions" in entry:
+        expected = np.array(entry["predictions"], np.float32)
+        exact = not isinstance(model, m.LinearModel)
+        tolerance = 0 if exact else apr_oracle.tolerance(model, rows)
+        assert (np.abs(given[0][:, 0] - expected) <= tolerance).all()
+    else:
+        assert (given[0].argmax(axis=1) == entry.get("clusters", entry.get("classes"))).all()
+        if "probabilities" in entry:
+            assert np.array_equal(given[0].reshape(-1), np.array(entry["probabilities"], np.float32))
+    return True
