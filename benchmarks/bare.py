@@ -36,6 +36,7 @@ class Mixture:
         self._gate, self._experts, self._biases = gate, experts, biases
 
     def __call__(self, request: router_pb2.PredictRequest) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Gate weights, float64 `[N, E]`, and the answer, float32 `[N, 1]`."""
         rows = np.frombuffer(request.input.contents, dtype="<f4").reshape(tuple(request.input.shape))
         logits = rows @ self._gate
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from rich.console import Console
@@ -23,17 +23,21 @@ from examples.digits.export import to_apr
 from examples.digits.train import Member, Split, splits, train_gate, train_members
 from examples.publishing import Publisher, known, softmax_mixture, uniform_mixture
 from examples.running import suite
-from hocket.client import Answer, Partial, Planned, connect, connect_registry
+from hocket.client import Answer, Planned, connect, connect_registry
 from hocket.packages import apr
+from hocket.v1 import plan_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from hocket.client import RouterClient
 
 LABELS: Final = tuple(str(digit) for digit in range(10))
 _SHADES: Final = " .:-=+*#%@"
 _BAR_WIDTH: Final = 24
+_SHOWN: Final = 7
 
 
 def apr_files(members: Sequence[Member]) -> dict[str, bytes]:
@@ -55,33 +59,45 @@ async def accuracy(router: RouterClient, model: str, data: Split) -> float:
     return float(np.mean([label == str(digit) for label, digit in zip(answer.best_labels(), data.digits, strict=True)]))
 
 
-def show_digit(console: Console, row: np.ndarray[Any, Any]) -> None:
+def show_digit(console: Console, row: NDArray[np.float32]) -> None:
     """The picture, eight by eight."""
     for line in (row.reshape(8, 8) * (len(_SHADES) - 1)).round().astype(int):
         console.print("    " + "".join(_SHADES[shade] * 2 for shade in line), highlight=False, markup=False)
 
 
-async def watch_one(console: Console, router: RouterClient, names: dict[str, str], row: np.ndarray[Any, Any]) -> None:
-    """Ask all experts about one picture, and print each partial combination as it comes."""
-    begin = time.perf_counter()
+async def explain_one(console: Console, router: RouterClient, names: dict[str, str], row: NDArray[np.float32]) -> None:
+    """Who would answer for one picture, with which weight, and what the two chosen make of it."""
+    decision = await router.route("digits", row)
+    for candidate in decision.rows[0].candidates:
+        bar = "#" * round(candidate.gate_weight * _BAR_WIDTH)
+        chosen = f"[green]chosen, {candidate.weight:.3f}[/]" if candidate.chosen else ""
+        console.print(
+            f"    {names[candidate.expert]:<11} {candidate.gate_weight:6.3f} [cyan]{bar:<{_BAR_WIDTH}}[/] {chosen}",
+            highlight=False,
+        )
+    answer = await router.answer("digits", row)
+    console.print(f"    the mixture says {answer.best_labels()[0]}, {answer.value[0].max():.1%}", highlight=False)
+
+
+async def watch_all(console: Console, router: RouterClient, data: Split, expert_count: int) -> None:
+    """Ask every expert about every picture, and print each partial combination as it comes."""
     labels: Sequence[str] = ()
-    async for event in router.predict("digits", row, top_k=len(names), partials=True):
-        milliseconds = (time.perf_counter() - begin) * 1e3
+    begin = time.perf_counter()
+    async for event in router.predict("digits", data.rows, top_k=expert_count, partials=True):
         if isinstance(event, Planned):
             labels = event.plan.labels
-            for expert in sorted(event.plan.experts, key=lambda expert: -expert.weights[0]):
-                weight = expert.weights[0]
-                bar = "#" * round(weight * _BAR_WIDTH)
-                console.print(f"    {names[expert.expert]:<11} {weight:6.3f} [cyan]{bar}[/]", highlight=False)
-        elif isinstance(event, Partial | Answer):
-            best = int(event.value[0].argmax())
-            covered = "=" * round(float(event.coverage[0]) * _BAR_WIDTH)
-            kind = "final  " if isinstance(event, Answer) else "partial"
-            console.print(
-                f"    {kind} {milliseconds:5.1f} ms  coverage {event.coverage[0]:.3f} [green]{covered:<{_BAR_WIDTH}}[/]"
-                f"  '{labels[best]}' {event.value[0, best]:.3f}",
-                highlight=False,
-            )
+            continue
+        arrived = sum(c.state == plan_pb2.CONTRIBUTION_STATE_ARRIVED for c in event.contributions)
+        right = np.mean(
+            [labels[best] == str(digit) for best, digit in zip(event.value.argmax(1), data.digits, strict=True)]
+        )
+        covered = "=" * round(float(event.coverage.mean()) * _BAR_WIDTH)
+        kind = "final" if isinstance(event, Answer) else "partial"
+        console.print(
+            f"    {(time.perf_counter() - begin) * 1e3:6.1f} ms  {kind:<7} {arrived} of {expert_count} experts, weight "
+            f"{event.coverage.mean():.3f} [green]{covered:<{_BAR_WIDTH}}[/] accuracy {right:.1%}",
+            highlight=False,
+        )
 
 
 async def demo(console: Console, folder: Path) -> dict[str, float]:
@@ -113,12 +129,12 @@ async def demo(console: Console, folder: Path) -> dict[str, float]:
         scores["digits"] = await accuracy(router, "digits", held_out)
         _print_scores(console, members, scores, len(held_out.rows))
 
-        hard = 7
-        console.print("\n[bold]One picture nobody has seen[/], all experts asked, combinations as they arrive:\n")
-        show_digit(console, held_out.rows[hard])
         names = {digest: name for name, digest in digests.items()}
-        await watch_one(console, router, names, held_out.rows[hard])
-        console.print(f"    it is a {held_out.digits[hard]}")
+        console.print("\n[bold]One picture nobody has seen[/], and what the gate thinks of everybody:\n")
+        show_digit(console, held_out.rows[_SHOWN])
+        await explain_one(console, router, names, held_out.rows[_SHOWN])
+        console.print(f"\n[bold]All {len(held_out.rows)} pictures, all experts[/], combinations as they arrive:\n")
+        await watch_all(console, router, held_out, len(names))
     return scores
 
 

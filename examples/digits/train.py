@@ -67,7 +67,7 @@ def train_members(data: Split) -> list[Member]:
     members = []
     for name, known in FOREST_DIGITS.items():
         mine = np.isin(data.digits, known)
-        forest = RandomForestClassifier(n_estimators=20, max_depth=8, random_state=0)
+        forest = RandomForestClassifier(n_estimators=150, max_depth=10, random_state=0)
         members.append(Member(name, forest.fit(data.rows[mine], data.digits[mine]), known))
     for digit in LOGISTIC_DIGITS:
         logistic = LogisticRegression(max_iter=500).fit(data.rows, data.digits == digit)

@@ -41,7 +41,7 @@ def list_packages(
             describe.state_of(package.state),
             describe.signers_of(package),
         )
-        for package in packages
+        for package in sorted(packages, key=describe.package_name)
     ]
     columns = ("name", "digest", "kind", "features>", "answers", "state", "signed by")
     output.print_table(columns, rows, "No packages yet: `hocket publish`")

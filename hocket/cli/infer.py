@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Model = Annotated[
-    str, typer.Argument(help="Mixture name, publisher/name@version, or digest[#ordinal].", show_default=False)
+    str, typer.Argument(help=r"Mixture name, publisher/name@version, or digest\[#ordinal].", show_default=False)
 ]
-TopK = Annotated[int | None, typer.Option(metavar="N", min=1, help="Experts per row, not the mixture's own number.")]
+TopK = Annotated[
+    int | None, typer.Option(metavar="N", min=1, max=1_000_000, help="Experts per row, not the mixture's own number.")
+]
 
 _ROWS_SHOWN: Final = 20
 _SCORES_SHOWN: Final = 10
@@ -52,7 +54,8 @@ def predict(
         float | None, typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Least weight that must be in every row.")
     ] = None,
     straggler_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Count experts as missing after this long.")
+        float | None,
+        typer.Option(metavar="SECONDS", min=0.001, max=86400, help="Count experts as missing after this long."),
     ] = None,
     router: servers.Router = servers.ROUTER_ADDRESS,
     json: output.Json = False,
@@ -166,11 +169,11 @@ class _Board:
                     f"{weight:.3f}",
                     f"{len(expert.rows)}",
                     _state_text(contribution),
-                    "" if contribution is None else _milliseconds(contribution),
-                    "" if contribution is None else contribution.worker,
+                    " " if contribution is None else _milliseconds(contribution),
+                    " " if contribution is None else contribution.worker,
                 )
             )
-        lines.append(("coverage", output.plain(output.bar(coverage), "green"), f"{coverage:.3f}", "", "", "", ""))
+        lines.append(("coverage", output.plain(output.bar(coverage), "green"), f"{coverage:.3f}", *" " * 4))
         columns = ("expert", "weight", ">", "rows>", "state", "time>", "worker")
         return output.table(
             columns, lines, title=f"{plan.model} ({Mode.Name(plan.mode).removeprefix('MODE_').lower()})"
@@ -187,7 +190,7 @@ def _state_text(contribution: Contribution | None) -> Any:  # noqa: ANN401 - sty
 
 def _milliseconds(contribution: Contribution) -> str:
     if contribution.state != CONTRIBUTION_STATE_ARRIVED:
-        return ""
+        return " "
     return f"{contribution.latency.ToMicroseconds() / 1000:.1f} ms"
 
 

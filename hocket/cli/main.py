@@ -92,7 +92,7 @@ def _load(name: str) -> Any:  # noqa: ANN401 - as above
 app = typer.Typer(
     cls=_Overview,
     help="Mixtures of signed experts: one answer, shared between many small models.",
-    epilog="Start with `hocket up`, then `hocket mixtures`. Documentation: docs/ in the source tree.",
+    epilog="Start with `hocket up`, then `hocket mixtures list`. All of it is explained in docs/cli.md.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

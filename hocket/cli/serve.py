@@ -26,7 +26,7 @@ _NEEDED: Final = ("grpc_reflection", "sqlalchemy", "torch", "uvloop")
 
 Config = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Settings (TOML): [router] [aggregator] ..."),
+    typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Settings of the services (TOML)."),
 ]
 Data = Annotated[
     Path | None,
@@ -35,7 +35,12 @@ Data = Annotated[
 Trust = Annotated[
     Path | None, typer.Option(metavar="DIR", help="The trust folder.", show_default="~/.local/share/hocket/trust")
 ]
-Port = Annotated[int | None, typer.Option(metavar="PORT", min=1, max=64535)]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PORT", min=1, max=64535, help="Where it listens; metrics are 1000 above.", show_default=False
+    ),
+]
 
 
 class LogLevel(StrEnum):

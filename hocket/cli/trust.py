@@ -50,8 +50,9 @@ def add(
     folder.add_key(trusted)
     if json:
         output.emit(_json(trusted))
-    else:
-        output.say(f"{publisher} may release {', '.join(trusted.names)} with key {trusted.key_id} ({folder.path})")
+        return
+    output.say(f"{publisher} may release {', '.join(trusted.names)} with key {trusted.key_id} ({folder.path})")
+    output.say("A running suite takes that up within 5 seconds.")
 
 
 @app.command("list")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import CancelledError
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hocket import client
@@ -24,6 +24,7 @@ from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
+    from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager
     from typing import Literal, Self
 
@@ -188,7 +189,7 @@ class _Session:
     """What one client has running on the shared loop. Leaving it ends all of that."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser may run while this thread holds it
         self._is_open = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._streams: set[AsyncGenerator[Any, None]] = set()
@@ -217,12 +218,7 @@ class _Session:
         Raises:
             HocketError: What it raises; `UNREACHABLE` if the client is closed, before or meanwhile.
         """
-        with self._lock:
-            if not self._is_open:
-                coroutine.close()
-                raise _closed()
-            # Whatever is handed over under the lock reaches the loop before `_end` does.
-            future = asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
+        future = self._start(coroutine)
         try:
             return future.result()
         except CancelledError:
@@ -246,8 +242,17 @@ class _Session:
             while (item := self.run(step())) is not _END:
                 yield item
         finally:
-            if self._is_open:
-                self.run(close())
+            # Not awaited: the collector may finalise a forgotten generator in any thread, the loop's own included.
+            with suppress(HocketError):
+                self._start(close())
+
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if not self._is_open:
+                coroutine.close()
+                raise _closed()
+            # Whatever is handed over under the lock reaches the loop before `_end` does.
+            return asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self._loop)
 
     async def _tracked(self, coroutine: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()

@@ -78,10 +78,13 @@ class Answer:
     request_id: str
 
     def best_labels(self) -> list[str]:
-        """The label with the highest score of each row; the earlier one at ties."""
+        """The label with the highest score of each row, the earlier one at ties; none for regression."""
+        if not self.labels:
+            return []
         return [self.labels[column] for column in self.value.argmax(axis=1)]
 
 
+_SECONDS_MAX = 1e9
 _ON_MISSING = {"fail": plan_pb2.ON_MISSING_FAIL, "renormalise": plan_pb2.ON_MISSING_RENORMALISE}
 
 
@@ -124,15 +127,21 @@ class RouterClient:
         Raises:
             HocketError: As the contract of Predict says.
         """
+        if on_missing not in _ON_MISSING:
+            raise HocketError(Reason.BAD_REQUEST, "on_missing is 'fail' or 'renormalise'", field="on_missing")
         request = router_pb2.PredictRequest(
             model=model,
             input=_tensor(rows),
-            top_k=top_k,
+            top_k=_count(top_k),
             partials=partials,
             min_coverage=min_coverage,
             on_missing=_ON_MISSING[on_missing],
         )
         if straggler_timeout_seconds is not None:
+            if not 0 < straggler_timeout_seconds < _SECONDS_MAX:
+                raise HocketError(
+                    Reason.BAD_REQUEST, "straggler_timeout_seconds must be above 0", field="straggler_timeout"
+                )
             request.straggler_timeout.FromNanoseconds(round(straggler_timeout_seconds * 1e9))
         plan = plan_pb2.Plan()
         call = self._stub.Predict(request, timeout=self._timeout_seconds, metadata=call_metadata())
@@ -180,7 +189,7 @@ class RouterClient:
         Raises:
             HocketError: As the contract of Route says.
         """
-        request = router_pb2.RouteRequest(model=model, input=_tensor(rows), top_k=top_k)
+        request = router_pb2.RouteRequest(model=model, input=_tensor(rows), top_k=_count(top_k))
         with refusals():
             return await self._stub.Route(request, timeout=self._timeout_seconds, metadata=call_metadata())
 
@@ -213,10 +222,19 @@ class RouterClient:
 
 
 def _tensor(rows: ArrayLike) -> Tensor:
-    matrix = np.atleast_2d(np.asarray(rows, dtype=np.float32))
+    try:
+        matrix = np.atleast_2d(np.asarray(rows, dtype=np.float32))
+    except (ValueError, TypeError) as error:
+        raise HocketError(Reason.BAD_TENSOR, f"rows are not a table of numbers: {error}", field="input") from error
     if matrix.ndim != 2:  # noqa: PLR2004 - rows and columns
         raise HocketError(Reason.BAD_TENSOR, f"rows must be [N, F], not {matrix.ndim} dimensions", field="input.shape")
     return matrix_to_tensor(matrix)
+
+
+def _count(top_k: int | None) -> int | None:
+    if top_k is not None and not 0 <= top_k < 2**32:
+        raise HocketError(Reason.TOP_K_OUT_OF_RANGE, "top_k must be at least 1", field="top_k")
+    return top_k
 
 
 def _partial(message: plan_pb2.Combination) -> Partial:

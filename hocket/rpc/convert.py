@@ -49,13 +49,14 @@ def tensor_to_matrix_unchecked(tensor: Tensor, field: str) -> NDArray[np.float32
             f"{field} must be FP32, not {tensor.datatype[:16]!r}",
             field=f"{field}.datatype",
         )
-    if len(tensor.shape) != 2:  # noqa: PLR2004 - rows and columns
+    shape = tuple(tensor.shape)
+    if len(shape) != 2:  # noqa: PLR2004 - rows and columns
         raise HocketError(
             Reason.BAD_TENSOR,
-            f"{field} must have the shape [rows, columns], not {len(tensor.shape)} dimensions",
+            f"{field} must have the shape [rows, columns], not {len(shape)} dimensions",
             field=f"{field}.shape",
         )
-    rows, columns = tensor.shape
+    rows, columns = shape
     if not (1 <= rows <= ROWS_MAX and 1 <= columns <= VALUES_MAX and rows * columns <= VALUES_MAX):
         raise HocketError(
             Reason.BAD_TENSOR,
@@ -63,10 +64,11 @@ def tensor_to_matrix_unchecked(tensor: Tensor, field: str) -> NDArray[np.float32
             "values: send larger batches in parts",
             field=f"{field}.shape",
         )
-    if len(tensor.contents) != rows * columns * 4:
+    contents = tensor.contents
+    if len(contents) != rows * columns * 4:
         raise HocketError(
             Reason.BAD_TENSOR,
-            f"{field} holds {len(tensor.contents)} bytes, but FP32 [{rows}, {columns}] takes {rows * columns * 4}",
+            f"{field} holds {len(contents)} bytes, but FP32 [{rows}, {columns}] takes {rows * columns * 4}",
             field=f"{field}.contents",
         )
-    return np.frombuffer(tensor.contents, dtype="<f4").reshape(rows, columns)
+    return np.frombuffer(contents, dtype="<f4").reshape(shape)

@@ -8,9 +8,9 @@ correlation id, and its traceback goes to the log.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import time
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
@@ -25,9 +25,6 @@ from hocket.telemetry.context import REQUEST_ID_KEY, accept_request_id, request_
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-    from types import TracebackType
-    from typing import Self
-
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 """The server's side of one call, over a socket or inside the process."""
 
@@ -61,6 +58,8 @@ class Tokens:
         Raises:
             HocketError: `TOKEN_REQUIRED` without a known token, `TOKEN_NOT_ALLOWED` with the other one.
         """
+        if self.admin is None and self.worker is None:
+            return
         if method in self.admin_methods:
             needed, other = self.admin, self.worker
         elif method in self.worker_methods:
@@ -128,7 +127,7 @@ class Handlers:
 
     async def wait_idle(self, seconds: float) -> None:
         """Return when no counted call runs, or after `seconds`."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self.in_flight:
                     self.idle.clear()
@@ -160,60 +159,32 @@ class _Method:
     """One rpc of one service: its labels and its rules."""
 
     def __init__(self, handlers: Handlers, service: str, name: str, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
-        labels = (_SHAPES[_shape(handler)].label, service, name)
         self.handlers = handlers
         self.service = service
         self.name = name
         self.counted = name not in handlers.unlimited
-        self.started = metrics.CALLS_STARTED.labels(*labels)
-        self.seconds = metrics.CALL_SECONDS.labels(*labels)
-        self.received = metrics.MESSAGES_RECEIVED.labels(*labels)
-        self.sent = metrics.MESSAGES_SENT.labels(*labels)
-        self._labels = labels
-        self._handled = {"OK": metrics.CALLS_HANDLED.labels(*labels, "OK")}
-
-    def handled(self, code: str) -> None:
-        counter = self._handled.get(code)
-        if counter is None:
-            counter = self._handled[code] = metrics.CALLS_HANDLED.labels(*self._labels, code)
-        counter.inc()
+        self.counts = metrics.method_counts(_SHAPES[_shape(handler)].label, service, name)
 
 
 class _Call:
-    """One call in progress: a context that counts it, and turns what escapes into a status."""
+    """One call in progress: counted from its construction to `end`."""
+
+    __slots__ = ("_begin", "_context", "_id", "_method")
 
     def __init__(self, method: _Method, context: Context) -> None:
+        self._begin = time.perf_counter()
         self._method = method
         self._context = context
-        self._begin = 0.0
-        self._id = ""
-
-    def __enter__(self) -> Self:
-        self._begin = time.perf_counter()
-        self._method.started.inc()
-        self._id = accept_request_id(dict(self._context.invocation_metadata() or ()).get(REQUEST_ID_KEY))
+        sent = None
+        for key, value in context.invocation_metadata() or ():
+            if key == REQUEST_ID_KEY:
+                sent = value
+        self._id = accept_request_id(sent)
         request_id.set(self._id)
-        self._context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
-        if self._method.counted:
-            self._method.handlers.enter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._method.counted:
-            self._method.handlers.leave()
-        code = "OK"
-        if isinstance(error, HocketError):
-            code = CODES[error.situation].name
-        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
-            code = "CANCELLED"
-        elif isinstance(error, AbortError):
-            code = self._context.code().name
-        elif error is not None:
-            code = "INTERNAL"
-        self._method.handled(code)
-        self._method.seconds.observe(time.perf_counter() - self._begin)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
+        method.counts.started += 1
+        if method.counted:
+            method.handlers.enter()
 
     def admit(self) -> None:
         """Pass if this call may run now.
@@ -236,14 +207,27 @@ class _Call:
             )
         handlers.tokens.check(self._method.name, self._context)
 
+    def end(self, code: str) -> None:
+        """Count the end."""
+        if self._method.counted:
+            self._method.handlers.leave()
+        self._method.counts.end(code, time.perf_counter() - self._begin)
+
+    def code_of(self, error: BaseException) -> str:
+        """Name of the status that `error` becomes."""
+        if isinstance(error, HocketError):
+            return CODES[error.situation].name
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            return grpc.StatusCode.CANCELLED.name
+        if isinstance(error, AbortError):
+            return str(self._context.code().name)
+        return grpc.StatusCode.INTERNAL.name
+
     async def abort(self, error: Exception) -> None:
         """End the call with the status of `error`. Always raises."""
-        if isinstance(error, HocketError):
+        if isinstance(error, HocketError) and error.situation is not Situation.BUG:
             refusal = error
-            if refusal.situation is Situation.BUG:
-                _log.error("bug", method=self._method.name, exc_info=error)
-            else:
-                _log.info("refused", method=self._method.name, reason=refusal.reason, message=refusal.message)
+            _log.info("refused", method=self._method.name, reason=refusal.reason, message=refusal.message)
         else:
             _log.error("bug", method=self._method.name, exc_info=error)
             refusal = HocketError(Reason.INTERNAL, f"internal error; quote {self._id} when you report it")
@@ -266,16 +250,19 @@ def _wrap(handler: grpc.RpcMethodHandler[Any, Any], method: _Method) -> grpc.Rpc
 def _answering(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., Awaitable[Any]]:
     async def answer(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
         call = _Call(method, context)
+        code = "OK"
         try:
-            with call:
-                call.admit()
-                response = await behaviour(_received(request, method, counting=counting), context)
-                method.sent.inc()
-                return response
-        except AbortError:
+            call.admit()
+            response = await behaviour(_received(request, method, counting=counting), context)
+            method.counts.sent += 1
+            return response
+        except BaseException as error:
+            code = call.code_of(error)
+            if isinstance(error, Exception) and not isinstance(error, AbortError):
+                await call.abort(error)  # raises: the one place where every bug ends
             raise
-        except Exception as error:  # noqa: BLE001 - the one place where every bug ends
-            await call.abort(error)
+        finally:
+            call.end(code)
 
     return answer
 
@@ -283,34 +270,34 @@ def _answering(behaviour: Callable[..., Any], method: _Method, *, counting: bool
 def _streaming(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., AsyncIterator[Any]]:
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
         call = _Call(method, context)
+        code = "OK"
         try:
-            with call:
-                call.admit()
-                responses = behaviour(_received(request, method, counting=counting), context)
-                try:
-                    async for response in responses:
-                        method.sent.inc()
-                        yield response
-                finally:
-                    await responses.aclose()
-        except AbortError:
+            call.admit()
+            async with aclosing(behaviour(_received(request, method, counting=counting), context)) as responses:
+                async for response in responses:
+                    method.counts.sent += 1
+                    yield response
+        except BaseException as error:
+            code = call.code_of(error)
+            if isinstance(error, Exception) and not isinstance(error, AbortError):
+                await call.abort(error)  # raises: the one place where every bug ends
             raise
-        except Exception as error:  # noqa: BLE001 - the one place where every bug ends
-            await call.abort(error)
+        finally:
+            call.end(code)
 
     return stream
 
 
 def _received(request: Any, method: _Method, *, counting: bool) -> Any:  # noqa: ANN401 - any message
     if not counting:
-        method.received.inc()
+        method.counts.received += 1
         return request
     return _counted(request, method)
 
 
 async def _counted(requests: AsyncIterator[Any], method: _Method) -> AsyncIterator[Any]:
     async for request in requests:
-        method.received.inc()
+        method.counts.received += 1
         yield request
 
 

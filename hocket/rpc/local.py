@@ -311,21 +311,25 @@ class _Call(grpc.aio.Call):
 
     async def trailing_metadata(self) -> Metadata:
         """What the handler set, once the call has ended."""
-        await asyncio.wait((self.task,))
+        await self._ended()
         return Metadata(*self._context.trailing_metadata())
 
     async def code(self) -> grpc.StatusCode:
         """The status, once the call has ended."""
-        await asyncio.wait((self.task,))
+        await self._ended()
         return self._code or _NO_CODE
 
     async def details(self) -> str:
         """The status message, once the call has ended."""
-        await asyncio.wait((self.task,))
+        await self._ended()
         return self._details
 
     async def wait_for_connection(self) -> None:
         """Return at once."""
+
+    async def _ended(self) -> None:
+        if self._code is None:
+            await asyncio.wait((self.task,))
 
 
 def _wake(waiting: asyncio.Future[None] | None) -> None:

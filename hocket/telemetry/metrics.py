@@ -6,23 +6,82 @@ experts or users are never labels: those belong in logs.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client import Metric
 
 _METHOD: Final = ("grpc_type", "grpc_service", "grpc_method")
 _CALL_SECONDS: Final = tuple(0.00025 * 2**step for step in range(18))  # 0.25 ms to 33 s
 
-CALLS_STARTED: Final = Counter("grpc_server_started", "Calls begun on the server.", _METHOD)
-CALLS_HANDLED: Final = Counter("grpc_server_handled", "Calls ended on the server, by status.", (*_METHOD, "grpc_code"))
-CALL_SECONDS: Final = Histogram(
-    "grpc_server_handling_seconds", "Time from begin to end of a call.", _METHOD, buckets=_CALL_SECONDS
-)
-MESSAGES_RECEIVED: Final = Counter("grpc_server_msg_received", "Messages received by the server.", _METHOD)
-MESSAGES_SENT: Final = Counter("grpc_server_msg_sent", "Messages sent by the server.", _METHOD)
+
+class MethodCounts:
+    """What is counted of one rpc, as plain numbers: six library counters per call would cost more than the call.
+
+    Incremented in the event loop only; the collector reads them when `/metrics` is scraped.
+    """
+
+    __slots__ = ("buckets", "handled", "labels", "received", "seconds", "sent", "started")
+
+    def __init__(self, labels: tuple[str, str, str]) -> None:
+        self.labels = labels
+        self.started = 0
+        self.received = 0
+        self.sent = 0
+        self.handled: dict[str, int] = {}
+        self.buckets = [0] * (len(_CALL_SECONDS) + 1)
+        self.seconds = 0.0
+
+    def end(self, code: str, seconds: float) -> None:
+        """Count the end of a call."""
+        self.handled[code] = self.handled.get(code, 0) + 1
+        self.buckets[bisect_left(_CALL_SECONDS, seconds)] += 1
+        self.seconds += seconds
+
+
+class _Calls(Collector):
+    """Every rpc's counts, under the conventional names."""
+
+    def __init__(self) -> None:
+        self._methods: dict[tuple[str, str, str], MethodCounts] = {}
+
+    def of(self, labels: tuple[str, str, str]) -> MethodCounts:
+        return self._methods.setdefault(labels, MethodCounts(labels))
+
+    def collect(self) -> Iterator[Metric]:
+        started = CounterMetricFamily("grpc_server_started", "Calls begun on the server.", labels=_METHOD)
+        received = CounterMetricFamily("grpc_server_msg_received", "Messages received.", labels=_METHOD)
+        sent = CounterMetricFamily("grpc_server_msg_sent", "Messages sent.", labels=_METHOD)
+        handled = CounterMetricFamily("grpc_server_handled", "Calls ended.", labels=(*_METHOD, "grpc_code"))
+        seconds = HistogramMetricFamily("grpc_server_handling_seconds", "Time of a call.", labels=_METHOD)
+        for counts in self._methods.values():
+            started.add_metric(counts.labels, counts.started)
+            received.add_metric(counts.labels, counts.received)
+            sent.add_metric(counts.labels, counts.sent)
+            for code, count in counts.handled.items():
+                handled.add_metric((*counts.labels, code), count)
+            bounds = (*map(str, _CALL_SECONDS), "+Inf")
+            seconds.add_metric(counts.labels, [*zip(bounds, accumulate(counts.buckets), strict=True)], counts.seconds)
+        yield from (started, received, sent, handled, seconds)
+
+
+_CALLS: Final = _Calls()
+REGISTRY.register(_CALLS)
+
+
+def method_counts(grpc_type: str, service: str, method: str) -> MethodCounts:
+    """The counts of one rpc, shared by everyone in this process who serves it."""
+    return _CALLS.of((grpc_type, service, method))
+
+
 REFUSALS: Final = Counter(
     "hocket_refusals", "Calls refused, by stable reason.", ("grpc_service", "grpc_method", "reason")
 )

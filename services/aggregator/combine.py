@@ -25,14 +25,27 @@ class Share:
     """The part of the answer one expert is planned for.
 
     Args:
-        rows: Rows of the answer, ascending, int64 `[n]`.
+        rows: Rows of the answer, ascending, int64 `[n]`; `slice(None)` for all of them.
         weights: Planned weight in each of them, float64 `[n]`.
         columns: For each column of the expert's output, the column of the answer it adds to, or -1; int64 `[C]`.
+            `slice(None)` when the output is the whole answer, column by column.
     """
 
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int64] | slice
     weights: NDArray[np.float64]
-    columns: NDArray[np.int64]
+    columns: NDArray[np.int64] | slice
+
+    def add(self, total: NDArray[np.float64], output: NDArray[np.float32]) -> None:
+        """Add the weighted output, float32 `[n, C]`, to float64 `[N, columns]`."""
+        columns = self.columns
+        if not isinstance(columns, slice):
+            kept = columns >= 0
+            columns, output = columns[kept], output[:, kept]
+        weighted = self.weights[:, None] * output
+        if isinstance(self.rows, slice) or isinstance(columns, slice):
+            total[self.rows, columns] += weighted
+        else:
+            total[self.rows[:, None], columns] += weighted
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +92,7 @@ def combine(
         if output is None:
             continue
         present[share.rows] += share.weights
-        kept = share.columns >= 0
-        weighted = share.weights[:, None] * output[:, kept]
-        total[np.ix_(share.rows, share.columns[kept])] += weighted
+        share.add(total, output)
     coverage = np.divide(present, planned, out=np.zeros_like(present), where=planned > 0)
     value = np.divide(total, present[:, None], out=np.zeros(shape), where=present[:, None] > 0).astype(np.float32)
     if output_range is None:
@@ -112,6 +123,6 @@ def effective_weights(
         if output is not None:
             present[share.rows] += share.weights
     return [
-        share.weights / present[share.rows] if output is not None else np.zeros(len(share.rows))
+        share.weights / present[share.rows] if output is not None else np.zeros(len(share.weights))
         for share, output in zip(shares, outputs, strict=True)
     ]

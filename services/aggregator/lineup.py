@@ -101,7 +101,7 @@ class Lineup:
         if self._insist:
             raise HocketError(
                 Reason.COVERAGE,
-                f"expert {self.experts[place]} is missing ({failure.reason}: {failure.message}); "
+                f"expert {self.experts[place]} is missing: {failure.message} ({failure.reason}); "
                 "ask with on_missing RENORMALISE to accept an answer without it",
                 expert=self.experts[place],
                 expert_reason=failure.reason,

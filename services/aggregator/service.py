@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.errors import HocketError, Reason
-from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix, tensor_to_matrix_unchecked
+from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix_unchecked
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.v1 import aggregator_pb2, aggregator_pb2_grpc, plan_pb2
 from services.aggregator.combine import Combined, Share, effective_weights
@@ -46,7 +47,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         """Partials if asked for, then exactly one final."""
         begin = time.perf_counter()
         plan = request.plan
-        rows = tensor_to_matrix(request.input)
+        rows = tensor_to_matrix_unchecked(request.input, "input")  # NaN is for each worker to refuse
         shares = _shares(plan, len(rows))
         insist = request.on_missing != plan_pb2.ON_MISSING_RENORMALISE
         lineup = Lineup(
@@ -86,8 +87,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         deadline: float,
         context: Context,
     ) -> Coroutine[Any, Any, Reply]:
-        whole = len(share.rows) == len(rows)
-        part = tensor if whole else matrix_to_tensor(rows[share.rows])
+        part = tensor if isinstance(share.rows, slice) else matrix_to_tensor(rows[share.rows])
 
         async def call(attempt: int) -> NDArray[np.float32]:
             client = self._worker(planned.replicas[attempt].address)
@@ -99,7 +99,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
 
         if planned.unavailable_reason:
             return _unavailable(planned.unavailable_reason)
-        return ask([replica.worker for replica in planned.replicas], call, (len(share.rows), len(share.columns)))
+        return ask([replica.worker for replica in planned.replicas], call, (len(planned.rows), len(planned.columns)))
 
     def _worker(self, address: str) -> ExpertWorkerClient:
         client = self._workers.get(address)
@@ -109,7 +109,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
 
 
 async def _unavailable(reason: str) -> Reply:
-    refusal = HocketError(Reason.__members__.get(reason, Reason.NO_REPLICA), f"nobody may run this expert: {reason}")
+    refusal = HocketError(Reason.__members__.get(reason, Reason.NO_REPLICA), "nobody can run this expert now")
     raise ExpertError(refusal, 0, 0.0)
 
 
@@ -129,29 +129,37 @@ def _shares(plan: plan_pb2.Plan, row_count: int) -> list[Share]:
     """
     if plan.row_count != row_count or not plan.experts or not 1 <= plan.column_count <= _COLUMNS_MAX:
         raise HocketError(Reason.BAD_REQUEST, "the plan does not fit its input", field="plan")
+    every_row, every_column = [*range(row_count)], [*range(plan.column_count)]
     total = np.zeros(row_count)
     shares = []
     for place, planned in enumerate(plan.experts):
-        share = Share(
-            np.array(planned.rows, dtype=np.int64),
-            np.array(planned.weights, dtype=np.float64),
-            np.array(planned.columns, dtype=np.int64),
-        )
-        kept = share.columns[share.columns >= 0]
+        rows, weights, columns = list(planned.rows), np.array(planned.weights), list(planned.columns)
         if not (
-            len(share.rows) == len(share.weights) > 0
-            and share.rows[-1] < row_count
-            and (np.diff(share.rows) > 0).all()
-            and (share.weights >= 0).all()
-            and len(np.unique(kept)) == len(kept)
-            and (share.columns < plan.column_count).all()
+            len(rows) == len(weights) > 0
+            and (rows == every_row or _ascends(rows, row_count))
+            and weights.min() >= 0.0
+            and (columns == every_column or _scatters(columns, plan.column_count))
         ):
             raise HocketError(Reason.BAD_REQUEST, "the plan contradicts itself", field=f"plan.experts[{place}]")
-        total[share.rows] += share.weights
+        share = Share(
+            slice(None) if rows == every_row else np.array(rows),
+            weights,
+            slice(None) if columns == every_column else np.array(columns),
+        )
+        total[share.rows] += weights
         shares.append(share)
-    if not (np.abs(total - 1.0) <= _ROUNDING).all():
+    if not np.abs(total - 1.0).max() <= _ROUNDING:
         raise HocketError(Reason.BAD_REQUEST, "the weights of a row do not sum to 1", field="plan.experts")
     return shares
+
+
+def _ascends(rows: list[int], row_count: int) -> bool:
+    return rows[-1] < row_count and all(before < after for before, after in pairwise(rows))
+
+
+def _scatters(columns: list[int], column_count: int) -> bool:
+    kept = [column for column in columns if column >= 0]
+    return len(set(kept)) == len(kept) and all(column < column_count for column in kept)
 
 
 _COLUMNS_MAX: Final = 4096

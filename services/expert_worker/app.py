@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -40,6 +41,9 @@ _log: Final = structlog.get_logger("worker")
 _FORMATS: Final = ("apr",)
 _VERIFYING_THREADS: Final = 4
 _FAREWELL_SECONDS: Final = 0.5
+_PRELOAD_PAUSE_SECONDS: Final = 1.0
+_NO_NAME: Final = re.compile(r"[^a-z0-9]+")
+_NAME_LENGTH_MAX: Final = 64
 
 
 class WorkerApp:
@@ -66,7 +70,7 @@ class WorkerApp:
     ) -> None:
         self._settings = settings
         self._address = address
-        self._name = settings.name or address
+        self._name = settings.name or _name_at(address)
         self._device = choose_device(settings.device)
         self._executor = ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify")
         self._cache = PackageCache(settings.data_dir / "cache")
@@ -151,7 +155,7 @@ class WorkerApp:
                 if error.reason is not Reason.UNREACHABLE:
                     _log.warning("not preloaded", digest=digest, reason=error.reason, message=error.message)
                     return None
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_PRELOAD_PAUSE_SECONDS)
 
     async def _place(self, prepared: Prepared) -> tuple[Expert, ...]:
         return await asyncio.get_running_loop().run_in_executor(self._executor, place, prepared, self._device)
@@ -168,3 +172,8 @@ class WorkerApp:
             ],
             draining=self.handlers.draining,
         )
+
+
+def _name_at(address: str) -> str:
+    """A worker name made from an address: `127-0-0-1-50054`, `local-worker`."""
+    return _NO_NAME.sub("-", address.lower())[-_NAME_LENGTH_MAX:].strip("-")

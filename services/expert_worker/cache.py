@@ -65,7 +65,7 @@ class PackageCache:
             return CachedPackage(path.read_bytes(), releases)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             _log.warning("cache entry cannot be read", digest=digest, error=str(error))
             return None
 
@@ -122,5 +122,5 @@ def _read_releases(path: Path) -> tuple[bytes, ...]:
         raise ValueError("more releases than anyone makes")
     envelopes = json.loads(path.read_bytes())
     if not isinstance(envelopes, list):
-        raise ValueError("not a list of releases")  # noqa: TRY004 - the file's content is wrong, not a type of ours
+        raise TypeError("not a list of releases")
     return tuple(base64.b64decode(envelope, validate=True) for envelope in envelopes)

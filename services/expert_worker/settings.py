@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hocket.identity import is_digest
+from hocket.errors import HocketError
+from hocket.identity import check_name, is_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +24,7 @@ class WorkerSettings:
         trust_dir: The trust folder it decides by, `<publisher>.toml` each.
         host: Interface to listen on.
         port: Port to listen on; metrics are on port + 1000.
-        name: How it calls itself, unique in its registry; empty for its address.
+        name: How it calls itself, unique in its registry; empty for one made from its address.
         registry: Address of the registry it announces itself to and pulls packages from.
         device: Where it computes: `cpu`, `cuda:0`, or `auto` for the first CUDA device if there is one.
         budget_bytes: Memory for experts on that device; 0 for a share of what is free at start.
@@ -55,6 +56,11 @@ class WorkerSettings:
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        if self.name:
+            try:
+                check_name(self.name, "worker name")
+            except HocketError as error:
+                raise ValueError(error.message) from error
         if _DEVICE.fullmatch(self.device) is None:
             raise ValueError(f"device must be auto, cpu or cuda:<number>, not {self.device!r}")
         if self.budget_bytes < 0 or self.compute_threads < 0:

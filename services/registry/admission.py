@@ -79,7 +79,7 @@ class Shape:
 
     Args:
         feature_count: Width of its input; None when it does not say.
-        least_features: Least width it can read.
+        feature_count_min: Least width it can read.
         labels: What the columns of its answer score, in order, without dropped ones; None for numbers.
         column_count: Columns of its answer.
         expert_count: Experts in it.
@@ -87,7 +87,7 @@ class Shape:
     """
 
     feature_count: int | None
-    least_features: int
+    feature_count_min: int
     labels: tuple[str, ...] | None
     column_count: int
     expert_count: int = 1
@@ -316,20 +316,20 @@ def judge(
 
 
 def expert_shape(
-    feature_count: int | None, least_features: int, labels: Sequence[str | None] | None, column_count: int
+    feature_count: int | None, feature_count_min: int, labels: Sequence[str | None] | None, column_count: int
 ) -> Shape:
     """The shape of one expert of a package.
 
     Args:
         feature_count: Width of its input; None when the package does not say.
-        least_features: Least width it can read.
+        feature_count_min: Least width it can read.
         labels: One per column, None for a column to drop; None for a regressor.
         column_count: Columns of its answer.
     """
     if labels is None:
-        return Shape(feature_count, least_features, None, column_count)
+        return Shape(feature_count, feature_count_min, None, column_count)
     shown = tuple(label for label in labels if label is not None)
-    return Shape(feature_count, least_features, shown, len(shown))
+    return Shape(feature_count, feature_count_min, shown, len(shown))
 
 
 def align(record: MixtureRecord, members: Sequence[Shape]) -> Shape:
@@ -351,10 +351,10 @@ def align(record: MixtureRecord, members: Sequence[Shape]) -> Shape:
     expert_count = sum(member.expert_count for member in members)
     if expert_count > MEMBERS_MAX:
         raise HocketError(Reason.BAD_MIXTURE, f"the mixture has {expert_count} experts in all, more than {MEMBERS_MAX}")
-    feature_count, least_features = _width(record, members)
+    feature_count, feature_count_min = _width(record, members)
     labels = _labels(record, members)
     column_count = members[0].column_count if labels is None else len(labels)
-    return Shape(feature_count, least_features, labels, column_count, expert_count, depth)
+    return Shape(feature_count, feature_count_min, labels, column_count, expert_count, depth)
 
 
 def _width(record: MixtureRecord, members: Sequence[Shape]) -> tuple[int | None, int]:
@@ -365,7 +365,7 @@ def _width(record: MixtureRecord, members: Sequence[Shape]) -> tuple[int | None,
     if len(stated) > 1:
         raise _not_aligned(f"they and the gate read inputs of different widths: {', '.join(map(str, sorted(stated)))}")
     width = next(iter(stated), None)
-    least = max(member.least_features for member in members)
+    least = max(member.feature_count_min for member in members)
     if width is not None and least > width:
         raise _not_aligned(f"one of them reads {least} features, the input has {width}")
     return width, least

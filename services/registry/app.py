@@ -7,17 +7,21 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from hocket.rpc.handlers import Handlers, Tokens
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from services.registry.catalog import Catalog
 from services.registry.feed import Feed
 from services.registry.leases import Leases
-from services.registry.service import RegistryService
+from services.registry.service import RegistryServicer
 from services.registry.threads import Threads
 from services.registry.uploads import Uploads
 
 if TYPE_CHECKING:
     from services.registry.settings import RegistrySettings
+
+_log: Final = structlog.get_logger("registry")
 
 _ADMIN_METHODS: Final = frozenset({"PublishPackage", "YankPackage", "RevokeKey", "PutMixture", "DeleteMixture"})
 _WORKER_METHODS: Final = frozenset({"Announce"})
@@ -57,7 +61,7 @@ class RegistryApp:
             in_flight_max=settings.in_flight_max,
             unlimited=frozenset({"Announce", "Watch"}),
         )
-        service = RegistryService(
+        servicer = RegistryServicer(
             self._catalog,
             Uploads(
                 self._catalog.blobs,
@@ -71,7 +75,7 @@ class RegistryApp:
             epoch=uuid.uuid4().hex,
             lease_seconds=settings.lease_seconds,
         )
-        add_RegistryServiceServicer_to_server(service, self.handlers)  # type: ignore[arg-type]  # stands in for a server
+        self.handlers.add(add_RegistryServiceServicer_to_server, servicer)
 
     async def start(self) -> None:
         """Open what is on disk, and begin to watch leases and the trust folder.
@@ -86,6 +90,7 @@ class RegistryApp:
 
     async def stop(self) -> None:
         """End every feed, finish what runs, and close the store."""
+        self.handlers.draining = True
         self._feed.close()
         for task in self._tasks:
             task.cancel()
@@ -106,4 +111,7 @@ class RegistryApp:
     async def _follow_trust(self) -> None:
         while not self.failed.is_set():
             await asyncio.sleep(self._settings.trust_poll_seconds)
-            await self._threads.store(self._catalog.follow_trust)
+            try:
+                await self._threads.store(self._catalog.follow_trust)
+            except Exception:  # noqa: BLE001 - whatever it was, the next look may succeed, and must happen
+                _log.exception("trust_not_followed")

@@ -129,6 +129,7 @@ class Catalog:
         self._store = Store(data_dir / "registry.db")
         self._trust_folder = TrustFolder(trust_dir)
         self._on_change = on_change
+        self._settled = False
 
     def open(self) -> None:
         """Open what is on disk, and judge it by the trust folder as it is now.
@@ -286,7 +287,7 @@ class Catalog:
 
     def follow_trust(self) -> None:
         """Judge everything again if the trust folder has changed."""
-        if self._trust_folder.changed():
+        if self._trust_folder.changed() or not self._settled:
             self._set_trust(self._trust_folder.read())
 
     # Mixtures
@@ -392,11 +393,12 @@ class Catalog:
     # Inside
 
     def _set_trust(self, trust: TrustRoots) -> None:
-        terms = replace(self.terms, trust=trust)
+        self._settled = False
+        self.terms = replace(self.terms, trust=trust)
         with self._store.begin() as tx:
-            settle_all(tx, terms)
+            settle_all(tx, self.terms)
             revision = tx.revision()
-        self.terms = terms
+        self._settled = True
         _log.info("trust_read", key_count=len(trust.keys), revision=revision)
         self._changed(revision)
 
@@ -420,7 +422,6 @@ def _insert_package(tx: Transaction, admitted: AdmittedPackage, now: datetime) -
         size_bytes=facts.size_bytes,
         format=facts.format,
         facts=views.facts_message(facts).SerializeToString(),
-        least_features=facts.n_features_min,
         embedded_key_id=admitted.embedded_key_id,
         embedded_trusted=False,
         state=State.UNTRUSTED,

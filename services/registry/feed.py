@@ -18,7 +18,7 @@ from hocket.v1.package_pb2 import Package
 from hocket.v1.registry_pb2 import KeyRevocation, Synced, WorkerState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
 Change: TypeAlias = Package | Mixture | KeyRevocation
 """The newest state of something durable."""
@@ -78,7 +78,7 @@ class Feed:
         self._closed = True
         self.wake()
 
-    async def watch(self, after_revision: int) -> AsyncIterator[Item]:
+    async def watch(self, after_revision: int) -> AsyncGenerator[Item, None]:
         """What has changed after a revision, `Synced`, then every change.
 
         Live workers are told from the beginning, whatever the revision: who was not told before `Synced` is gone.

@@ -35,7 +35,7 @@ _PAGE_SIZE: Final = 100
 _PAGE_SIZE_MAX: Final = 1000
 
 
-class RegistryService(RegistryServiceServicer):
+class RegistryServicer(RegistryServiceServicer):
     """Keeps packages and mixtures, and tells everyone what has changed.
 
     Args:
@@ -74,7 +74,7 @@ class RegistryService(RegistryServiceServicer):
         """Take a package in: bytes to the disk, verified, read, kept."""
         del context
         uploads = self._uploads
-        async with uploads.slot(), uploads.draft() as draft, uploads.draft() as gate:
+        async with uploads.slots, uploads.draft() as draft:
             requests = uploads.timely(request_iterator)
             first = await anext(requests, registry_pb2.PublishPackageRequest())
             if first.WhichOneof("part") != "header":
@@ -95,11 +95,12 @@ class RegistryService(RegistryServiceServicer):
                     field="header.digest",
                 )
             admitted = await self._threads.files(self._admit_package, draft, header)
-            if admitted.mixture is not None:
-                await uploads.keep(admitted.mixture.gate, gate)
-            package, created = await self._threads.store(
-                self._catalog.publish, admitted, draft, None if admitted.mixture is None else gate
-            )
+            if admitted.mixture is None:
+                package, created = await self._threads.store(self._catalog.publish, admitted, draft, None)
+            else:
+                async with uploads.draft() as gate:
+                    await uploads.keep(admitted.mixture.gate, gate)
+                    package, created = await self._threads.store(self._catalog.publish, admitted, draft, gate)
         return registry_pb2.PublishPackageResponse(package=package, created=created)
 
     async def DownloadPackage(
@@ -169,7 +170,7 @@ class RegistryService(RegistryServiceServicer):
         """Take a mixture in: body and release verified first, then the gate tensor."""
         del context
         uploads = self._uploads
-        async with uploads.slot(), uploads.draft() as draft:
+        async with uploads.slots, uploads.draft() as draft:
             requests = uploads.timely(request_iterator)
             first = await anext(requests, registry_pb2.PutMixtureRequest())
             if first.WhichOneof("part") != "header":

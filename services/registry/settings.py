@@ -20,6 +20,8 @@ class RegistrySettings:
         trust_dir: Trust folder, read and never written.
         host: Interface to listen on.
         port: Port to listen on; metrics are on port + 1000.
+        admin_token_file: Secret file with the token that changing anything needs; None leaves it open.
+        worker_token_file: Secret file with the token that Announce needs; None leaves it open.
         allow_unsigned: Admit what nobody trusted has signed. Logged at start, counted per use, shown on the package.
         lease_seconds: How long a worker stays listed without another word from it.
         trust_poll_seconds: How often the trust folder is looked at.
@@ -36,6 +38,8 @@ class RegistrySettings:
     trust_dir: Path
     host: str = "127.0.0.1"
     port: int = 50052
+    admin_token_file: Path | None = None
+    worker_token_file: Path | None = None
     allow_unsigned: bool = False
     lease_seconds: float = 10.0
     trust_poll_seconds: float = 2.0

@@ -45,7 +45,6 @@ _packages: Final = sql.Table(
     sql.Column("format", sql.String, nullable=False),
     sql.Column("facts", sql.LargeBinary, nullable=False),
     sql.Column("metadata", sql.LargeBinary, nullable=False),
-    sql.Column("least_features", sql.Integer, nullable=False),
     sql.Column("embedded_key_id", sql.String, index=True),
     sql.Column("embedded_trusted", sql.Boolean, nullable=False),
     sql.Column("state", sql.String, nullable=False),
@@ -123,7 +122,6 @@ class PackageRow:
         size_bytes: Of the file.
         format: Container format.
         facts: Serialized `hocket.v1.ModelFacts`, without metadata.
-        least_features: Least width of input that the model can read.
         embedded_key_id: Key of the verified signature inside the file; None if there is none.
         embedded_trusted: Whether that key counts.
         state: Whether it may serve.
@@ -137,7 +135,6 @@ class PackageRow:
     size_bytes: int
     format: str
     facts: bytes
-    least_features: int
     embedded_key_id: str | None
     embedded_trusted: bool
     state: str

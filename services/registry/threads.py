@@ -50,10 +50,11 @@ class Threads:
         """Do something that takes time and does not touch the store."""
         return await self._finish(self._pool, lambda: work(*args, **kwargs))
 
-    def close(self) -> None:
-        """Wait for what runs, and end the threads."""
-        self._writer.shutdown()
-        self._pool.shutdown()
+    async def close(self, last: Callable[[], None]) -> None:
+        """Wait for what runs, do one last thing with the store, and end the threads."""
+        await self._finish(self._writer, last)
+        for executor in (self._writer, self._pool):
+            await asyncio.to_thread(executor.shutdown)
 
     async def _finish(self, executor: Executor, work: Callable[[], T]) -> T:
         """Run to the end even when the caller is cancelled: a thread cannot be, and who tidies up must not meet it."""

@@ -28,19 +28,16 @@ class Uploads:
         threads: Where the work is done.
         count_max: Uploads at once; the next one waits.
         idle_seconds: Longest silence within one.
+
+    Attributes:
+        slots: An upload waits for one, and keeps it to its end.
     """
 
     def __init__(self, blobs: Blobs, threads: Threads, *, count_max: int, idle_seconds: float) -> None:
         self._blobs = blobs
         self._threads = threads
-        self._slots = asyncio.Semaphore(count_max)
+        self.slots = asyncio.Semaphore(count_max)
         self._idle_seconds = idle_seconds
-
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Wait for a turn, and have it."""
-        async with self._slots:
-            yield
 
     @asynccontextmanager
     async def draft(self) -> AsyncIterator[Draft]:

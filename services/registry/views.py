@@ -35,6 +35,7 @@ def facts_message(facts: PackageFacts) -> ModelFacts:
         encrypted=facts.encrypted,
         flags=facts.flags,
         feature_count=facts.n_features or 0,
+        feature_count_min=facts.n_features_min,
         columns=_columns(facts),
         expert_count=facts.expert_count,
         parameter_bytes=facts.parameter_bytes,
@@ -58,7 +59,8 @@ def package_shape(row: PackageRow) -> tuple[Shape, int]:
     labels = None
     if any(column.dropped or column.HasField("label") for column in facts.columns):
         labels = [None if column.dropped else column.label for column in facts.columns]
-    return expert_shape(facts.feature_count or None, row.least_features, labels, len(facts.columns)), facts.expert_count
+    shape = expert_shape(facts.feature_count or None, facts.feature_count_min, labels, len(facts.columns))
+    return shape, facts.expert_count
 
 
 def package_message(row: PackageRow, releases: Iterable[ReleaseRow], metadata: bytes | None = None) -> Package:
@@ -148,7 +150,7 @@ def _round(value: float, outward: float) -> float:
     """The float32 at `value`, or the next one outward: a bound must not move inward."""
     with np.errstate(over="ignore"):
         near = np.float32(value)
-    inward = near > value if outward < 0 else near < value
+    inward = float(near) > value if outward < 0 else float(near) < value  # as doubles: float32 would hide it
     return float(np.nextafter(near, np.float32(outward)) if inward else near)
 
 

@@ -46,12 +46,14 @@ class Leaf:
         package: What the registry says about its package.
         columns: For each of its output columns, the column of the answer, or -1.
         output_range: Range of what it adds to any column of the answer, scattered zeros included.
+        name: The expert as text.
     """
 
     expert: ExpertId
     package: Package
     columns: tuple[int, ...]
     output_range: tuple[float, float] | None
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,7 @@ def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...]) -> Leaf:
         lower, upper = facts.output_range.lower, facts.output_range.upper
         scattered = len(set(columns) - {-1}) < len(labels)
         output_range = (min(lower, 0.0), max(upper, 0.0)) if scattered else (lower, upper)
-    return Leaf(expert, package, columns, output_range)
+    return Leaf(expert, package, columns, output_range, str(expert))
 
 
 def _shown_labels(package: Package) -> tuple[str, ...]:

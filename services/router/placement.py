@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from hocket.identity import ExpertId
-
-K = TypeVar("K")
+Placed: TypeAlias = "Sequence[tuple[str, str | None]]"
+"""Planned experts, as text, each with the name of its first replica if it has one."""
 
 REPLICAS_MAX: Final = 3
 """Replicas a plan lists per expert."""
@@ -47,33 +45,29 @@ class Loads:
     A count goes up in the same event-loop step that chose the replica, so that concurrent requests see it.
     """
 
-    by_worker: Counter[str] = field(default_factory=Counter)
-    by_expert: Counter[ExpertId] = field(default_factory=Counter)
+    by_worker: dict[str, int] = field(default_factory=dict)
+    by_expert: dict[str, int] = field(default_factory=dict)
     reported: dict[str, int] = field(default_factory=dict)
 
     def of_worker(self, name: str) -> int:
         """Requests on a worker: ours, or its own last word if that is more."""
-        return max(self.by_worker[name], self.reported.get(name, 0))
+        return max(self.by_worker.get(name, 0), self.reported.get(name, 0))
 
-    def reserve(self, placed: Iterable[tuple[ExpertId, str | None]]) -> None:
+    def reserve(self, placed: Placed) -> None:
         """Count experts, and the first replica of each, as running one more request."""
+        self._change(placed, 1)
+
+    def release(self, placed: Placed) -> None:
+        """Undo `reserve`."""
+        self._change(placed, -1)
+
+    def _change(self, placed: Placed, step: int) -> None:
         for expert, worker in placed:
-            self.by_expert[expert] += 1
+            self.by_expert[expert] = self.by_expert.get(expert, 0) + step
+            if not self.by_expert[expert]:
+                del self.by_expert[expert]
             if worker is not None:
-                self.by_worker[worker] += 1
-
-    def release(self, placed: Iterable[tuple[ExpertId, str | None]]) -> None:
-        """Undo `reserve`; entries that fall to zero disappear."""
-        for expert, worker in placed:
-            _decrement(self.by_expert, expert)
-            if worker is not None:
-                _decrement(self.by_worker, worker)
-
-
-def _decrement(counts: Counter[K], key: K) -> None:
-    counts[key] -= 1
-    if counts[key] <= 0:
-        del counts[key]
+                self.by_worker[worker] = self.by_worker.get(worker, 0) + step
 
 
 def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[Worker], loads: Loads) -> list[Worker]:

@@ -31,12 +31,20 @@ class Level:
         members: A leaf, by its place in the model's list of experts, or another level.
         top_k: Members that answer per row.
         capacity_factor: Head-room before load moves down the ranking; None: it never does.
+
+    Attributes:
+        leaves: The members as an array, intp `[E]`, where none of them is a level.
     """
 
     gate: Gate
     members: tuple[int | Level, ...]
     top_k: int
     capacity_factor: float | None = None
+    leaves: NDArray[np.intp] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        flat = all(isinstance(member, int) for member in self.members)
+        object.__setattr__(self, "leaves", np.array(self.members, dtype=np.intp) if flat else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,11 @@ def select(level: Level, rows: NDArray[np.float32], leaf_count: int, load: Load,
         member_weights = level.gate.weigh(rows[at])
         ranking, full = _rank(level, member_weights, top_k, load)
         overflowed.update(full)
+        if level.leaves is not None:
+            place = at[:, None], level.leaves[ranking]
+            weights[place] += factor[:, None] * member_weights[np.arange(len(at))[:, None], ranking]
+            chosen[place] = True
+            return
         for member in np.unique(ranking):
             here = (ranking == member).any(axis=1)
             passed_on = factor[here] * member_weights[here, member]

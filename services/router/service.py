@@ -147,7 +147,7 @@ def _explain(decision: Decision) -> list[router_pb2.RowDecision]:
             router_pb2.RowDecision(
                 candidates=[
                     router_pb2.Candidate(
-                        expert=str(decision.model.leaves[leaf].expert),
+                        expert=decision.model.leaves[leaf].name,
                         gate_weight=gate[row, leaf],
                         weight=weights[leaf],
                         chosen=bool(weights[leaf] > 0),
@@ -178,7 +178,7 @@ def _describe(model: Model, snapshot: Snapshot) -> router_pb2.GetMixtureResponse
         column_count=model.column_count,
         members=[
             router_pb2.MemberInfo(
-                expert=str(leaf.expert),
+                expert=leaf.name,
                 package=leaf.package,
                 resident_workers=[worker.name for worker in snapshot.workers if leaf.expert.digest in worker.resident],
             )

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hocket.identity import ExpertId
     from hocket.v1.tensor_pb2 import Tensor
     from services.router.directory import Directory, Snapshot
-    from services.router.placement import Worker
+    from services.router.placement import Placed, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Decision:
     rows: NDArray[np.float32]
     selection: Selection
     plan: plan_pb2.Plan
-    placed: Sequence[tuple[ExpertId, str | None]]
+    placed: Placed
     degradations: Sequence[str]
     seconds: float
 
@@ -87,20 +86,20 @@ def decide(
         raise HocketError(
             Reason.TOP_K_OUT_OF_RANGE, f"top_k must be 1 to {len(model.top.members)} for {model.name}", field="top_k"
         )
-    load = Load(lambda leaf: loads.by_expert[model.leaves[leaf].expert], in_flight_max)
+    load = Load(lambda leaf: loads.by_expert.get(model.leaves[leaf].name, 0), in_flight_max)
     selection = select(model.top, rows, len(model.leaves), load, top_k)
-    chosen = [int(leaf) for leaf in np.flatnonzero(selection.weights.any(axis=0))]
+    chosen: list[int] = np.flatnonzero(selection.weights.any(axis=0)).tolist()
     chosen.sort(key=lambda leaf: model.leaves[leaf].expert)
     planned, placed = [], []
-    for leaf in chosen:
+    for leaf, weights in zip(chosen, selection.weights[:, chosen].T.tolist(), strict=True):
         replicas, unavailable = _replicas(model.leaves[leaf], snapshot.workers, loads)
-        planned.append(_planned(model.leaves[leaf], selection.weights[:, leaf], replicas, unavailable))
-        placed.append((model.leaves[leaf].expert, replicas[0].name if replicas else None))
+        planned.append(_planned(model.leaves[leaf], weights, replicas, unavailable))
+        placed.append((model.leaves[leaf].name, replicas[0].name if replicas else None))
     plan = _plan(address, model, snapshot, len(rows), planned)
     leaves = tuple(model.leaves[leaf] for leaf in chosen)
     if (output_range := union_range(leaves)) is not None:
         plan.output_range.lower, plan.output_range.upper = output_range
-    plan.overflowed.extend(str(model.leaves[leaf].expert) for leaf in sorted(selection.overflowed))
+    plan.overflowed.extend(model.leaves[leaf].name for leaf in sorted(selection.overflowed))
     degradations = _degradations(leaves, selection)
     return Decision(model, rows, selection, plan, placed, degradations, time.perf_counter() - begin)
 
@@ -113,14 +112,12 @@ def _replicas(leaf: Leaf, workers: Sequence[Worker], loads: Loads) -> tuple[list
     return replicas, "" if replicas else Reason.NO_REPLICA
 
 
-def _planned(
-    leaf: Leaf, weights: NDArray[np.float64], replicas: Sequence[Worker], unavailable: str
-) -> plan_pb2.PlannedExpert:
-    rows = np.flatnonzero(weights)
+def _planned(leaf: Leaf, weights: list[float], replicas: Sequence[Worker], unavailable: str) -> plan_pb2.PlannedExpert:
+    rows = [row for row, weight in enumerate(weights) if weight > 0]
     return plan_pb2.PlannedExpert(
-        expert=str(leaf.expert),
-        rows=rows.tolist(),
-        weights=weights[rows].tolist(),
+        expert=leaf.name,
+        rows=rows,
+        weights=weights if len(rows) == len(weights) else [weights[row] for row in rows],
         columns=leaf.columns,
         replicas=[plan_pb2.Replica(worker=worker.name, address=worker.address) for worker in replicas],
         unavailable_reason=unavailable,

@@ -166,5 +166,5 @@ def test_loopback_is_known(host: str, loopback: bool) -> None:  # noqa: FBT001 -
 
 def test_request_ids_fit_for_logs_are_kept() -> None:
     assert accept_request_id("abc-1") == "abc-1"
-    for unfit in (None, b"x", "", "a b", "a\n", "x" * 129):
+    for unfit in (None, b"x", "", "caf\u00e9", "a\n", "x" * 129):
         assert accept_request_id(unfit) != unfit

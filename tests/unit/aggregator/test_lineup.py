@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from hocket.errors import HocketError, Reason
 from services.aggregator.combine import Share
 from services.aggregator.fanout import ExpertError, Reply, ask, hand_down
 from services.aggregator.lineup import Lineup
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SHAPE = (1, 1)
 

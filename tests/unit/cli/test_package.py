@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import stat
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,8 @@ from hocket.packages import Purpose, public_key_of, read_release
 from tests.builders import apr_bytes, edited, forest, mixture, raw_apr, signer
 from tests.signing import ACME_ID, ACME_SEED, envelope_of
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 ACME_KEY = key_text(public_key_of(ACME_SEED))
+VECTORS = Path(__file__).parents[2] / "vectors" / "reference-0.11.0"
 INSPECT_KEYS = {
     "format", "digest", "size", "version", "model_type", "layout", "compression", "flags", "encrypted",
     "signature", "release", "model", "metadata", "sections",
@@ -124,6 +123,29 @@ def test_inspect_refuses_a_damaged_file_with_its_reason(hocket: Any, package: Pa
     assert outcome.code == 2
     assert outcome.out == ""
     assert outcome.err.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("edge_magic", "BAD_MAGIC"),
+        ("edge_major_2", "UNSUPPORTED_VERSION"),
+        ("edge_unknown_type", "UNSUPPORTED_TYPE"),
+        ("edge_crc", "BAD_CHECKSUM"),
+        ("edge_metadata_garbage", "BAD_METADATA"),
+        ("edge_option_tag_2", "BAD_PAYLOAD"),
+        ("edge_trailing_bytes", "BAD_LENGTH"),
+        ("edge_minor_9", None),
+        ("edge_flags_encrypted_only", None),
+        ("edge_reserved_nonzero", None),
+        ("edge_signed_sig_edit", None),
+    ],
+)
+def test_files_of_the_reference_are_shown_or_refused(hocket: Any, name: str, reason: str | None) -> None:
+    outcome = hocket("inspect", VECTORS / f"{name}.apr", "--json")
+
+    assert outcome.code == (0 if reason is None else 2)
+    assert outcome.document.get("error", {}).get("reason") == reason
 
 
 def test_inspect_refuses_what_it_cannot_read(hocket: Any, package: Path) -> None:
@@ -276,3 +298,4 @@ def test_sign_says_when_the_release_cannot_be_written(hocket: Any, package: Path
 
     assert outcome.document["error"]["reason"] == "BAD_REQUEST"
     assert "cannot write" in outcome.document["error"]["message"]
+    assert sorted(path.name for path in package.parent.iterdir() if path.name.startswith(".")) == []

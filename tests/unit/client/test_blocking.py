@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from hocket.client import Answer, Partial, Planned
+from hocket.client import Answer, Partial, Planned, blocking
 from hocket.client.blocking import RouterClient, connect, connect_registry
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
@@ -92,6 +93,15 @@ def test_leaving_a_prediction_early_cancels_the_call(router: RouterClient, scrip
     assert isinstance(next(events), Partial)
 
     events.close()
+
+    assert scripted.cancelled.wait(5)
+
+
+def test_a_forgotten_prediction_is_cancelled_too(router: RouterClient, scripted: ScriptedRouter) -> None:
+    scripted.stall = True
+    for event in router.predict("digits", ROW, partials=True):
+        if isinstance(event, Partial):
+            break
 
     assert scripted.cancelled.wait(5)
 
@@ -196,3 +206,13 @@ def test_nobody_at_the_address_is_unreachable() -> None:
     with connect("127.0.0.1:1") as router, pytest.raises(HocketError) as refused:
         router.get_mixture("digits")
     assert refused.value.reason is Reason.UNREACHABLE
+
+
+def test_only_the_harmless_complaint_of_a_shared_queue_is_dropped() -> None:
+    reported: list[object] = []
+    loop = SimpleNamespace(default_exception_handler=reported.append)
+
+    blocking._report(loop, {"exception": BlockingIOError()})  # type: ignore[arg-type]  # all it needs of a loop
+    assert reported == []
+    blocking._report(loop, {"exception": ValueError()})  # type: ignore[arg-type]  # the same
+    assert len(reported) == 1

@@ -16,8 +16,7 @@ from hocket.errors import HocketError, Reason
 from services.expert_worker.batching import Answer, Batcher
 from services.expert_worker.loader import Expert
 from tests.builders import floats
-from tests.unit.expert_worker.test_compute import random_models
-from tests.worker_numerics import answer, on_device
+from tests.worker_numerics import answer, on_device, random_models
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -28,9 +27,9 @@ TIMEOUT_SECONDS = 10.0
 
 @dataclass
 class Kernel:
-    """Doubles its rows, remembers each pass, and does as its script says before it answers."""
+    """Doubles its rows and remembers each pass; its script runs first, and may fail."""
 
-    script: Callable[[Any], None] = lambda rows: None
+    script: Callable[[Any], object] = len
     work_per_row: int = 1
     passes: list[list[float]] = field(default_factory=list)
 
@@ -87,11 +86,16 @@ async def test_an_answer_belongs_to_its_request() -> None:
         assert [await settled(future) for future in futures] == [[[2 * n], [-2 * n]] for n in range(5)]
 
 
-async def test_requests_of_one_turn_share_a_pass_and_wake_the_loop_once() -> None:
+async def test_requests_of_one_turn_share_a_pass_and_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as batcher:
         deliveries: list[int] = []
         settle = batcher._settle
-        batcher._settle = lambda outcomes: (deliveries.append(1), settle(outcomes))[1]  # type: ignore[method-assign]
+
+        def count(outcomes: Any) -> None:
+            deliveries.append(1)
+            settle(outcomes)
+
+        monkeypatch.setattr(batcher, "_settle", count)
         one, other = Kernel(), Kernel()
         first, second = one.expert(), other.expert()
 
@@ -245,7 +249,7 @@ async def test_a_loop_that_was_closed_without_stopping_does_not_kill_the_thread(
 
     async def leave() -> None:
         batcher.start()
-        batcher.submit(Kernel(lambda rows: gate.wait(TIMEOUT_SECONDS) and None).expert(), floats([1]), nothing)
+        batcher.submit(Kernel(lambda _rows: gate.wait(TIMEOUT_SECONDS)).expert(), floats([1]), nothing)
         await asyncio.sleep(0)
 
     gate = threading.Event()

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from hocket.packages import model as m
 from tests import apr_oracle
-from tests.builders import chain, floats, forest, grow, linear, mixture, models
+from tests.builders import chain, floats, grow, linear, mixture, models
 from tests.worker_numerics import (
     RECORDED_MIN,
     answer,
@@ -22,6 +22,7 @@ from tests.worker_numerics import (
     lone,
     on_device,
     opened,
+    random_models,
     recorded,
 )
 
@@ -29,33 +30,6 @@ if TYPE_CHECKING:
     from services.expert_worker.loader import Expert
 
 SMALL = st.floats(-8, 8, width=32)
-
-
-def random_tree(rng: np.random.Generator, width: int, depth: int, *, columns: int = 0) -> Any:
-    """A tree of random shape, as `grow` takes it; leaves are columns, or values when `columns` is 0."""
-    if depth == 0 or rng.random() < 0.2:
-        return (int(rng.integers(columns)) if columns else float(np.float32(rng.normal())), 1)
-    threshold = float(np.float32(rng.normal()))
-    children = [random_tree(rng, width, depth - 1, columns=columns) for _ in range(2)]
-    return (int(rng.integers(width)), threshold, *children)
-
-
-def random_models(rng: np.random.Generator, width: int) -> list[Any]:
-    def coefficients() -> Any:
-        return rng.normal(size=width).astype(np.float32)
-
-    members = tuple(m.Ridge(coefficients(), float(np.float32(rng.normal())), alpha=0.5) for _ in range(3))
-    gate = m.SoftmaxGate(rng.normal(size=(width, 3)).astype(np.float32))
-    return [
-        m.LinearRegression(coefficients(), float(np.float32(rng.normal()))),
-        m.LogisticRegression(coefficients(), float(np.float32(rng.normal()))),
-        m.MixtureOfExperts(members, gate, m.MoeConfig(2)),
-        m.KMeans(7, rng.normal(size=(7, width)).astype(np.float32)),
-        forest(*(grow(random_tree(rng, width, 6, columns=4)) for _ in range(9))),
-        m.RandomForestRegressor(
-            tuple(m.DecisionTreeRegressor(grow(random_tree(rng, width, 6))) for _ in range(40)), n_estimators=40
-        ),
-    ]
 
 
 @pytest.mark.parametrize("layout", models())

@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from hocket.errors import HocketError, Reason
+from hocket.packages import Policy, Proof, Purpose, Subject
+from hocket.trust_folder import TrustFolder
+from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_PLACING, LOAD_STATE_READY
+from services.expert_worker.authority import Authority, Credentials
+from services.expert_worker.loader import Expert, Prepared
+from services.expert_worker.residency import Residency, ResidentPackage
+from services.expert_worker.revocations import Withdrawn
+from services.expert_worker.supply import Report, Supplied
+from tests.signing import ACME_ID, ACME_SEED, envelope_of, trusted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from services.expert_worker.authority import Standing
+
+A, B, C, D = ("sha256:" + letter * 64 for letter in "abcd")
+SOON, LATER = 0.05, 10.0
+
+
+@dataclass
+class Shelf:
+    """Packages of 40 bytes in a budget of 100, brought at once unless `hold` is set."""
+
+    folder: Path
+    budget_bytes: int = 100
+    sizes: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    credentials: dict[str, Credentials] = field(default_factory=dict)
+    hold: asyncio.Event | None = None
+    hold_placing: asyncio.Event | None = None
+    loading_max: int = 8
+    placing_seconds: float = LATER
+    brought: list[str] = field(default_factory=list)
+    changes: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.authority = Authority(TrustFolder(self.folder), Policy(allow_unsigned=True))
+        self.residency = Residency(
+            self.budget_bytes,
+            self.loading_max,
+            self.placing_seconds,
+            self.authority,
+            self.bring,
+            self.place,
+            self.count,
+        )
+
+    async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
+        self.brought.append(digest)
+        report(LOAD_STATE_FETCHING, 1, 2)
+        if self.hold is not None:
+            await self.hold.wait()
+        if digest in self.failures:
+            raise self.failures[digest]
+        prepared = Prepared((torch.zeros(self.sizes.get(digest, 40), dtype=torch.uint8),), lambda _moved: ())
+        credentials = self.credentials.get(digest) or Credentials(subject_of(digest), (), None)
+        return Supplied(prepared, credentials, standing.judge(credentials))
+
+    async def place(self, prepared: Prepared) -> tuple[Expert, ...]:
+        if self.hold_placing is not None:
+            await self.hold_placing.wait()
+        return prepared.assemble(prepared.tensors)
+
+    def count(self) -> None:
+        self.changes += 1
+        self.changed.set()
+
+    async def use(self, digest: str, seconds: float = LATER) -> ResidentPackage:
+        return await self.residency.acquire(digest, seconds)
+
+    async def load(self, *digests: str) -> None:
+        for digest in digests:
+            self.residency.release(await self.use(digest))
+
+    @property
+    def resident(self) -> list[str]:
+        return [package.digest for package in self.residency.packages]
+
+
+def subject_of(digest: str) -> Subject:
+    return Subject(Purpose.PACKAGE, digest, 9, "apr")
+
+
+def signed(digest: str) -> Credentials:
+    """Credentials by a release of acme."""
+    return Credentials(subject_of(digest), (envelope_of(b"", digest=digest, size_bytes=9),), None)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+async def refused(waiting: Any) -> HocketError:
+    with pytest.raises(HocketError) as refusal:
+        await waiting
+    return refusal.value
+
+
+def counted(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+class TestLoading:
+    async def test_a_package_is_loaded_at_first_use_and_found_after(self, shelf: Shelf) -> None:
+        package = await shelf.use(A)
+        assert (package.digest, package.size_bytes, package.in_use_count) == (A, 40, 1)
+        assert await shelf.use(A) is package
+        assert package.in_use_count == 2
+        assert shelf.brought == [A]
+        assert shelf.residency.used_bytes == 40
+        assert shelf.changes == 1
+
+    async def test_however_many_ask_it_is_loaded_once(self, shelf: Shelf) -> None:
+        packages = await asyncio.gather(*(shelf.use(A) for _ in range(20)))
+        assert len({id(package) for package in packages}) == 1
+        assert packages[0].in_use_count == 20
+        assert shelf.brought == [A]
+
+    async def test_a_load_that_takes_too_long_is_a_timeout_and_goes_on(self, shelf: Shelf) -> None:
+        shelf.hold = asyncio.Event()
+        assert (await refused(shelf.use(A, SOON))).reason is Reason.EXPERT_LOADING
+        shelf.hold.set()
+        package = await shelf.use(A)
+        assert package.in_use_count == 1
+        assert shelf.brought == [A]
+
+    async def test_a_waiter_that_is_cancelled_leaves_no_trace(self, shelf: Shelf) -> None:
+        shelf.hold = asyncio.Event()
+        gone, stays = asyncio.create_task(shelf.use(A)), asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        shelf.hold.set()
+        assert (await stays).in_use_count == 1
+
+    async def test_a_waiter_that_is_cancelled_as_the_load_ends_leaves_no_trace(self, shelf: Shelf) -> None:
+        shelf.hold = asyncio.Event()
+        gone = asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(0)
+        shelf.hold.set()
+        await shelf.changed.wait()
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert shelf.residency.packages[0].in_use_count == 0
+
+    async def test_all_who_wait_learn_why_it_failed(self, shelf: Shelf) -> None:
+        shelf.failures[A] = HocketError(Reason.UNREACHABLE, "no")
+        failures = await asyncio.gather(*(refused(shelf.use(A)) for _ in range(3)))
+        assert {failure.reason for failure in failures} == {Reason.UNREACHABLE}
+        del shelf.failures[A]
+        assert (await shelf.use(A)).digest == A
+
+    async def test_a_bug_in_one_load_is_no_obstacle_to_the_next(self, shelf: Shelf) -> None:
+        shelf.failures[A] = ZeroDivisionError()
+        with pytest.raises(ZeroDivisionError):
+            await shelf.use(A)
+        del shelf.failures[A]
+        assert (await shelf.use(A)).digest == A
+
+    async def test_a_refusal_is_repeated_for_a_while_without_another_look(self, shelf: Shelf) -> None:
+        shelf.failures[A] = HocketError(Reason.UNSIGNED, "no")
+        for _ in range(3):
+            assert (await refused(shelf.use(A))).reason is Reason.UNSIGNED
+        assert shelf.brought == [A]
+
+    async def test_a_change_of_trust_or_a_new_release_is_worth_another_look(self, shelf: Shelf) -> None:
+        shelf.failures[A] = HocketError(Reason.UNSIGNED, "no")
+        await refused(shelf.use(A))
+        shelf.authority.withdraw(Withdrawn(keys=frozenset({"0" * 64})))
+        await refused(shelf.use(A))
+        shelf.residency.forget_refusal(A)
+        await refused(shelf.use(A))
+        assert shelf.brought == [A] * 3
+
+    async def test_remembered_refusals_do_not_pile_up(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("services.expert_worker.residency._REFUSALS_MAX", 2)
+        for digest in (A, B, C):
+            shelf.failures[digest] = HocketError(Reason.UNSIGNED, "no")
+            await refused(shelf.use(digest))
+        assert list(shelf.residency._refusals) == [C]
+
+    async def test_too_many_loads_at_once_refuse_the_next(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, loading_max=1, hold=asyncio.Event())
+        loading = asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(0)
+        refusal = await refused(shelf.use(B))
+        assert refusal.reason is Reason.QUEUE_FULL
+        assert refusal.retry_after_seconds
+        shelf.hold.set()  # type: ignore[union-attr]  # set above
+        await loading
+        await shelf.load(B)
+
+    async def test_outcomes_are_counted(self, shelf: Shelf) -> None:
+        loaded, failed = (counted("hocket_expert_loads_total", outcome=outcome) for outcome in ("OK", "BAD_MAGIC"))
+        shelf.failures[B] = HocketError(Reason.BAD_MAGIC, "no")
+        await shelf.load(A)
+        await refused(shelf.use(B))
+        assert counted("hocket_expert_loads_total", outcome="OK") == loaded + 1
+        assert counted("hocket_expert_loads_total", outcome="BAD_MAGIC") == failed + 1
+
+
+class TestLoadingAhead:
+    async def test_progress_ends_with_ready(self, shelf: Shelf) -> None:
+        shelf.hold, shelf.hold_placing = asyncio.Event(), asyncio.Event()
+        steps = []
+        async for step in shelf.residency.load(A):
+            steps.append((step.state, step.done_bytes, step.total_bytes))
+            if (step.state, step.done_bytes) == (LOAD_STATE_FETCHING, 1):
+                shelf.hold.set()
+            elif step.state == LOAD_STATE_PLACING:
+                shelf.hold_placing.set()
+        assert steps == [
+            (LOAD_STATE_FETCHING, 0, 0),
+            (LOAD_STATE_FETCHING, 1, 2),
+            (LOAD_STATE_PLACING, 0, 40),
+            (LOAD_STATE_READY, 40, 40),
+        ]
+        assert [step.state async for step in shelf.residency.load(A)] == [LOAD_STATE_READY]
+
+    async def test_leaving_the_stream_does_not_stop_the_load(self, shelf: Shelf) -> None:
+        shelf.hold = asyncio.Event()
+        stream = shelf.residency.load(A)
+        await anext(stream)
+        await stream.aclose()
+        shelf.hold.set()
+        assert (await shelf.use(A)).in_use_count == 1
+        assert shelf.brought == [A]
+
+    async def test_a_failure_ends_the_stream(self, shelf: Shelf) -> None:
+        shelf.failures[A] = HocketError(Reason.UNKNOWN_PACKAGE, "no")
+
+        async def follow() -> None:
+            async for _ in shelf.residency.load(A):
+                pass
+
+        assert (await refused(follow())).reason is Reason.UNKNOWN_PACKAGE
+
+
+class TestBudget:
+    async def test_what_was_used_longest_ago_makes_room(self, shelf: Shelf) -> None:
+        before = counted("hocket_expert_evictions_total")
+        await shelf.load(A, B, A, C)
+        assert shelf.resident == [C, A]
+        assert shelf.residency.used_bytes == 80
+        assert counted("hocket_expert_evictions_total") == before + 1
+
+    async def test_what_is_in_use_stays(self, shelf: Shelf) -> None:
+        await shelf.use(A)
+        await shelf.load(B, C)
+        assert shelf.resident == [C, A]
+
+    async def test_a_full_budget_makes_requests_wait_for_room(self, shelf: Shelf) -> None:
+        first, second = await shelf.use(A), await shelf.use(B)
+        waiting = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(SOON)
+        assert not waiting.done()
+        shelf.residency.release(second)
+        assert (await waiting).digest == C
+        assert shelf.resident == [C, A]
+        assert first.in_use_count == 1
+
+    async def test_waiting_for_room_ends_at_the_deadline(self, shelf: Shelf) -> None:
+        await shelf.use(A)
+        await shelf.use(B)
+        assert (await refused(shelf.use(C, SOON))).reason is Reason.EXPERT_LOADING
+        assert shelf.resident == [B, A]
+
+    async def test_a_load_that_never_finds_room_ends_too(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, placing_seconds=SOON)
+        await shelf.use(A)
+        held = await shelf.use(B)
+        assert (await refused(shelf.use(C))).reason is Reason.EXPERT_LOADING
+        shelf.residency.release(held)
+        await shelf.load(C)
+
+    async def test_loads_get_room_in_the_order_they_asked(self, shelf: Shelf) -> None:
+        shelf.sizes[C] = 90
+        held = [await shelf.use(A), await shelf.use(B)]
+        large, small = asyncio.create_task(shelf.use(C)), asyncio.create_task(shelf.use(D))
+        await asyncio.sleep(SOON)
+        shelf.residency.release(held[0])
+        await asyncio.sleep(SOON)
+        assert not small.done()  # there is room for it, but it is not its turn
+        shelf.residency.release(held[1])
+        shelf.residency.release(await large)
+        assert (await small).digest == D
+
+    async def test_nothing_idle_is_dropped_in_vain(self, shelf: Shelf) -> None:
+        shelf.sizes[C] = 90
+        await shelf.load(A)
+        await shelf.use(B)
+        assert (await refused(shelf.use(C, SOON))).reason is Reason.EXPERT_LOADING
+        assert shelf.resident == [B, A]
+
+    async def test_a_package_larger_than_the_whole_budget_is_refused_at_once(self, shelf: Shelf) -> None:
+        shelf.sizes.update({A: 101, B: 100})
+        refusal = await refused(shelf.use(A))
+        assert refusal.reason is Reason.DEVICE_MEMORY
+        assert "budget_bytes" in refusal.message
+        assert (await refused(shelf.use(A))).reason is Reason.DEVICE_MEMORY
+        assert shelf.brought == [A]
+        await shelf.load(B)
+
+    async def test_a_load_that_fails_on_the_device_gives_its_room_back(self, shelf: Shelf) -> None:
+        async def fail(_prepared: Prepared) -> tuple[Expert, ...]:
+            raise HocketError(Reason.DEVICE_MEMORY, "no", retry_after_seconds=1.0)
+
+        shelf.residency._place = fail
+        assert (await refused(shelf.use(A))).reason is Reason.DEVICE_MEMORY
+        assert shelf.residency.used_bytes == 0
+        shelf.residency._place = shelf.place
+        await shelf.load(A)  # a passing shortage is not remembered
+
+
+class TestLeaving:
+    async def test_an_idle_package_leaves_at_once(self, shelf: Shelf) -> None:
+        await shelf.load(A)
+        assert shelf.residency.drop(A) == 0
+        assert (shelf.resident, shelf.residency.used_bytes) == ([], 0)
+        assert shelf.residency.drop(A) is None
+
+    async def test_a_package_in_use_leaves_with_its_last_request(self, shelf: Shelf) -> None:
+        package = await shelf.use(A)
+        await shelf.use(A)
+        assert shelf.residency.drop(A) == 2
+        assert (shelf.resident, shelf.residency.used_bytes) == ([], 40)
+        shelf.residency.release(package)
+        assert shelf.residency.used_bytes == 40
+        shelf.residency.release(package)
+        assert shelf.residency.used_bytes == 0
+
+    async def test_a_package_can_come_back_while_it_leaves(self, shelf: Shelf) -> None:
+        leaving = await shelf.use(A)
+        shelf.residency.drop(A)
+        fresh = await shelf.use(A)
+        assert fresh is not leaving
+        assert shelf.residency.used_bytes == 80
+        shelf.residency.release(leaving)
+        assert (shelf.resident, shelf.residency.used_bytes) == ([A], 40)
+
+    async def test_stopping_ends_what_is_on_its_way(self, shelf: Shelf) -> None:
+        shelf.hold = asyncio.Event()
+        waiting = asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(0)
+        await shelf.residency.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+class TestTrust:
+    @pytest.fixture
+    async def trusting(self, shelf: Shelf) -> Shelf:
+        """A is signed by acme, B by nobody."""
+        TrustFolder(shelf.folder).add_key(trusted(ACME_SEED))
+        await shelf.authority.read_folder()
+        shelf.credentials[A] = signed(A)
+        await shelf.load(A, B)
+        return shelf
+
+    async def test_proofs_are_kept_with_the_package(self, trusting: Shelf) -> None:
+        b, a = trusting.residency.packages
+        assert [proof.kind for proof in a.proofs] == ["release"]
+        assert (a.unsigned_by_policy, b.unsigned_by_policy) == (False, True)
+
+    async def test_a_yanked_package_leaves(self, trusting: Shelf) -> None:
+        trusting.authority.withdraw(Withdrawn(digests=frozenset({B})))
+        await trusting.residency.judge_again()
+        assert trusting.resident == [A]
+        assert (await refused(trusting.use(B))).reason is Reason.YANKED
+
+    async def test_a_package_of_a_revoked_key_leaves_once_it_is_idle(self, trusting: Shelf) -> None:
+        package = await trusting.use(A)
+        trusting.authority.withdraw(Withdrawn(keys=frozenset({ACME_ID})))
+        await trusting.residency.judge_again()
+        assert trusting.resident == [B]
+        assert trusting.residency.used_bytes == 80
+        assert (await refused(trusting.use(A))).reason is Reason.KEY_REVOKED
+        trusting.residency.release(package)
+        assert trusting.residency.used_bytes == 40
+
+    async def test_proofs_are_renewed_when_trust_changes(self, trusting: Shelf) -> None:
+        TrustFolder(trusting.folder).remove_key(ACME_ID)
+        await trusting.authority.read_folder()
+        await trusting.residency.judge_again()
+        assert trusting.residency.packages[1].proofs == (Proof("policy"),)
+
+    async def test_a_change_during_the_judgement_is_judged_too(self, trusting: Shelf) -> None:
+        judging = asyncio.create_task(trusting.residency.judge_again())
+        await asyncio.sleep(0)
+        trusting.authority.withdraw(Withdrawn(digests=frozenset({A})))
+        await judging
+        assert trusting.resident == [B]
+
+    async def test_a_package_dropped_during_the_judgement_stays_dropped(self, trusting: Shelf) -> None:
+        trusting.authority.withdraw(Withdrawn(digests=frozenset({A})))
+        judging = asyncio.create_task(trusting.residency.judge_again())
+        await asyncio.sleep(0)
+        assert trusting.residency.drop(A) == 0
+        await judging
+        assert trusting.residency.used_bytes == 40
+
+    async def test_a_package_withdrawn_on_its_way_does_not_arrive(self, shelf: Shelf) -> None:
+        shelf.hold_placing = asyncio.Event()
+        loading = asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(SOON)
+        shelf.authority.withdraw(Withdrawn(digests=frozenset({A})))
+        shelf.hold_placing.set()
+        assert (await refused(loading)).reason is Reason.YANKED
+        assert (shelf.resident, shelf.residency.used_bytes) == ([], 0)
+
+    async def test_a_change_that_does_not_concern_a_package_on_its_way_lets_it_arrive(self, shelf: Shelf) -> None:
+        shelf.hold_placing = asyncio.Event()
+        loading = asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(SOON)
+        shelf.authority.withdraw(Withdrawn(digests=frozenset({B})))
+        shelf.hold_placing.set()
+        assert (await loading).digest == A

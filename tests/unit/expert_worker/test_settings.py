@@ -1,0 +1,98 @@
+"""What an operator may choose, and the device it leads to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hocket.errors import HocketError, Reason
+from hocket.settings import build
+from services.expert_worker.device import available_host_bytes, budget_bytes, choose_device, compute_threads
+from services.expert_worker.settings import WorkerSettings
+
+FOLDERS = {"data_dir": "/data", "trust_dir": "/trust"}
+DIGEST = "sha256:" + "a" * 64
+
+
+def built(**values: Any) -> WorkerSettings:
+    return build(WorkerSettings, {**FOLDERS, **values}, "worker")
+
+
+def test_defaults_suit_a_laptop() -> None:
+    settings = built()
+    assert (settings.port, settings.device, settings.allow_unsigned) == (50054, "auto", False)
+    assert settings.data_dir == Path("/data")
+
+
+def test_everything_may_come_as_text_from_the_environment() -> None:
+    settings = built(device="cuda:1", budget_bytes="1024", allow_unsigned="true", preload=f"{DIGEST}, {DIGEST}")
+    assert (settings.device, settings.budget_bytes, settings.allow_unsigned) == ("cuda:1", 1024, True)
+    assert settings.preload == (DIGEST, DIGEST)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sound"),
+    [
+        ("name", "Worker A", "worker-a"),
+        ("device", "gpu", "cpu"),
+        ("device", "cuda", "cuda:0"),
+        ("budget_bytes", -1, 0),
+        ("compute_threads", -1, 1),
+        ("queue_max", 0, 1),
+        ("loading_max", 0, 1),
+        ("in_flight_max", 0, 1),
+        ("default_deadline_seconds", 0.0, 0.1),
+        ("preload", ["acme/iris@1.0.0"], [DIGEST]),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_with_advice(key: str, value: Any, sound: Any) -> None:
+    with pytest.raises(HocketError) as refusal:
+        built(**{key: value})
+    assert refusal.value.reason is Reason.BAD_REQUEST
+    assert key in refusal.value.message
+    built(**{key: sound})
+
+
+class TestDevice:
+    def test_the_cpu_is_always_there(self) -> None:
+        assert choose_device("cpu") == torch.device("cpu")
+
+    def test_auto_takes_cuda_where_there_is_some(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert choose_device("auto") == torch.device("cpu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert choose_device("auto") == torch.device("cuda:0")
+        assert choose_device("cuda:1") == torch.device("cuda:1")
+
+    def test_a_device_that_is_not_here_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(HocketError) as refusal:
+            choose_device("cuda:0")
+        assert refusal.value.reason is Reason.BAD_REQUEST
+
+    def test_the_budget_is_a_share_of_what_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
+        assert budget_bytes(torch.device("cuda:0")) == 800
+        assert 0 < budget_bytes(torch.device("cpu")) <= available_host_bytes()
+
+    def test_the_container_limits_what_the_machine_has(self, tmp_path: Path) -> None:
+        (tmp_path / "meminfo").write_text("MemTotal: 4 kB\nMemAvailable: 3 kB\n")
+        assert available_host_bytes(tmp_path, tmp_path) == 3072
+        (tmp_path / "memory.max").write_text("max\n")
+        (tmp_path / "memory.current").write_text("100\n")
+        assert available_host_bytes(tmp_path, tmp_path) == 3072
+        (tmp_path / "memory.max").write_text("1100\n")
+        assert available_host_bytes(tmp_path, tmp_path) == 1000
+
+    @pytest.mark.parametrize("meminfo", ["", "MemTotal: 4 kB", "MemAvailable: lots", "MemAvailable:"])
+    def test_a_machine_that_does_not_say_gets_a_modest_budget(self, tmp_path: Path, meminfo: str) -> None:
+        (tmp_path / "meminfo").write_text(meminfo)
+        assert available_host_bytes(tmp_path, tmp_path) == 2 * 2**30
+
+    def test_threads_are_as_set_or_half_the_cores(self) -> None:
+        assert compute_threads(3) == 3
+        assert compute_threads(0) >= 1

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hocket.errors import HocketError, Reason
+from hocket.packages import Policy, TrustRoots
+from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_VERIFYING
+from services.expert_worker.authority import Standing
+from services.expert_worker.cache import PackageCache
+from services.expert_worker.revocations import Withdrawn
+from services.expert_worker.supply import Supplied, Supply
+from tests.builders import apr_bytes, linear, signer
+from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, ZETA_SEED, envelope_of, roots
+from tests.worker_registry import WorkerRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DATA = apr_bytes()
+RELEASE = envelope_of(DATA)
+TRUSTING = Standing(roots())
+
+
+@dataclass
+class Setting:
+    cache: PackageCache
+    executor: ThreadPoolExecutor
+    registry: WorkerRegistry = field(default_factory=WorkerRegistry)
+    steps: list[tuple[int, int, int]] = field(default_factory=list)
+
+    async def bring(self, digest: str, standing: Standing = TRUSTING) -> Supplied:
+        supply = Supply(self.cache, self.registry.client(), self.executor)
+        return await supply.bring(digest, standing, lambda *step: self.steps.append(step))
+
+    async def refused(self, digest: str, standing: Standing = TRUSTING) -> HocketError:
+        with pytest.raises(HocketError) as refusal:
+            await self.bring(digest, standing)
+        return refusal.value
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hocket.client.registry._PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Iterator[Setting]:
+    with ThreadPoolExecutor(1) as executor:
+        yield Setting(PackageCache(tmp_path / "cache"), executor)
+
+
+def revoking(*key_ids: str) -> Standing:
+    return replace(TRUSTING, withdrawn=Withdrawn(keys=frozenset(key_ids)))
+
+
+async def test_a_package_comes_from_the_registry_once_and_then_from_the_cache(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    supplied = await setting.bring(digest)
+    assert [str(proof.release) for proof in supplied.proofs] == ["acme/iris@1.0.0"]
+    assert supplied.credentials.releases == (RELEASE,)
+    assert supplied.prepared.size_bytes == 8
+    assert setting.steps == [
+        (LOAD_STATE_FETCHING, 0, 0),
+        (LOAD_STATE_FETCHING, len(DATA) // 2, len(DATA)),
+        (LOAD_STATE_FETCHING, len(DATA), len(DATA)),
+        (LOAD_STATE_VERIFYING, 0, len(DATA)),
+        (LOAD_STATE_VERIFYING, len(DATA), len(DATA)),
+    ]
+    setting.registry.refuse(Reason.NOT_READY)
+    await setting.bring(digest)
+    assert setting.registry.downloads == [digest]
+
+
+async def test_without_a_registry_what_is_not_cached_is_unreachable(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    for reason in (Reason.DRAINING, Reason.DEADLINE, Reason.QUEUE_FULL, Reason.INTERNAL):
+        setting.registry.refuse(reason)
+        assert (await setting.refused(digest)).reason is Reason.UNREACHABLE
+
+
+async def test_what_the_registry_says_about_a_package_is_passed_on(setting: Setting) -> None:
+    assert (await setting.refused("sha256:" + "0" * 64)).reason is Reason.UNKNOWN_PACKAGE
+    digest = setting.registry.publish(DATA, [RELEASE])
+    setting.registry.corrupt = True
+    assert (await setting.refused(digest)).reason is Reason.BLOB_CORRUPT
+    assert setting.cache.read(digest) is None
+
+
+async def test_a_yanked_digest_is_refused_before_anything_is_read(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    standing = replace(TRUSTING, withdrawn=Withdrawn(digests=frozenset({digest})))
+    assert (await setting.refused(digest, standing)).reason is Reason.YANKED
+    assert setting.registry.downloads == []
+
+
+async def test_a_corrupt_cache_entry_is_dropped_and_fetched_again(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    setting.cache.write(digest, DATA[:-1] + b"?", [RELEASE])
+    assert (await setting.bring(digest)).proofs
+    cached = setting.cache.read(digest)
+    assert cached is not None
+    assert cached.data == DATA
+
+
+async def test_a_corrupt_cache_entry_is_not_served_without_a_registry(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    setting.cache.write(digest, DATA[:-1] + b"?", [RELEASE])
+    setting.registry.refuse(Reason.NOT_READY)
+    assert (await setting.refused(digest)).reason is Reason.UNREACHABLE
+
+
+@pytest.mark.parametrize("worthless", [(), (b"garbage",), (envelope_of(DATA, STRANGER_SEED),)])
+async def test_a_cached_package_nobody_vouches_for_is_asked_for_again(
+    setting: Setting, worthless: tuple[bytes, ...]
+) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    setting.cache.write(digest, DATA, worthless)
+    assert (await setting.bring(digest)).proofs
+    cached = setting.cache.read(digest)
+    assert cached is not None
+    assert cached.releases == (RELEASE,)
+
+
+async def test_a_newer_release_by_another_key_saves_a_cached_package(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    await setting.bring(digest)
+    assert (await setting.refused(digest, revoking(ACME_ID))).reason is Reason.KEY_REVOKED
+    setting.registry.publish(DATA, [RELEASE, envelope_of(DATA, ZETA_SEED, "zeta/iris@1.0.0")])
+    supplied = await setting.bring(digest, revoking(ACME_ID))
+    assert [str(proof.release) for proof in supplied.proofs] == ["zeta/iris@1.0.0"]
+
+
+async def test_without_a_registry_the_cached_package_is_refused_for_what_it_lacks(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    await setting.bring(digest)
+    setting.registry.refuse(Reason.NOT_READY)
+    assert (await setting.refused(digest, revoking(ACME_ID))).reason is Reason.KEY_REVOKED
+
+
+@pytest.mark.parametrize(
+    ("releases", "standing", "reason"),
+    [
+        ((), TRUSTING, Reason.UNSIGNED),
+        ((envelope_of(DATA, STRANGER_SEED),), TRUSTING, Reason.SIGNER_NOT_TRUSTED),
+        ((RELEASE,), Standing(TrustRoots()), Reason.SIGNER_NOT_TRUSTED),
+        ((RELEASE,), revoking(ACME_ID), Reason.KEY_REVOKED),
+        ((envelope_of(DATA + b"?"),), TRUSTING, Reason.DIGEST_MISMATCH),
+    ],
+)
+async def test_a_package_this_worker_does_not_trust_is_refused_whatever_the_registry_thinks(
+    setting: Setting, releases: tuple[bytes, ...], standing: Standing, reason: Reason
+) -> None:
+    digest = setting.registry.publish(DATA, releases)
+    assert (await setting.refused(digest, standing)).reason is reason
+    assert setting.cache.read(digest) is None
+    setting.registry.publish(DATA, [RELEASE])
+    await setting.bring(digest)
+
+
+async def test_an_embedded_signature_by_a_trusted_key_is_proof(setting: Setting) -> None:
+    data = apr_bytes(signing=signer(ACME_SEED))
+    supplied = await setting.bring(setting.registry.publish(data))
+    assert [(proof.kind, proof.key_id) for proof in supplied.proofs] == [("embedded", ACME_ID)]
+    assert supplied.credentials.embedded_key_id == ACME_ID
+    strange = setting.registry.publish(apr_bytes(signing=signer(STRANGER_SEED)))
+    assert (await setting.refused(strange)).reason is Reason.SIGNER_NOT_TRUSTED
+
+
+async def test_policy_alone_may_admit_what_nobody_signed(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA)
+    supplied = await setting.bring(digest, Standing(policy=Policy(allow_unsigned=True)))
+    assert [proof.kind for proof in supplied.proofs] == ["policy"]
+    assert (await setting.refused(digest)).reason is Reason.UNSIGNED
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(replace(linear(), coefficients=None), Reason.NOT_SERVABLE), (b"not a package at all", Reason.BAD_MAGIC)],
+)
+async def test_what_cannot_serve_is_refused_and_not_cached(setting: Setting, model: Any, reason: Reason) -> None:
+    data = model if isinstance(model, bytes) else apr_bytes(model)
+    digest = setting.registry.publish(data, [envelope_of(data)])
+    assert (await setting.refused(digest)).reason is reason
+    assert setting.cache.read(digest) is None
+
+
+async def test_a_cached_file_that_is_no_package_is_not_fetched_again(setting: Setting) -> None:
+    data = b"not a package at all"
+    digest = setting.registry.publish(data, [envelope_of(data)])
+    setting.cache.write(digest, data, [envelope_of(data)])
+    assert (await setting.refused(digest)).reason is Reason.BAD_MAGIC
+    assert setting.registry.downloads == []
