@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import grpc
+
 from hocket.client.calls import call_metadata, refusals
 from hocket.rpc.handlers import LOAD_KEY
+from hocket.rpc.status import from_rpc_error
 from hocket.v1 import expert_worker_pb2
 from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceStub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-
-    import grpc
 
     from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceAsyncStub
     from hocket.v1.tensor_pb2 import Tensor
@@ -37,7 +38,7 @@ class ExpertWorkerClient:
         expert: str,
         input: Tensor,  # noqa: A002 - the contract's own name
         timeout_seconds: float,
-    ) -> tuple[expert_worker_pb2.RunTensorResponse, expert_worker_pb2.WorkerLoad | None]:
+    ) -> tuple[expert_worker_pb2.RunTensorResponse, bytes | None]:
         """Run one expert on a batch of rows.
 
         Args:
@@ -46,16 +47,17 @@ class ExpertWorkerClient:
             timeout_seconds: Deadline, loading included.
 
         Returns:
-            The answer, and how busy the worker is, if it said so.
+            The answer, and a serialized WorkerLoad for whoever places the next request, if the worker sent one.
         """
         request = expert_worker_pb2.RunTensorRequest(expert=expert, input=input)
-        with refusals():
-            call = self._stub.RunTensor(request, timeout=timeout_seconds, metadata=call_metadata(self._token))
+        call = self._stub.RunTensor(request, timeout=timeout_seconds, metadata=call_metadata(self._token))
+        try:
             response = await call
-            trailing = await call.trailing_metadata()
-        for key, value in trailing or ():
+        except grpc.RpcError as error:  # `refusals()` costs as much as the rest of this method
+            raise from_rpc_error(error) from None
+        for key, value in await call.trailing_metadata() or ():
             if key == LOAD_KEY and isinstance(value, bytes):
-                return response, expert_worker_pb2.WorkerLoad.FromString(value)
+                return response, value
         return response, None
 
     async def load(self, digest: str) -> AsyncGenerator[expert_worker_pb2.LoadExpertResponse, None]:

@@ -144,8 +144,11 @@ class _Context:
             callback(self)
 
 
-class _Call(grpc.aio.Call):
-    """The client's side of a local call, for all four shapes."""
+class _Call:
+    """The client's side of a local call, for all four shapes: what `grpc.aio.Call` offers.
+
+    Not a subclass of it: a real channel that closes takes every such object among the running tasks for its own.
+    """
 
     def __init__(
         self,

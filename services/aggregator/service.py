@@ -60,8 +60,9 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             pass_through=plan.mode == plan_pb2.MODE_PASS and insist,
         )
         deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
+        loads: dict[ExpertWorkerClient, bytes] = {}
         asks = [
-            self._ask(planned, share, request.input, rows, deadline, context)
+            self._ask(planned, share, request.input, rows, deadline, loads)
             for planned, share in zip(plan.experts, shares, strict=True)
         ]
         straggler = request.straggler_timeout.ToTimedelta().total_seconds() if _has_straggler(request) else None
@@ -70,6 +71,8 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             async for _ in arrivals:
                 sequence += 1
                 yield aggregator_pb2.CombineResponse(partial=_combination(sequence, plan, lineup, lineup.combined()))
+        for load in loads.values():
+            add_trailing(context, LOAD_KEY, load)
         final = _combination(sequence + 1, plan, lineup, lineup.conclude())
         finish = plan_pb2.Finish(reason=plan_pb2.FINISH_REASON_COMPLETE)
         if any(isinstance(reply, ExpertError) for reply in lineup.replies):
@@ -85,7 +88,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         tensor: Tensor,
         rows: NDArray[np.float32],
         deadline: float,
-        context: Context,
+        loads: dict[ExpertWorkerClient, bytes],
     ) -> Coroutine[Any, Any, Reply]:
         part = tensor if isinstance(share.rows, slice) else matrix_to_tensor(rows[share.rows])
 
@@ -94,7 +97,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             seconds = hand_down(deadline - time.monotonic())
             response, load = await client.run_tensor(planned.expert, part, seconds)
             if load is not None:
-                add_trailing(context, LOAD_KEY, load.SerializeToString())
+                loads[client] = load
             return tensor_to_matrix_unchecked(response.output, "output")
 
         if planned.unavailable_reason:

@@ -1,8 +1,8 @@
 """One compute thread per device; a queue joins it to the event loop.
 
 Requests that arrive in one turn of the loop reach the thread together, and whatever has queued up while it computed is
-taken as one batch. In a batch, requests for the same expert share a pass. Answers go back with one wake-up of the loop
-per batch; only ahead of a long pass are those at hand sent first.
+taken as one batch. In a batch, requests for the same expert share a pass, and so do small ones for experts of the same
+kind. Answers go back with one wake-up of the loop per batch; only ahead of a long pass are those at hand sent first.
 """
 
 from __future__ import annotations
@@ -13,24 +13,30 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import numpy as np
+import structlog
 import torch
 
 from hocket.errors import HocketError, Reason
 from hocket.rpc.convert import VALUES_MAX
 from hocket.telemetry import metrics
+from services.expert_worker.compute import stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
+    from services.expert_worker.compute import Linear
     from services.expert_worker.loader import Expert
 
+_log: Final = structlog.get_logger("worker")
 _LONG_WORK: Final = 2**20
 """Elementary operations from which a pass counts as long: about a millisecond on one core."""
+_SMALL_VALUES: Final = 2**13
+"""Input values up to which a request shares its pass with other experts: beyond, it would only copy weights."""
 _QUEUE_FULL_RETRY_SECONDS: Final = 0.05
 _MEMORY_RETRY_SECONDS: Final = 0.5
 
@@ -76,7 +82,7 @@ class Batcher:
         self._queue_max = queue_max
         self._arrivals: list[_Job] = []
         self._queue: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
-        self._unsettled = 0
+        self._unsettled: set[_Job] = set()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -111,17 +117,18 @@ class Batcher:
         """
         if self._loop is None or self._thread is None:
             raise HocketError(Reason.DRAINING, "this worker is shutting down: try another one")
-        if self._unsettled >= self._queue_max:
+        if len(self._unsettled) >= self._queue_max:
             raise HocketError(
                 Reason.QUEUE_FULL,
-                f"{self._unsettled} requests already wait for {self._device}",
+                f"{len(self._unsettled)} requests already wait for {self._device}",
                 retry_after_seconds=_QUEUE_FULL_RETRY_SECONDS,
             )
         future: asyncio.Future[Answer] = self._loop.create_future()
         if not self._arrivals:
             self._loop.call_soon(self._hand_over)
-        self._arrivals.append(_Job(expert, rows, future, done))
-        self._unsettled += 1
+        job = _Job(expert, rows, future, done)
+        self._arrivals.append(job)
+        self._unsettled.add(job)
         return future
 
     def _hand_over(self) -> None:
@@ -132,7 +139,9 @@ class Batcher:
 
     def _settle(self, outcomes: Iterable[_Outcome]) -> None:
         for job, outcome in outcomes:
-            self._unsettled -= 1
+            if job not in self._unsettled:
+                continue
+            self._unsettled.remove(job)
             job.done()
             if job.future.done():  # the caller has gone
                 continue
@@ -149,7 +158,11 @@ class Batcher:
             going_on = True
             while going_on:
                 jobs, going_on = self._take()
-                self._compute(jobs)
+                try:
+                    self._compute(jobs)
+                except Exception as error:
+                    _log.exception("bug", device=str(self._device))
+                    self._deliver([(job, error) for job in jobs])
 
     def _take(self) -> tuple[list[_Job], bool]:
         """Everything that waits, and whether more may come; waits for the first."""
@@ -201,7 +214,11 @@ class Batcher:
         rows = torch.from_numpy(np.concatenate([job.rows for job in jobs]))
         if self._device.type == "cuda":
             rows = rows.pin_memory().to(self._device, non_blocking=True)
-        output = jobs[0].expert.kernel(rows).cpu().numpy()
+        kernels = [job.expert.kernel for job in jobs]
+        kernel = kernels[0]
+        if any(other is not kernel for other in kernels):
+            kernel = stack(cast("list[Linear]", kernels), [len(job.rows) for job in jobs])
+        output = kernel(rows).cpu().numpy()
         seconds = time.perf_counter() - begin
         metrics.BATCH_ROWS.observe(len(output))
         outcomes: list[_Outcome] = []
@@ -214,7 +231,7 @@ class Batcher:
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """Requests that share an expert and an input width."""
+    """Requests that are computed together."""
 
     jobs: list[_Job]
     rows: int = 0
@@ -222,14 +239,15 @@ class _Pass:
 
 
 def _passes(jobs: list[_Job]) -> list[_Pass]:
-    """Jobs of one expert and width together, the least work first."""
+    """Jobs of one expert and width together, and small ones of one family; the least work first."""
     passes: list[_Pass] = []
-    current: dict[tuple[Expert, int], _Pass] = {}
+    current: dict[tuple[object, int], _Pass] = {}
     for job in jobs:
         rows, width = job.rows.shape
-        one = current.get((job.expert, width))
+        mates = (job.expert.family if rows * width <= _SMALL_VALUES else job.expert.kernel, width)
+        one = current.get(mates)
         if one is None or (one.rows + rows) * max(width, job.expert.columns) > VALUES_MAX:  # the limit of one request
-            one = current[job.expert, width] = _Pass([])
+            one = current[mates] = _Pass([])
             passes.append(one)
         one.jobs.append(job)
         one.rows += rows

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -45,17 +47,17 @@ class Linear:
     """y = x . weights + bias: products in float32, their sum in float64.
 
     Args:
-        weights: float32 `[F]`.
-        bias: The intercept.
+        weights: float32 `[F]`; or `[n, F]`, the weights of each row.
+        bias: float64 `[1]`, the intercept; or `[n, 1]`.
     """
 
     weights: Tensor
-    bias: float
+    bias: Tensor
 
     @property
     def work_per_row(self) -> int:
         """One product per feature."""
-        return len(self.weights)
+        return self.weights.shape[-1]
 
     def __call__(self, rows: Tensor) -> Tensor:
         """float32 `[n, 1]`."""
@@ -67,17 +69,17 @@ class Logistic:
     """p = 1 / (1 + exp(-(x . weights + bias))), the sum and the sigmoid in float64.
 
     Args:
-        weights: float32 `[F]`.
-        bias: The intercept.
+        weights: float32 `[F]`; or `[n, F]`, the weights of each row.
+        bias: float64 `[1]`, the intercept; or `[n, 1]`.
     """
 
     weights: Tensor
-    bias: float
+    bias: Tensor
 
     @property
     def work_per_row(self) -> int:
         """One product per feature."""
-        return len(self.weights)
+        return self.weights.shape[-1]
 
     def __call__(self, rows: Tensor) -> Tensor:
         """float32 `[n, 2]`: 1 - p, p."""
@@ -85,6 +87,20 @@ class Logistic:
         # torch.sigmoid rounds differently at the end of its input than inside it; these three do not.
         p = margins.neg_().exp_().add_(1).reciprocal_()
         return torch.cat((1 - p, p), dim=1).to(torch.float32)
+
+
+def stack(kernels: Sequence[Linear] | Sequence[Logistic], counts: Sequence[int]) -> Kernel:
+    """One kernel for rows of several: `counts[i]` rows of `kernels[i]`, one after the other.
+
+    A mixture asks several small experts at once; together they cost little more than one of them.
+    """
+    weights = torch.stack([kernel.weights for kernel in kernels])
+    bias = torch.stack([kernel.bias for kernel in kernels])
+    if (total := sum(counts)) > len(kernels):
+        repeats = torch.tensor(counts).to(weights.device, non_blocking=True)
+        weights = weights.repeat_interleave(repeats, dim=0, output_size=total)
+        bias = bias.repeat_interleave(repeats, dim=0, output_size=total)
+    return type(kernels[0])(weights, bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

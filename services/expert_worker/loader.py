@@ -35,6 +35,8 @@ class Expert:
             read.
         columns: Columns of its answer.
         work_per_row: Elementary operations that one row takes, roughly.
+        family: Experts of the same family and input width can share a pass: a kind of kernel that `stack` takes, or
+            this expert's own kernel.
     """
 
     kernel: Kernel
@@ -42,6 +44,7 @@ class Expert:
     wider: bool
     columns: int
     work_per_row: int
+    family: object
 
     def check(self, rows: NDArray[np.float32]) -> None:
         """Return if these rows can be answered.
@@ -99,7 +102,8 @@ def prepare(package: Package) -> Prepared:
 
     def assemble(moved: Sequence[Tensor]) -> tuple[Expert, ...]:
         return tuple(
-            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row) for kernel in kernels(moved)
+            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row, _family(kernel))
+            for kernel in kernels(moved)
         )
 
     return Prepared(tensors, assemble)
@@ -132,12 +136,11 @@ _LaidOut = tuple["tuple[Tensor, ...]", "Callable[[Sequence[Tensor]], tuple[Kerne
 def _lay_out(model: m.Model, columns: int) -> _LaidOut:
     match model:
         case m.MixtureOfExperts(experts=experts):
-            return _linear(experts)
+            return _linear(experts, Linear)
         case m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
-            return _linear((model,))
-        case m.LogisticRegression(coefficients=coefficients, intercept=bias):
-            assert coefficients is not None  # noqa: S101 - servable
-            return (_tensor(coefficients),), lambda moved: (Logistic(moved[0], bias),)
+            return _linear((model,), Linear)
+        case m.LogisticRegression():
+            return _linear((model,), Logistic)
         case m.KMeans(centroids=centroids):
             assert centroids is not None  # noqa: S101 - servable
             exact = centroids.astype(np.float64)
@@ -152,14 +155,18 @@ def _lay_out(model: m.Model, columns: int) -> _LaidOut:
             return (*table.tensors, value), lambda moved: (Mean(table.on(moved), moved[4]),)
 
 
-def _linear(experts: Sequence[m.LinearModel]) -> _LaidOut:
+def _family(kernel: Kernel) -> object:
+    return type(kernel) if isinstance(kernel, Linear | Logistic) else kernel
+
+
+def _linear(experts: Sequence[m.LinearModel | m.LogisticRegression], kernel: type[Linear | Logistic]) -> _LaidOut:
     weights = np.stack([expert.coefficients for expert in experts if expert.coefficients is not None])
-    biases = [expert.intercept for expert in experts]
+    biases = np.array([[expert.intercept] for expert in experts], np.float64)
 
     def kernels(moved: Sequence[Tensor]) -> tuple[Kernel, ...]:
-        return tuple(Linear(row, bias) for row, bias in zip(moved[0].unbind(0), biases, strict=True))
+        return tuple(kernel(*row) for row in zip(*(tensor.unbind(0) for tensor in moved), strict=True))
 
-    return (_tensor(weights),), kernels
+    return (_tensor(weights), _tensor(biases)), kernels
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,6 +19,7 @@ from hocket.errors import HocketError, Reason
 from services.registry.disk import FOLDER_MODE, disk, sync_folder
 
 if TYPE_CHECKING:
+    from io import FileIO
     from pathlib import Path
 
 
@@ -43,26 +44,13 @@ class Blobs:
             for folder in (self._incoming, self._named, self._named.parent, self._named.parent.parent):
                 sync_folder(folder)
 
-    def create(self) -> Draft:
-        """A new draft, empty.
-
-        Raises:
-            HocketError: `CAPACITY` if the disk is full.
-        """
+    def draft(self) -> Draft:
+        """A new draft, empty. Nothing is on disk before it is written to."""
         return Draft(self, self._incoming / uuid.uuid4().hex)
 
-    def reader(self, digest: str, size_bytes: int, offset: int = 0) -> Reader:
-        """The bytes of a blob from an offset, checked on the way.
-
-        Args:
-            digest: `sha256:<64 hex>`.
-            size_bytes: How many bytes it has.
-            offset: First byte wanted; those before it are read to be hashed.
-
-        Raises:
-            HocketError: `BLOB_CORRUPT` if the blob is not there or has another size.
-        """
-        return Reader(self.path(digest), digest, size_bytes, offset)
+    def reader(self) -> Reader:
+        """What reads a blob, once it is opened."""
+        return Reader(self)
 
     def remove(self, digest: str) -> None:
         """Remove a blob; the store must have forgotten it before. Nothing happens if it is not there."""
@@ -76,15 +64,14 @@ class Blobs:
 
 
 class Draft:
-    """A blob on its way in. Ends in `commit` or `discard`."""
+    """A blob on its way in. `discard` it in the end, whatever became of it."""
 
     def __init__(self, blobs: Blobs, path: Path) -> None:
         self._blobs = blobs
         self._path = path
+        self._file: FileIO | None = None
         self._hash = hashlib.sha256()
         self.size_bytes = 0
-        with disk():
-            self._file = path.open("xb", buffering=0)
 
     def write(self, chunk: bytes) -> None:
         """Append bytes.
@@ -93,17 +80,17 @@ class Draft:
             HocketError: `CAPACITY` if the disk is full.
         """
         with disk():
+            file = self._opened()
             view = memoryview(chunk)
             while view:
-                view = view[self._file.write(view) :]
+                view = view[file.write(view) :]
         self._hash.update(chunk)
         self.size_bytes += len(chunk)
 
     def finish(self) -> str:
         """Bring all bytes to the disk, and return their digest."""
-        with disk():
-            os.fsync(self._file.fileno())
-            self._file.close()
+        with disk(), self._opened() as file:
+            os.fsync(file.fileno())
         return f"sha256:{self._hash.hexdigest()}"
 
     def read(self) -> bytes:
@@ -122,24 +109,45 @@ class Draft:
             sync_folder(path.parent)
 
     def discard(self) -> None:
-        """Forget the draft; nothing happens after `commit`."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        """Forget the draft; what was committed stays."""
+        if self._file is not None:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+    def _opened(self) -> FileIO:
+        if self._file is None:
+            self._file = self._path.open("xb", buffering=0)
+        return self._file
 
 
 class Reader:
-    """The bytes of one blob, in chunks."""
+    """The bytes of one blob, in chunks. `close` it in the end."""
 
-    def __init__(self, path: Path, digest: str, size_bytes: int, offset: int) -> None:
-        self._digest = digest
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self._file: FileIO | None = None
         self._hash = hashlib.sha256()
+        self._digest = ""
+        self._left_to_skip = 0
+
+    def open(self, digest: str, size_bytes: int, offset: int = 0) -> None:
+        """Begin to read a blob.
+
+        Args:
+            digest: `sha256:<64 hex>`.
+            size_bytes: How many bytes it has.
+            offset: First byte wanted; those before it are read to be hashed.
+
+        Raises:
+            HocketError: `BLOB_CORRUPT` if the blob is not there or has another size.
+        """
+        self._digest = digest
         self._left_to_skip = offset
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = self._blobs.path(digest).open("rb", buffering=0)
         except FileNotFoundError:
             raise self._corrupt() from None
         if os.fstat(self._file.fileno()).st_size != size_bytes:
-            self.close()
             raise self._corrupt()
 
     def read(self) -> bytes:
@@ -148,6 +156,8 @@ class Reader:
         Raises:
             HocketError: `BLOB_CORRUPT` at the end if the bytes are not those of the digest.
         """
+        if self._file is None:
+            raise ValueError("the reader is not open")
         while chunk := self._file.read(CHUNK_BYTES):
             self._hash.update(chunk)
             skipped = min(self._left_to_skip, len(chunk))
@@ -160,7 +170,8 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _corrupt(self) -> HocketError:
         return HocketError(

@@ -81,13 +81,11 @@ class StoredMixture:
         mixture: As it now stands.
         body: Canonical JSON.
         release: As signed; empty if it has none.
-        gate: Its gate tensor, to be read and closed; None if the gate needs none.
     """
 
     mixture: Mixture
     body: bytes
     release: bytes
-    gate: Reader | None
 
 
 class Catalog:
@@ -325,11 +323,12 @@ class Catalog:
         self._changed(revision, mixture.digest, proof)
         return mixture
 
-    def mixture(self, address: str) -> StoredMixture:
+    def mixture(self, address: str, gate: Reader) -> StoredMixture:
         """One mixture with everything that makes it one.
 
         Args:
             address: Name, or digest of a body.
+            gate: Opened on its gate tensor, if the gate has one: later it may have been removed.
 
         Raises:
             HocketError: `UNKNOWN_MIXTURE`, or `BLOB_CORRUPT` if what is stored is not what was put.
@@ -341,8 +340,9 @@ class Catalog:
             body = tx.body(row.digest)
             if digest_of(body) != row.digest:
                 raise HocketError(Reason.BLOB_CORRUPT, f"the stored body of {row.name} is damaged: put it again")
-            gate = None if row.gate_digest is None else self.blobs.reader(row.gate_digest, row.gate_bytes)
-            return StoredMixture(views.mixture_message(row, tx.name(row.name)), body, row.envelope, gate)
+            if row.gate_digest is not None:
+                gate.open(row.gate_digest, row.gate_bytes)
+            return StoredMixture(views.mixture_message(row, tx.name(row.name)), body, row.envelope)
 
     def delete_mixture(self, name: str, etag: str) -> int:
         """Free a mixture's name, and return the revision of that.

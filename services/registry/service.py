@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -20,11 +20,11 @@ from services.registry.admission import admit_mixture, admit_package, check_gate
 from services.registry.feed import WorkerGone
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator
 
     from hocket.rpc.handlers import Context
     from services.registry.admission import AdmittedMixture, AdmittedPackage
-    from services.registry.blobs import Draft, Reader
+    from services.registry.blobs import Draft
     from services.registry.catalog import Catalog
     from services.registry.feed import Feed, Item
     from services.registry.leases import Leases
@@ -115,13 +115,11 @@ class RegistryServicer(RegistryServiceServicer):
                 f"offset {request.offset} is beyond the end: the package has {package.size_bytes} bytes",
                 field="offset",
             )
-        reader = await self._threads.files(
-            self._catalog.blobs.reader, package.digest, package.size_bytes, request.offset
-        )
-        async with aclosing(self._chunks(reader)) as chunks:
+        with closing(self._catalog.blobs.reader()) as reader:
+            await self._threads.files(reader.open, package.digest, package.size_bytes, request.offset)
             header = registry_pb2.DownloadHeader(package=package, releases=releases)
             yield registry_pb2.DownloadPackageResponse(header=header)
-            async for chunk in chunks:
+            while chunk := await self._threads.files(reader.read):
                 yield registry_pb2.DownloadPackageResponse(chunk=chunk)
 
     async def GetPackage(
@@ -193,14 +191,11 @@ class RegistryServicer(RegistryServiceServicer):
     ) -> AsyncIterator[registry_pb2.FetchMixtureResponse]:
         """Body and release, then the gate tensor."""
         del context
-        stored = await self._threads.store(self._catalog.mixture, request.mixture)
-        header = registry_pb2.FetchMixtureHeader(mixture=stored.mixture, body=stored.body, release=stored.release)
-        if stored.gate is None:
+        with closing(self._catalog.blobs.reader()) as gate:
+            stored = await self._threads.store(self._catalog.mixture, request.mixture, gate)
+            header = registry_pb2.FetchMixtureHeader(mixture=stored.mixture, body=stored.body, release=stored.release)
             yield registry_pb2.FetchMixtureResponse(header=header)
-            return
-        async with aclosing(self._chunks(stored.gate)) as chunks:
-            yield registry_pb2.FetchMixtureResponse(header=header)
-            async for chunk in chunks:
+            while stored.mixture.gate_bytes and (chunk := await self._threads.files(gate.read)):
                 yield registry_pb2.FetchMixtureResponse(gate_chunk=chunk)
 
     async def DeleteMixture(
@@ -262,13 +257,6 @@ class RegistryServicer(RegistryServiceServicer):
             limits=self._catalog.limits,
             now=datetime.now(UTC),
         )
-
-    async def _chunks(self, reader: Reader) -> AsyncGenerator[bytes, None]:
-        try:
-            while chunk := await self._threads.files(reader.read):
-                yield chunk
-        finally:
-            reader.close()
 
 
 def _check_gate(admitted: AdmittedMixture, draft: Draft) -> None:

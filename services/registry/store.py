@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hocket.identity import ReleaseName
 
 SCHEMA_VERSION: Final = 1
-_LOCK_TIMEOUT_SECONDS: Final = 1.0
+_LOCK_TIMEOUT_SECONDS: Final = 0.5
 _IN_ONE_QUERY: Final = 500
 """Values in one `IN (...)`: SQLite allows 999 in old builds."""
 

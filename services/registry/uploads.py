@@ -42,7 +42,7 @@ class Uploads:
     @asynccontextmanager
     async def draft(self) -> AsyncIterator[Draft]:
         """A draft that is gone afterwards, unless it was committed."""
-        draft = await self._threads.files(self._blobs.create)
+        draft = self._blobs.draft()
         try:
             yield draft
         finally:

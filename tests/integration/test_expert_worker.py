@@ -188,6 +188,11 @@ def values(response: expert_worker_pb2.RunTensorResponse) -> Any:
     return np.frombuffer(response.output.contents, "<f4").reshape(response.output.shape)
 
 
+def load_of(serialized: bytes | None) -> expert_worker_pb2.WorkerLoad:
+    assert serialized is not None
+    return expert_worker_pb2.WorkerLoad.FromString(serialized)
+
+
 World = tuple[Worker, RegistryClient]
 Scripted = tuple[Worker, WorkerRegistry]
 
@@ -199,7 +204,7 @@ class TestAnswers:
         response, load = await worker.client.run_tensor(digest, matrix_to_tensor(ROWS), SECONDS)
         assert np.array_equal(values(response), predict(linear(), ROWS))
         assert response.output.datatype == "FP32"
-        assert load == expert_worker_pb2.WorkerLoad(worker="w", in_flight_count=0, resident_bytes=8)
+        assert load_of(load) == expert_worker_pb2.WorkerLoad(worker="w", in_flight_count=0, resident_bytes=16)
         assert 0 < response.wait.ToTimedelta().total_seconds() < SECONDS
         assert response.compute.ToNanoseconds() > 0
 
@@ -231,8 +236,7 @@ class TestAnswers:
         waiting = asyncio.create_task(worker.refused(other))
         await until(lambda: other in registry.downloads)
         _, load = await worker.client.run_tensor(digest, matrix_to_tensor(ROWS), SECONDS)
-        assert load is not None
-        assert load.in_flight_count == 1
+        assert load_of(load).in_flight_count == 1
         registry.hold.set()
         assert (await waiting).reason is Reason.UNKNOWN_PACKAGE
 
@@ -415,7 +419,7 @@ class TestWithdrawal:
         await until(lambda: worker.app.residency.packages[0].in_use_count == 1)
         registry.yank(digest)
         await worker.until_refused(digest, Reason.YANKED)
-        assert worker.app.residency.used_bytes == 8
+        assert worker.app.residency.used_bytes == 16
         release.set()
         assert values(await running).shape == (3, 1)
         await until(lambda: worker.app.residency.used_bytes == 0)
@@ -490,7 +494,7 @@ class TestMemory:
     async def test_a_tight_budget_serves_more_experts_than_fit(self, place: Place, tmp_path: Path) -> None:
         async with (
             registry_of(place, tmp_path) as (address, registry),
-            working(place, tmp_path, address, budget_bytes=20) as worker,
+            working(place, tmp_path, address, budget_bytes=40) as worker,
         ):
             digests = [await published(registry, apr_bytes(linear(n, n)), f"acme/expert@{n}.0.0") for n in range(1, 6)]
             rng = np.random.default_rng(1)
@@ -499,9 +503,9 @@ class TestMemory:
             for n, response in zip(order, answers, strict=True):
                 assert np.array_equal(values(response), predict(linear(n + 1, n + 1), ROWS))
             assert len(worker.resident) == 2
-            assert worker.app.residency.used_bytes == 16
-            large = await published(registry, apr_bytes(linear(*range(6))), "acme/large@1.0.0")
-            refusal = await worker.refused(large, np.zeros((1, 6)))
+            assert worker.app.residency.used_bytes == 32
+            large = await published(registry, apr_bytes(linear(*range(10))), "acme/large@1.0.0")
+            refusal = await worker.refused(large, np.zeros((1, 10)))
             assert refusal.reason is Reason.DEVICE_MEMORY
 
 
@@ -514,13 +518,13 @@ class TestAdministration:
         steps = [step async for step in worker.client.load(digest)]
         assert (steps[-1].state, steps[-1].done_bytes, steps[-1].total_bytes) == (
             expert_worker_pb2.LOAD_STATE_READY,
-            8,
-            8,
+            16,
+            16,
         )
         listed = await worker.client.list_experts()
         (expert,) = listed.experts
-        assert (listed.worker, listed.device, listed.resident_bytes, listed.budget_bytes) == ("w", "cpu", 8, 2**20)
-        assert (expert.digest, expert.tier, expert.size_bytes) == (digest, expert_worker_pb2.TIER_HOST, 8)
+        assert (listed.worker, listed.device, listed.resident_bytes, listed.budget_bytes) == ("w", "cpu", 16, 2**20)
+        assert (expert.digest, expert.tier, expert.size_bytes) == (digest, expert_worker_pb2.TIER_HOST, 16)
         assert (list(expert.proofs), expert.unsigned_by_policy) == (["acme/iris@1.0.0"], False)
         assert expert.last_use_time.seconds > 0
         assert await worker.client.unload(digest) == 0
@@ -617,7 +621,7 @@ class TestLease:
         assert (first.budget_bytes, len(first.residency), first.draining) == (2**20, 0, False)
         assert [(held.digest, held.tier) for held in last.residency] == [(digest, expert_worker_pb2.TIER_HOST)]
         gauge = REGISTRY.get_sample_value("hocket_resident_bytes", {"device": "cpu"})
-        assert gauge == 8
+        assert gauge == 16
 
     async def test_a_worker_that_was_never_started_stops_without_ado(self, local: Place, tmp_path: Path) -> None:
         address = await local.serve("registry", WorkerRegistry().handlers)

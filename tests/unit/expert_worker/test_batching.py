@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 TIMEOUT_SECONDS = 10.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """Doubles its rows and remembers each pass; its script runs first, and may fail."""
 
@@ -39,7 +39,7 @@ class Kernel:
         return rows * 2
 
     def expert(self) -> Expert:
-        return Expert(self, 1, wider=False, columns=1, work_per_row=self.work_per_row)
+        return Expert(self, 1, wider=False, columns=1, work_per_row=self.work_per_row, family=self)
 
 
 class Gate:
@@ -105,6 +105,30 @@ async def test_requests_of_one_turn_share_a_pass_and_wake_the_loop_once(monkeypa
         calls = [(first, 1.0), (second, 2.0), (first, 3.0), (second, 4.0)]
         assert await asyncio.gather(*(ask(*call) for call in calls)) == [[[2.0]], [[4.0]], [[6.0]], [[8.0]]]
         assert (one.passes, other.passes, len(deliveries)) == ([[1.0, 3.0]], [[2.0, 4.0]], 1)
+
+
+async def test_small_requests_for_experts_of_one_kind_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    rng = np.random.default_rng(2)
+    line, curve, members, *_ = (on_device(model) for model in random_models(rng, 3))
+    asked = [
+        (expert, rng.normal(size=(n, 3)).astype(np.float32)) for n, expert in enumerate((*members, *line, *curve), 1)
+    ]
+    async with running() as batcher:
+        compute = batcher._pass
+
+        def count(jobs: Any) -> Any:
+            passes.append(len(jobs))
+            return compute(jobs)
+
+        monkeypatch.setattr(batcher, "_pass", count)
+        for values, expected in ((2**13, [1, 4]), (9, [1, 1, 3])):
+            monkeypatch.setattr("services.expert_worker.batching._SMALL_VALUES", values)
+            passes.clear()
+            futures = [batcher.submit(expert, rows, nothing) for expert, rows in asked]
+            for (expert, rows), future in zip(asked, futures, strict=True):
+                assert (await future).output.tobytes() == answer(expert, rows).tobytes()
+            assert sorted(passes) == expected
 
 
 async def test_what_queues_up_during_a_pass_is_the_next_batch() -> None:
@@ -177,6 +201,17 @@ async def test_a_request_that_fails_fails_alone() -> None:
         with pytest.raises(ValueError, match="unlucky"):
             await settled(futures[1])
         assert await settled(futures[2]) == [[4.0]]
+
+
+async def test_a_bug_fails_the_batch_and_not_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as batcher:
+        expert, done = Kernel().expert(), []
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher, "_run", lambda _jobs: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await settled(batcher.submit(expert, floats([1]), lambda: done.append(1)))
+        assert await settled(batcher.submit(expert, floats([1]), nothing)) == [[2.0]]
+        assert done == [1]
 
 
 async def test_no_memory_for_a_pass_is_a_refusal_that_can_be_retried() -> None:

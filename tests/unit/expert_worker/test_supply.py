@@ -63,7 +63,7 @@ async def test_a_package_comes_from_the_registry_once_and_then_from_the_cache(se
     supplied = await setting.bring(digest)
     assert [str(proof.release) for proof in supplied.proofs] == ["acme/iris@1.0.0"]
     assert supplied.credentials.releases == (RELEASE,)
-    assert supplied.prepared.size_bytes == 8
+    assert supplied.prepared.size_bytes == 16
     assert setting.steps == [
         (LOAD_STATE_FETCHING, 0, 0),
         (LOAD_STATE_FETCHING, len(DATA) // 2, len(DATA)),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def blobs(tmp_path: Path) -> Blobs:
 
 
 def written(blobs: Blobs, data: bytes = DATA) -> Draft:
-    draft = blobs.create()
+    draft = blobs.draft()
     for start in range(0, len(data), CHUNK_BYTES):
         draft.write(data[start : start + CHUNK_BYTES])
     return draft
@@ -38,14 +39,9 @@ def kept(blobs: Blobs, data: bytes = DATA) -> str:
 
 
 def read_all(blobs: Blobs, digest: str, size_bytes: int, offset: int = 0) -> bytes:
-    reader = blobs.reader(digest, size_bytes, offset)
-    data = b""
-    try:
-        while chunk := reader.read():
-            data += chunk
-    finally:
-        reader.close()
-    return data
+    with closing(blobs.reader()) as reader:
+        reader.open(digest, size_bytes, offset)
+        return b"".join(iter(reader.read, b""))
 
 
 def refusal_of(blobs: Blobs, digest: str, size_bytes: int, offset: int = 0) -> Reason:
@@ -82,8 +78,18 @@ def test_a_draft_can_be_read_before_it_has_a_name(blobs: Blobs) -> None:
 
 def test_a_discarded_draft_leaves_nothing(blobs: Blobs, tmp_path: Path) -> None:
     written(blobs).discard()
+    blobs.draft().discard()
 
     assert files_in(tmp_path) == []
+
+
+def test_a_draft_may_stay_empty(blobs: Blobs) -> None:
+    assert read_all(blobs, kept(blobs, b""), 0) == b""
+
+
+def test_a_reader_that_is_not_open_says_so(blobs: Blobs) -> None:
+    with pytest.raises(ValueError, match="not open"):
+        blobs.reader().read()
 
 
 def test_drafts_of_a_process_that_died_are_removed_and_blobs_stay(blobs: Blobs, tmp_path: Path) -> None:

@@ -1,0 +1,314 @@
+"""Signed experts answer as one weighted mixture: the same contract in one process and over four sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from hocket.client.router import Answer, Partial, Planned
+from hocket.errors import HocketError, Reason
+from hocket.identity import ExpertId, digest_of
+from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef, SoftmaxGate, gate_tensor
+from hocket.packages import apr
+from hocket.packages import model as m
+from hocket.rpc.convert import matrix_to_tensor
+from hocket.rpc.status import from_rpc_error
+from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc
+from hocket.v1.tensor_pb2 import Tensor
+from tests.builders import floats, forest, grow
+from tests.deployments import Deployment, deployed
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ROWS = floats([1, 2], [-3, 0.5], [0, 0], [10, -10])
+
+
+@pytest.fixture(scope="module", params=["one process", "four servers"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
+    return tmp_path_factory.mktemp(kind.replace(" ", "-"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def suite(kind: str, folder: Path) -> AsyncIterator[Deployment]:
+    async with deployed(kind, folder, router={"in_flight_max": 16}) as deployment:
+        yield deployment
+
+
+def linear(*weights: float, intercept: float = 0.0) -> bytes:
+    return apr.write(m.LinearRegression(floats(*weights), intercept), created_at="0")
+
+
+def line(*weights: float, intercept: float = 0.0) -> Any:
+    return ROWS @ floats(*weights) + np.float32(intercept)
+
+
+def classifier(*labels: str | None, threshold: float = 0.0) -> bytes:
+    """Says the second label where the first feature is above the threshold."""
+    tree = grow((0, threshold, (0, 1), (1, 1)))
+    return apr.write(m.DecisionTreeClassifier(tree), labels=list(labels), created_at="0")
+
+
+A, B, C = linear(1, 1), linear(2, 0, intercept=1), linear(0, -3)
+
+
+def ids(*packages: bytes) -> tuple[ExpertId, ...]:
+    return tuple(ExpertId(digest_of(data)) for data in packages)
+
+
+def fixed(name: str, *packages: bytes, weights: tuple[float, ...] | None = None, **changes: Any) -> MixtureRecord:
+    gate = FixedGate(weights or (1.0,) * len(packages))
+    return MixtureRecord(name, ids(*packages), gate, changes.pop("top_k", len(packages)), **changes)
+
+
+async def published(suite: Deployment, *packages: bytes) -> None:
+    for data in packages:
+        await suite.publish(data)
+
+
+async def refusal(suite: Deployment, *args: Any, **options: Any) -> HocketError:
+    with pytest.raises(HocketError) as caught:
+        await suite.router.answer(*args, **options)
+    return caught.value
+
+
+async def test_a_lone_expert_answers_under_each_of_its_addresses(suite: Deployment) -> None:
+    digest = await suite.publish(A, "acme/sum@1.0.0")
+    for model in ("acme/sum@1.0.0", digest, f"{digest}#0"):
+        answer = await suite.router.answer(model, ROWS)
+        np.testing.assert_allclose(answer.value[:, 0], line(1, 1))
+        assert answer.plan.mode == plan_pb2.MODE_PASS
+        assert answer.contributions[0].expert == digest
+        assert answer.contributions[0].state == plan_pb2.CONTRIBUTION_STATE_ARRIVED
+        assert answer.finish.reason == plan_pb2.FINISH_REASON_COMPLETE
+
+
+async def test_a_fixed_mixture_is_the_weighted_mean(suite: Deployment) -> None:
+    await published(suite, A, B)
+    await suite.put(fixed("fixed", A, B, weights=(1, 3)))
+    answer = await suite.router.answer("fixed", ROWS)
+    np.testing.assert_allclose(answer.value[:, 0], 0.25 * line(1, 1) + 0.75 * line(2, 0, intercept=1), rtol=1e-6)
+    assert answer.coverage.tolist() == [1.0] * 4
+    assert [list(c.weights) for c in answer.contributions] in ([[0.25] * 4, [0.75] * 4], [[0.75] * 4, [0.25] * 4])
+
+
+async def test_gating_is_per_row_and_only_chosen_experts_run(suite: Deployment) -> None:
+    await published(suite, A, B)
+    weights = floats([100, -100], [0, 0])
+    gate = SoftmaxGate(2, 2, digest_of(gate_tensor(weights)))
+    await suite.put(MixtureRecord("gated", ids(A, B), gate, 1), gate_tensor(weights))
+    answer = await suite.router.answer("gated", ROWS)
+    first = ROWS[:, 0] >= 0  # ties, in the third row, go to the earlier member
+    np.testing.assert_allclose(answer.value[:, 0], np.where(first, line(1, 1), line(2, 0, intercept=1)))
+    rows = {c.expert: list(c.rows) for c in answer.contributions}
+    assert rows == {digest_of(A): [0, 2, 3], digest_of(B): [1]}
+
+
+async def test_a_request_may_override_top_k(suite: Deployment) -> None:
+    await published(suite, A, B, C)
+    await suite.put(fixed("topk", A, B, C, weights=(3, 2, 1), top_k=1))
+    assert len((await suite.router.answer("topk", ROWS)).contributions) == 1
+    assert len((await suite.router.answer("topk", ROWS, top_k=2)).contributions) == 2
+
+
+async def test_members_are_aligned_by_label(suite: Deployment) -> None:
+    low, high, rest = classifier("0", "1"), classifier("2", "1", threshold=5), classifier(None, "2", threshold=-1)
+    await published(suite, low, high, rest)
+    await suite.put(fixed("labelled", low, high, rest, labels=("0", "1", "2", "3")))
+    answer = await suite.router.answer("labelled", floats([1, 0]))
+    assert answer.labels == ("0", "1", "2", "3")
+    np.testing.assert_allclose(answer.value, [[0, 1 / 3, 2 / 3, 0]], rtol=1e-6)
+    assert answer.best_labels() == ["2"]
+
+
+async def test_nested_mixtures_multiply_and_normalise_once(suite: Deployment) -> None:
+    await published(suite, A, B, C)
+    inner = await suite.put(fixed("inner", A, B, weights=(0.7, 0.3)))
+    other = await suite.put(fixed("other", B, C, weights=(0.5, 0.5), top_k=1))
+    outer = MixtureRecord("outer", (MixtureRef(inner), MixtureRef(other)), FixedGate((0.6, 0.4)), 2)
+    await suite.put(outer)
+    answer = await suite.router.answer("outer", ROWS)
+    a, b = 0.6 * 0.7, 0.6 * 0.3 + 0.4 * 0.5
+    expected = (a * line(1, 1) + b * line(2, 0, intercept=1)) / (a + b)
+    np.testing.assert_allclose(answer.value[:, 0], expected, rtol=1e-5)
+    assert {c.expert for c in answer.contributions} == {digest_of(A), digest_of(B)}
+
+
+async def test_the_plan_comes_first_partials_replace_each_other_and_one_final_ends(suite: Deployment) -> None:
+    trees = [classifier("0", "1", threshold=value) for value in (-2.0, 0.5, 3.0)]
+    await published(suite, *trees)
+    await suite.put(fixed("progress", *trees))
+    events = [event async for event in suite.router.predict("progress", ROWS, partials=True)]
+    assert isinstance(events[0], Planned)
+    assert isinstance(events[-1], Answer)
+    partials = events[1:-1]
+    assert [partial.sequence for partial in partials if isinstance(partial, Partial)] == [*range(1, len(partials) + 1)]
+    for partial in partials:
+        assert isinstance(partial, Partial)
+        assert partial.lower is not None
+        assert partial.upper is not None
+        assert ((partial.lower <= events[-1].value) & (events[-1].value <= partial.upper)).all()
+        assert (partial.coverage < 1).all()
+
+
+async def test_route_explains_without_running(suite: Deployment) -> None:
+    await published(suite, A, B, C)
+    await suite.put(fixed("explained", A, B, C, weights=(1, 2, 5), top_k=2))
+    decision = await suite.router.route("explained", ROWS[:1])
+    ranked = decision.rows[0].candidates
+    assert [candidate.expert for candidate in ranked] == [digest_of(C), digest_of(B), digest_of(A)]
+    assert [round(candidate.gate_weight, 6) for candidate in ranked] == [0.625, 0.25, 0.125]
+    assert [candidate.chosen for candidate in ranked] == [True, True, False]
+    assert sum(candidate.weight for candidate in ranked) == pytest.approx(1.0)
+    assert decision.plan.experts[0].replicas[0].worker
+
+
+async def test_a_model_is_described_with_members_labels_and_signers(suite: Deployment) -> None:
+    tree = classifier("no", "yes")
+    await suite.publish(tree, "acme/yes@1.0.0")
+    await suite.put(fixed("described", tree))
+    described = await suite.router.get_mixture("described")
+    assert (described.gate, described.top_k, list(described.labels)) == ("fixed", 1, ["no", "yes"])
+    assert (described.output_range.lower, described.output_range.upper) == (0.0, 1.0)
+    assert described.release.publisher == "acme"
+    release = described.members[0].package.releases[0]
+    assert (release.publisher, release.name, release.version) == ("acme", "yes", "1.0.0")
+    assert "described" in [summary.name async for summary in suite.router.list_mixtures()]
+
+
+async def test_lists_come_in_pages(suite: Deployment) -> None:
+    await published(suite, A, B)
+    stub: Any = router_pb2_grpc.RouterServiceStub(suite.channel)
+    names: list[str] = []
+    token = ""
+    while True:
+        page = await stub.ListMixtures(router_pb2.ListMixturesRequest(page_size=1, page_token=token), timeout=5)
+        names += [summary.name for summary in page.mixtures]
+        token = page.next_page_token
+        if not token:
+            break
+    assert names == sorted(set(names)) == [summary.name async for summary in suite.router.list_mixtures()]
+    for bad in (router_pb2.ListMixturesRequest(page_size=-1), router_pb2.ListMixturesRequest(page_token="elsewhere")):
+        with pytest.raises(grpc.RpcError) as caught:
+            await stub.ListMixtures(bad, timeout=5)
+        assert from_rpc_error(caught.value).reason is Reason.BAD_REQUEST
+
+
+BAD_REQUESTS = [
+    ("width", {"input": matrix_to_tensor(np.zeros((1, 3), np.float32))}, Reason.BAD_TENSOR),
+    ("nan", {"input": matrix_to_tensor(floats([np.nan, 1]))}, Reason.BAD_TENSOR),
+    ("infinity", {"input": matrix_to_tensor(floats([np.inf, 1]))}, Reason.BAD_TENSOR),
+    ("empty", {"input": Tensor(datatype="FP32", shape=[0, 2])}, Reason.BAD_TENSOR),
+    ("no tensor", {"input": Tensor()}, Reason.BAD_TENSOR),
+    ("1025 rows", {"input": matrix_to_tensor(np.zeros((1025, 2), np.float32))}, Reason.BAD_TENSOR),
+    ("half the bytes", {"input": Tensor(datatype="FP32", shape=[2, 2], contents=bytes(8))}, Reason.BAD_TENSOR),
+    ("unknown model", {"model": "nobody"}, Reason.UNKNOWN_MODEL),
+    ("unknown digest", {"model": "sha256:" + "0" * 64}, Reason.UNKNOWN_MODEL),
+    ("unknown member", {"model": f"{digest_of(A)}#7"}, Reason.UNKNOWN_MODEL),
+    ("model as a path", {"model": "../../etc/passwd"}, Reason.UNKNOWN_MODEL),
+    ("bad member", {"model": "x#y"}, Reason.BAD_REQUEST),
+    ("top_k 0", {"top_k": 0}, Reason.TOP_K_OUT_OF_RANGE),
+    ("top_k 3 of 2", {"top_k": 3}, Reason.TOP_K_OUT_OF_RANGE),
+    ("min_coverage", {"min_coverage": 1.5}, Reason.BAD_REQUEST),
+    ("min_coverage nan", {"min_coverage": float("nan")}, Reason.BAD_REQUEST),
+    ("on_missing", {"on_missing": 9}, Reason.BAD_REQUEST),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), [row[1:] for row in BAD_REQUESTS], ids=[row[0] for row in BAD_REQUESTS])
+async def test_a_bad_request_gets_its_status_and_the_process_lives(
+    suite: Deployment, change: dict[str, Any], reason: Reason
+) -> None:
+    await published(suite, A, B)
+    await suite.put(fixed("two", A, B))
+    stub: Any = router_pb2_grpc.RouterServiceStub(suite.channel)
+    good: Any = {"model": "two", "input": matrix_to_tensor(ROWS), "top_k": 2, "min_coverage": 1.0}
+    with pytest.raises(grpc.RpcError) as caught:
+        async for _ in stub.Predict(router_pb2.PredictRequest(**{**good, **change}), timeout=5):
+            pass
+    assert from_rpc_error(caught.value).reason is reason
+    assert [event async for event in stub.Predict(router_pb2.PredictRequest(**good), timeout=5)][-1].HasField("final")
+
+
+async def test_the_largest_batch_is_answered(suite: Deployment) -> None:
+    wide = apr.write(m.LinearRegression(np.ones(2048, np.float32), 0.0), created_at="0")
+    digest = await suite.publish(wide)
+    rows = np.ones((1024, 2048), np.float32)
+    assert (await suite.router.answer(digest, rows)).value.ravel().tolist() == [2048.0] * 1024
+
+
+async def test_a_yanked_member_counts_as_missing_and_a_yanked_expert_is_refused(suite: Deployment) -> None:
+    kept, withdrawn = linear(5, 5), linear(7, 7)
+    await published(suite, kept, withdrawn)
+    await suite.put(fixed("half", kept, withdrawn))
+    assert (await suite.router.answer("half", ROWS)).coverage.min() == 1.0
+    await suite.registry.yank(digest_of(withdrawn), "found to be wrong")
+    await _until(suite, digest_of(withdrawn), Reason.YANKED)
+    failed = await refusal(suite, "half", ROWS)
+    assert (failed.reason, failed.metadata["expert_reason"]) == (Reason.COVERAGE, "YANKED")
+    answer = await suite.router.answer("half", ROWS, on_missing="renormalise")
+    np.testing.assert_allclose(answer.value[:, 0], line(5, 5))
+    assert answer.coverage.tolist() == [0.5] * 4
+    assert answer.finish.reason == plan_pb2.FINISH_REASON_PARTIAL
+    assert "MISSING_EXPERT" in answer.finish.degradations
+    states = {c.expert: (c.state, c.reason, list(c.weights)) for c in answer.contributions}
+    assert states[digest_of(withdrawn)] == (plan_pb2.CONTRIBUTION_STATE_FAILED, "YANKED", [0.0] * 4)
+    assert states[digest_of(kept)][2] == [1.0] * 4
+    assert (await refusal(suite, "half", ROWS, on_missing="renormalise", min_coverage=0.6)).reason is Reason.COVERAGE
+
+
+async def _until(suite: Deployment, model: str, reason: Reason) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                await suite.router.answer(model, ROWS)
+            except HocketError as error:
+                if error.reason is reason:
+                    return
+            await asyncio.sleep(0.01)
+
+
+async def test_many_requests_at_once_each_get_their_own_answer(suite: Deployment) -> None:
+    await published(suite, A, B)
+    await suite.put(fixed("crowd", A, B))
+
+    async def one(number: float) -> float:
+        rows = floats([number, number])
+        return float((await suite.router.answer("crowd", rows)).value[0, 0])
+
+    numbers = [float(number) for number in range(12)]
+    assert await asyncio.gather(*map(one, numbers)) == [0.5 * 2 * n + 0.5 * (2 * n + 1) for n in numbers]
+
+
+async def test_a_cancelled_request_leaves_nothing_behind(suite: Deployment) -> None:
+    await published(suite, A)
+    events = suite.router.predict(digest_of(A), ROWS)
+    assert isinstance(await anext(events), Planned)
+    await events.aclose()
+    for _ in range(20):
+        await suite.router.answer(digest_of(A), ROWS)
+
+
+async def test_an_answer_does_not_depend_on_batch_mates(suite: Deployment) -> None:
+    random = np.random.default_rng(3)
+    trees = tuple(m.DecisionTreeClassifier(grow((0, float(random.normal()), (0, 1), (1, 1)))) for _ in range(9))
+    data = apr.write(forest(*[tree.tree for tree in trees]), created_at="0")
+    await published(suite, data, A)
+    rows = random.standard_normal((64, 2)).astype(np.float32)
+    for digest in (digest_of(data), digest_of(A)):
+        together = (await suite.router.answer(digest, rows)).value
+        alone = await asyncio.gather(*(suite.router.answer(digest, row) for row in rows[:8]))
+        assert [answer.value.tobytes() for answer in alone] == [row.tobytes() for row in together[:8]]
