@@ -12,6 +12,9 @@ import typer
 from hocket import paths
 from hocket.cli import output
 from hocket.errors import HocketError, Reason
+from hocket.identity import key_bytes
+from hocket.keyring import load_key
+from hocket.packages.keys import public_key_of
 from hocket.packages.limits import DEFAULT_LIMITS
 from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX
 from hocket.telemetry.logs import configure_logs
@@ -59,6 +62,17 @@ def read_releases(path: Path) -> tuple[bytes, ...]:
     """The release beside a package file, if there is one. Raises as `read_file`."""
     beside = release_path(path)
     return (read_file(beside, ENVELOPE_SIZE_BYTES_MAX),) if beside.exists() else ()
+
+
+def public_key(text: str) -> bytes:
+    """The raw public key behind `ed25519:<hex>`, or of the private key in a file.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if it is neither, `BAD_KEY_FILE` if the file holds no private key.
+    """
+    if text.startswith("ed25519:"):
+        return key_bytes(text)
+    return public_key_of(load_key(Path(text).expanduser()))
 
 
 def write_file(path: Path, data: bytes) -> None:

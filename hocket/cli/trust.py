@@ -28,7 +28,10 @@ Time = Annotated[datetime | None, typer.Option(metavar="TIME", help="Such as 202
 def add(
     publisher: Annotated[str, typer.Argument(help="Whom the key speaks for, such as acme.", show_default=False)],
     *,
-    key: Annotated[str, typer.Option(help="The public key, ed25519:<64 hex digits>.", show_default=False)],
+    key: Annotated[
+        str,
+        typer.Option(help="The public key, ed25519:<64 hex digits>, or a key file of your own.", show_default=False),
+    ],
     names: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,9 +46,10 @@ def add(
     """Trust a key, or change how far it is trusted.
 
     $ hocket trust add acme --key ed25519:207a...
+    $ hocket trust add me --key ~/.config/hocket/keys/default.key
     $ hocket trust add acme --key ed25519:207a... --names 'digits-*' --not-after 2027-01-01
     """
-    trusted = TrustedKey(key_bytes(key), publisher, tuple(names or ("*",)), _utc(not_before), _utc(not_after))
+    trusted = TrustedKey(files.public_key(key), publisher, tuple(names or ("*",)), _utc(not_before), _utc(not_after))
     folder = files.trust_folder(trust)
     folder.add_key(trusted)
     if json:

@@ -160,7 +160,7 @@ class Batcher:
                 jobs, going_on = self._take()
                 try:
                     self._compute(jobs)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - without its thread a worker would hang
                     _log.exception("bug", device=str(self._device))
                     self._deliver([(job, error) for job in jobs])
 

@@ -2,7 +2,8 @@
 
 A kernel takes float32 `[n, F]` on its device and answers float32 `[n, C]`. Rows are independent: on a CPU a row has
 the same answer, bit for bit, whatever rows share its pass; on CUDA the float64 sums of linear kernels may add in
-another order, which moves an answer by at most one float32 step. Trees, votes and clusters are exact everywhere.
+another order, which moves an answer by at most F * 2**-53 * sum |x_i w_i| before it is rounded to float32. Trees, votes
+and clusters are exact everywhere.
 
 Sources of the formulas: the `.apr` reference (`docs/packages.md`), whose float32 answers linear kernels meet within
 1e-6 * max(1, |bias| + sum |x_i w_i|) and the others exactly.

@@ -2,7 +2,8 @@
 
 Everything here runs in the event loop, so no lock guards a state. A package is absent, loading (once, however many ask)
 or resident; while requests run on it, it is counted as in use and stays. Room is made by dropping what was used
-longest ago and is not in use; when that is not enough, loads wait, first come first served, until something ends.
+longest ago and is not in use; when that is not enough, loads wait until something ends, and whichever then fits goes
+on, the longest waiting first: one that is too large for now holds up nobody else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from services.expert_worker.loader import Expert, Prepared
     from services.expert_worker.supply import Report, Supplied
 
+T = TypeVar("T")
+
 _log: Final = structlog.get_logger("worker")
-_OPENED_AT_ONCE: Final = 4
-"""Packages that may lie decoded in host memory on their way to the device."""
 _REFUSAL_SECONDS: Final = 5.0
 """How long a refusal is repeated without looking at the package again, unless trust changes."""
 _REFUSALS_MAX: Final = 1024
@@ -125,8 +126,6 @@ class Residency:
         self._residents: OrderedDict[str, ResidentPackage] = OrderedDict()  # least recently used first
         self._loadings: dict[str, _Loading] = {}
         self._refusals: dict[str, tuple[HocketError, Standing, float]] = {}
-        self._opening = asyncio.Semaphore(_OPENED_AT_ONCE)
-        self._turn = asyncio.Lock()  # asyncio's locks are fair
         self._freed = asyncio.Event()
 
     @property
@@ -264,8 +263,7 @@ class Residency:
         begin = time.perf_counter()
         outcome = "CANCELLED"
         try:
-            async with self._opening:
-                package = await self._load(digest, loading, standing)
+            package = await self._load(digest, loading, standing)
             outcome = "OK"
             _log.info(
                 "expert loaded",
@@ -289,23 +287,37 @@ class Residency:
 
     async def _load(self, digest: str, loading: _Loading, standing: Standing) -> ResidentPackage:
         supplied = await self._bring(digest, standing, loading.report)
-        size_bytes, proofs = supplied.prepared.size_bytes, supplied.proofs
+        size_bytes = supplied.prepared.size_bytes
         loading.report(LOAD_STATE_PLACING, 0, size_bytes)
-        await self._reserve(digest, size_bytes)
-        try:
-            experts = await self._place(supplied.prepared)
-            while standing is not self._authority.standing:  # trust has changed meanwhile
-                standing = self._authority.standing
-                proofs = await asyncio.to_thread(standing.judge, supplied.credentials)
-        except BaseException:
-            self._free(size_bytes)
-            raise
+        if not self._take(digest, size_bytes):
+            del supplied  # what waits for memory must not take it: it is read again, from the cache
+            await self._wait_for_room(digest, size_bytes)
+            standing = self._authority.standing
+            supplied = await self._or_free(size_bytes, self._bring(digest, standing, _tell_nobody))
+        experts, proofs = await self._or_free(size_bytes, self._arrive(supplied, standing))
         package = ResidentPackage(digest, experts, size_bytes, supplied.credentials, proofs, loading.waiting_count)
         loading.package = self._residents[digest] = package
         self._on_change()
         return package
 
-    async def _reserve(self, digest: str, size_bytes: int) -> None:
+    async def _arrive(self, supplied: Supplied, standing: Standing) -> tuple[tuple[Expert, ...], tuple[Proof, ...]]:
+        """The experts on the device, and what vouches for them at that moment."""
+        experts, proofs = await self._place(supplied.prepared), supplied.proofs
+        while standing is not self._authority.standing:  # trust has changed meanwhile
+            standing = self._authority.standing
+            proofs = await asyncio.to_thread(standing.judge, supplied.credentials)
+        return experts, proofs
+
+    async def _or_free(self, size_bytes: int, work: Awaitable[T]) -> T:
+        """Do something with memory already taken; if it fails, give the memory back."""
+        try:
+            return await work
+        except BaseException:
+            self._free(size_bytes)
+            raise
+
+    def _take(self, digest: str, size_bytes: int) -> bool:
+        """Take that much of the budget if it can be had now."""
         if size_bytes > self.budget_bytes:
             raise HocketError(
                 Reason.DEVICE_MEMORY,
@@ -313,12 +325,18 @@ class Residency:
                 "raise worker.budget_bytes, or use a device with more memory",
                 digest=digest,
             )
+        if not self._make_room(size_bytes):
+            return False
+        self.used_bytes += size_bytes
+        return True
+
+    async def _wait_for_room(self, digest: str, size_bytes: int) -> None:
+        """Take that much of the budget as soon as it can be had."""
         try:
-            async with asyncio.timeout(self._placing_seconds), self._turn:
-                while not self._make_room(size_bytes):
+            async with asyncio.timeout(self._placing_seconds):
+                while not self._take(digest, size_bytes):
                     self._freed.clear()
                     await self._freed.wait()
-                self.used_bytes += size_bytes
         except TimeoutError:
             raise _still_loading(digest) from None
 
@@ -363,6 +381,10 @@ def _judge(standing: Standing, packages: list[ResidentPackage]) -> list[tuple[Pr
         except HocketError as error:
             verdicts.append(error)
     return verdicts
+
+
+def _tell_nobody(_state: LoadState.ValueType, _done_bytes: int, _total_bytes: int) -> None:
+    """A report for a step that its reader has seen before."""
 
 
 def _still_loading(digest: str) -> HocketError:

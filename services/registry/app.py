@@ -25,7 +25,8 @@ _log: Final = structlog.get_logger("registry")
 
 _ADMIN_METHODS: Final = frozenset({"PublishPackage", "YankPackage", "RevokeKey", "PutMixture", "DeleteMixture"})
 _WORKER_METHODS: Final = frozenset({"Announce"})
-_FILE_THREADS: Final = 4
+_READING_THREADS: Final = 4
+"""Beside those that uploads may keep busy for seconds."""
 _LOOKS_PER_LEASE: Final = 10
 
 
@@ -43,7 +44,7 @@ class RegistryApp:
 
     def __init__(self, settings: RegistrySettings, tokens: Tokens) -> None:
         self._settings = settings
-        self._threads = Threads(_FILE_THREADS)
+        self._threads = Threads(settings.uploads_max + _READING_THREADS)
         self._catalog = Catalog(
             settings.data_dir,
             settings.trust_dir,

@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from hocket.client.calls import CHUNK_BYTES
 from hocket.errors import HocketError, Reason
 from services.registry.disk import FOLDER_MODE, disk, sync_folder
 
 if TYPE_CHECKING:
     from io import FileIO
     from pathlib import Path
+
+CHUNK_BYTES: Final = 512 * 1024
+"""Bytes that are read at once."""
 
 
 class Blobs:

@@ -190,7 +190,10 @@ class Catalog:
             if gate is not None:
                 gate.commit()
             package, revision = views.package_message(*_package(tx, digest)), tx.revision()
-        self._changed(revision, digest, proof)
+        if created:
+            _log.info("published", digest=digest, release=str(proof.release or ""), revision=revision)
+        _note_policy(proof, digest)
+        self._on_change(revision)
         return package, created
 
     def package(self, address: str) -> tuple[Package, int]:
@@ -250,9 +253,9 @@ class Catalog:
             if row.state != State.YANKED:
                 tx.update_package(digest, state=State.YANKED, yank_explanation=explanation)
                 settle_own_mixture(tx, digest, State.YANKED, by_policy=row.by_policy)
-                _log.info("yanked", digest=digest, explanation=explanation)
             package, revision = views.package_message(*_package(tx, digest)), tx.revision()
-        self._changed(revision)
+        _log.info("yanked", digest=digest, explanation=explanation, revision=revision)
+        self._on_change(revision)
         return package
 
     # Trust
@@ -277,10 +280,10 @@ class Catalog:
             if key_id not in self.terms.revoked:
                 tx.insert_revocation(key_id, explanation)
                 settle_all(tx, terms, key_id)
-                _log.info("key_revoked", key_id=key_id, explanation=explanation)
             withdrawn, revision = tx.packages_of_key(key_id, State.KEY_REVOKED), tx.revision()
         self.terms = terms
-        self._changed(revision)
+        _log.info("key_revoked", key_id=key_id, explanation=explanation, revision=revision)
+        self._on_change(revision)
         return key_id, withdrawn
 
     def follow_trust(self) -> None:
@@ -320,7 +323,9 @@ class Catalog:
                 gate.commit()
             mixture, revision = views.mixture_message(current, name), tx.revision()
         self._forget(unused)
-        self._changed(revision, mixture.digest, proof)
+        _log.info("mixture_put", name=mixture.name, digest=mixture.digest, revision=revision)
+        _note_policy(proof, mixture.digest)
+        self._on_change(revision)
         return mixture
 
     def mixture(self, address: str, gate: Reader) -> StoredMixture:
@@ -339,7 +344,10 @@ class Catalog:
                 raise _unknown_mixture(address)
             body = tx.body(row.digest)
             if digest_of(body) != row.digest:
-                raise HocketError(Reason.BLOB_CORRUPT, f"the stored body of {row.name} is damaged: put it again")
+                raise HocketError(
+                    Reason.BLOB_CORRUPT,
+                    f"the stored body of {row.name} is damaged: delete the mixture, and put it again",
+                )
             if row.gate_digest is not None:
                 gate.open(row.gate_digest, row.gate_bytes)
             return StoredMixture(views.mixture_message(row, tx.name(row.name)), body, row.envelope)
@@ -368,7 +376,8 @@ class Catalog:
             revision = tx.delete_name(named).revision
             unused = tx.drop_unused_mixtures()
         self._forget(unused)
-        self._changed(revision)
+        _log.info("mixture_deleted", name=name, revision=revision)
+        self._on_change(revision)
         return revision
 
     # The feed
@@ -400,18 +409,18 @@ class Catalog:
             revision = tx.revision()
         self._settled = True
         _log.info("trust_read", key_count=len(trust.keys), revision=revision)
-        self._changed(revision)
-
-    def _changed(self, revision: int, digest: str = "", proof: Proof | None = None) -> None:
-        """Spread the word; of what only policy admits, more than that."""
         self._on_change(revision)
-        if proof is not None and proof.kind == "policy":
-            metrics.UNSIGNED_USES.labels("registry").inc()
-            _log.warning("unsigned_admitted", digest=digest)
 
     def _forget(self, gates: Sequence[str]) -> None:
         for gate in gates:
             self.blobs.remove(gate)
+
+
+def _note_policy(proof: Proof, digest: str) -> None:
+    """Count and log what nothing but policy admits."""
+    if proof.kind == "policy":
+        metrics.UNSIGNED_USES.labels("registry").inc()
+        _log.warning("unsigned_admitted", digest=digest)
 
 
 def _insert_package(tx: Transaction, admitted: AdmittedPackage, now: datetime) -> None:

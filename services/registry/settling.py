@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from services.registry.admission import Dated, judge, mixture_subject, package_subject
+from services.registry.admission import Dated, State, judge, mixture_subject, package_subject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ def microseconds(time: datetime) -> int:
 
 
 def settle_all(tx: Transaction, terms: Terms, key_id: str | None = None) -> None:
-    """Judge everything but what was yanked for good.
+    """Judge everything.
 
     Args:
         tx: Where.
@@ -44,7 +44,7 @@ def settle_package(
 
     Args:
         tx: Where.
-        row: The package; not yanked.
+        row: The package. If it was yanked, it stays so.
         releases: All its releases.
         terms: Who is trusted.
         changed: Whether it gets a new revision in any case.
@@ -60,15 +60,13 @@ def settle_package(
         if release.state != state:
             tx.update_release(release, state=state)
             changed = True
+    state = State.YANKED if row.state == State.YANKED else standing.state
     was = (row.state, row.by_policy, row.embedded_trusted)
-    if changed or was != (standing.state, standing.by_policy, standing.embedded_trusted):
+    if changed or was != (state, standing.by_policy, standing.embedded_trusted):
         tx.update_package(
-            row.digest,
-            state=standing.state,
-            by_policy=standing.by_policy,
-            embedded_trusted=standing.embedded_trusted,
+            row.digest, state=state, by_policy=standing.by_policy, embedded_trusted=standing.embedded_trusted
         )
-        settle_own_mixture(tx, row.digest, standing.state, by_policy=standing.by_policy)
+        settle_own_mixture(tx, row.digest, state, by_policy=standing.by_policy)
 
 
 def settle_own_mixture(tx: Transaction, package_digest: str, state: str, *, by_policy: bool) -> None:

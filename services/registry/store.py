@@ -381,18 +381,14 @@ class Transaction:
         return self._package_rows(_packages.c.revision > revision, order=_packages.c.revision, count=count)
 
     def packages_to_judge(self, key_id: str | None) -> list[PackageRow]:
-        """Packages whose state may change: all that are not yanked, or only those that a key vouches for."""
-        wanted: sql.ColumnElement[bool] = _packages.c.state != "YANKED"
-        if key_id is not None:
-            released = sql.select(_releases.c.digest).where(_releases.c.key_id == key_id)
-            wanted &= (_packages.c.embedded_key_id == key_id) | _packages.c.digest.in_(released)
+        """Packages whose standing may change: all, or only those that a key vouches for."""
+        wanted = sql.true() if key_id is None else _vouched_for(key_id)
         return list(self._package_rows(wanted, order=_packages.c.digest))
 
     def packages_of_key(self, key_id: str, state: str) -> list[str]:
         """Digests of the packages in a state that a key has vouched for."""
-        released = sql.select(_releases.c.digest).where(_releases.c.key_id == key_id)
-        wanted = (_packages.c.embedded_key_id == key_id) | _packages.c.digest.in_(released)
-        query = sql.select(_packages.c.digest).where(wanted, _packages.c.state == state).order_by(_packages.c.digest)
+        wanted = _vouched_for(key_id) & (_packages.c.state == state)
+        query = sql.select(_packages.c.digest).where(wanted).order_by(_packages.c.digest)
         return list(self._connection.execute(query).scalars())
 
     def by_policy_count(self) -> int:
@@ -609,3 +605,9 @@ class Transaction:
     def _names_over(self, digest: str) -> list[str]:
         query = sql.select(_names.c.name).where(_names.c.digest == digest)
         return [*self._connection.execute(query).scalars(), *self.parents(digest)]
+
+
+def _vouched_for(key_id: str) -> sql.ColumnElement[bool]:
+    """Packages with a release by a key, or with its signature inside."""
+    released = sql.select(_releases.c.digest).where(_releases.c.key_id == key_id)
+    return (_packages.c.embedded_key_id == key_id) | _packages.c.digest.in_(released)

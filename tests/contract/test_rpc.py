@@ -306,6 +306,7 @@ async def test_calls_and_refusals_are_counted(stubs: Stubs) -> None:
         total("hocket_refusals_total", **labels, reason="BAD_TENSOR"),
     )
     await refusal_of(stubs.worker.RunTensor(run("refuse"), timeout=5))
+    await stubs.handlers.wait_idle(1.0)  # the caller may hear of the end before it is counted
     after = total("grpc_server_handled_total", **handled), total("hocket_refusals_total", **labels, reason="BAD_TENSOR")
     assert (after[0] - before[0], after[1] - before[1]) == (1.0, 1.0)
 

@@ -56,6 +56,7 @@ NOWHERE = "sha256:" + "0" * 64
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.expert_worker.authority.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("services.expert_worker.app._FAREWELL_SECONDS", 0.1)
     monkeypatch.setattr("hocket.client.registry._PAUSE_SECONDS", 0.001)
 
 
@@ -481,7 +482,7 @@ class TestWithoutRegistry:
         digest = digest_of(DATA)
         with structlog.testing.capture_logs() as logs:
             async with working(local, tmp_path, address, preload=(digest, NOWHERE)) as worker:
-                await until(lambda: registry.downloads)
+                await until(lambda: registry.downloads.count(digest) > 3)  # one load tries three times
                 registry.publish(DATA, [RELEASE])
                 registry.refuse(None)
                 await until(lambda: worker.resident == [digest])

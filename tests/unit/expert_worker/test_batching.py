@@ -205,13 +205,17 @@ async def test_a_request_that_fails_fails_alone() -> None:
 
 async def test_a_bug_fails_the_batch_and_not_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as batcher:
-        expert, done = Kernel().expert(), []
-        with monkeypatch.context() as patch:
-            patch.setattr(batcher, "_run", lambda _jobs: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                await settled(batcher.submit(expert, floats([1]), lambda: done.append(1)))
-        assert await settled(batcher.submit(expert, floats([1]), nothing)) == [[2.0]]
-        assert done == [1]
+        sound, buggy = Kernel().expert(), Kernel(work_per_row=2**21).expert()
+        done: list[str] = []
+        run = batcher._run
+        monkeypatch.setattr(batcher, "_run", lambda jobs: run(jobs) if jobs[0].expert is sound else 1 / 0)
+        first = batcher.submit(sound, floats([1]), lambda: done.append("first"))
+        second = batcher.submit(buggy, floats([1]), lambda: done.append("second"))
+        assert await settled(first) == [[2.0]]
+        with pytest.raises(ZeroDivisionError):
+            await settled(second)
+        assert await settled(batcher.submit(sound, floats([3]), nothing)) == [[6.0]]
+        assert done == ["first", "second"]
 
 
 async def test_no_memory_for_a_pass_is_a_refusal_that_can_be_retried() -> None:

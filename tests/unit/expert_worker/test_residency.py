@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -287,17 +288,51 @@ class TestBudget:
         shelf.residency.release(held)
         await shelf.load(C)
 
-    async def test_loads_get_room_in_the_order_they_asked(self, shelf: Shelf) -> None:
-        shelf.sizes[C] = 90
+    async def test_loads_of_one_size_get_room_in_the_order_they_asked(self, shelf: Shelf) -> None:
         held = [await shelf.use(A), await shelf.use(B)]
-        large, small = asyncio.create_task(shelf.use(C)), asyncio.create_task(shelf.use(D))
+        first, second = asyncio.create_task(shelf.use(C)), asyncio.create_task(shelf.use(D))
         await asyncio.sleep(SOON)
         shelf.residency.release(held[0])
-        await asyncio.sleep(SOON)
-        assert not small.done()  # there is room for it, but it is not its turn
+        assert (await first).digest == C
+        assert not second.done()
         shelf.residency.release(held[1])
-        shelf.residency.release(await large)
-        assert (await small).digest == D
+        assert (await second).digest == D
+
+    async def test_a_load_too_large_for_now_holds_up_nobody_else(self, shelf: Shelf) -> None:
+        shelf.sizes.update({C: 90, D: 30})
+        await shelf.use(A)
+        large = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(SOON)
+        assert (await shelf.use(D)).digest == D
+        assert not large.done()
+        large.cancel()
+
+    async def test_what_waits_for_memory_does_not_take_it(self, shelf: Shelf) -> None:
+        tensors: list[weakref.ref[torch.Tensor]] = []
+        held = [await shelf.use(A), await shelf.use(B)]
+        bring = shelf.residency._bring
+
+        async def note(*arguments: Any) -> Supplied:
+            supplied = await bring(*arguments)
+            tensors.append(weakref.ref(supplied.prepared.tensors[0]))
+            return supplied
+
+        shelf.residency._bring = note
+        waiting = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(SOON)
+        assert [reference() for reference in tensors] == [None]
+        shelf.residency.release(held[0])
+        assert (await waiting).size_bytes == 40
+        assert shelf.brought == [A, B, C, C]
+
+    async def test_a_load_that_cannot_be_repeated_gives_its_room_back(self, shelf: Shelf) -> None:
+        held = [await shelf.use(A), await shelf.use(B)]
+        waiting = asyncio.create_task(refused(shelf.use(C)))
+        await asyncio.sleep(SOON)
+        shelf.failures[C] = HocketError(Reason.UNREACHABLE, "no")
+        shelf.residency.release(held[0])
+        assert (await waiting).reason is Reason.UNREACHABLE
+        assert (shelf.resident, shelf.residency.used_bytes) == ([B], 40)
 
     async def test_nothing_idle_is_dropped_in_vain(self, shelf: Shelf) -> None:
         shelf.sizes[C] = 90

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hocket.client.calls import CHUNK_BYTES
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
-from services.registry.blobs import Blobs, Draft
+from services.registry.blobs import CHUNK_BYTES, Blobs, Draft
 from services.registry.disk import StorageError
 
 DATA = os.urandom(2 * CHUNK_BYTES + 17)

@@ -220,8 +220,8 @@ class TestPackages:
             tx.insert_release(release(1, key_id="k"))
             tx.insert_release(release(2, "acme/iris@2", key_id="other"))
 
-            assert [row.digest for row in tx.packages_to_judge("k")] == [digest(1), digest(4)]
-            assert len(tx.packages_to_judge(None)) == 4
+            assert [row.digest for row in tx.packages_to_judge("k")] == [digest(1), digest(4), digest(5)]
+            assert len(tx.packages_to_judge(None)) == 5
             assert tx.packages_of_key("k", "ACTIVE") == [digest(1), digest(4)]
 
     def test_a_release_name_is_found_whatever_key_signed_it(self, store: Store) -> None:

@@ -1,0 +1,80 @@
+"""What the README shows is run as it stands: every block marked `<!-- run -->`, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.running import suite
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"<!-- run -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BUF = ROOT / ".tools" / "buf"
+
+# grpcurl is not to be had everywhere the tests run; buf's curl speaks the same protocol and takes the same JSON.
+GRPCURL = f"""#!{sys.executable}
+import subprocess, sys
+arguments = sys.argv[2:]  # after -plaintext
+data = []
+if arguments[0] == "-d":
+    data, arguments = ["-d", arguments[1]], arguments[2:]
+address, method = arguments
+common = ["{BUF}", "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
+if method == "list":
+    sys.exit(subprocess.run([*common, "--list-services", f"http://{{address}}"]).returncode)
+sys.exit(subprocess.run([*common, *(data or ["-d", "{{}}"]), f"http://{{address}}/{{method}}"]).returncode)
+"""
+
+
+@pytest.mark.skipif(not BUF.exists(), reason="buf is not installed: run `make check` once")
+async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    assert len(BLOCKS) == 5
+    shim = tmp_path / "bin" / "grpcurl"
+    shim.parent.mkdir()
+    shim.write_text(GRPCURL)
+    shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+    data = tmp_path / "share" / "hocket"
+    data.mkdir(parents=True)
+    async with suite(data) as running:
+        output = await asyncio.to_thread(_run, tmp_path, running.router, running.registry)
+    for expected in (
+        "RouterService",  # grpcurl list
+        '"fixed"',
+        '"finish"',
+        "SERVING",
+        "acme/linear@1.0.0",
+        "refused, as it should be",
+    ):
+        assert expected in output, f"{expected} is missing in:\n{output}"
+
+
+def _run(folder: Path, router: str, registry: str) -> str:
+    text = "set -eux\n" + "\n".join(BLOCKS).replace(". .venv/bin/activate\n", "")
+    for written, actual in (
+        ("127.0.0.1:50051", router),
+        ("127.0.0.1:50052", registry),
+        ("/tmp/", f"{folder}/"),  # noqa: S108 - the README's words
+        ("~/.config", str(folder / "config")),
+    ):
+        text = text.replace(written, actual)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CONFIG_HOME": str(folder / "config"),
+        "XDG_DATA_HOME": str(folder / "share"),
+        "HOCKET_ROUTER": router,
+        "HOCKET_REGISTRY": registry,
+    }
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
