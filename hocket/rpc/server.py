@@ -50,13 +50,16 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-async def stop_signal() -> None:
-    """Return when the process is asked to stop: SIGTERM, or SIGINT from the keyboard."""
+def stop_requested() -> asyncio.Event:
+    """An event that is set when the process is asked to stop: SIGTERM, or SIGINT from the keyboard.
+
+    Ask for it before anything is started, so that no signal is lost.
+    """
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    await asked.wait()
+    return asked
 
 
 class Server:

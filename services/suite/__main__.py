@@ -14,7 +14,7 @@ import uvloop
 
 from hocket.errors import HocketError, Reason
 from hocket.paths import data_folder
-from hocket.rpc.server import Address, stop_signal
+from hocket.rpc.server import Address, stop_requested
 from hocket.settings import build, read_tables, read_token
 from hocket.telemetry.logs import configure_logs
 from services.aggregator.settings import AggregatorSettings
@@ -74,12 +74,13 @@ def _tokens(settings: SuiteSettings, *, insecure: bool) -> tuple[str | None, str
 
 async def _run(settings: SuiteSettings, admin_token: str | None, worker_token: str | None) -> None:
     log = structlog.get_logger("suite")
+    stopping = stop_requested()
     suite = Suite(settings, admin_token=admin_token, worker_token=worker_token)
     await suite.start()
     gc.collect()
     gc.freeze()  # what the start has built lives as long as the process: no collection needs to walk it again
     log.info("ready", router=str(suite.router_address), registry=str(suite.registry_address))
-    await stop_signal()
+    await stopping.wait()
     log.info("draining")
     await suite.stop()
 

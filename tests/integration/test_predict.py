@@ -20,7 +20,7 @@ from hocket.rpc.convert import matrix_to_tensor
 from hocket.rpc.status import from_rpc_error
 from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc
 from hocket.v1.tensor_pb2 import Tensor
-from tests.builders import floats, forest, grow
+from tests.builders import chain, floats, forest, grow
 from tests.deployments import Deployment, deployed
 
 if TYPE_CHECKING:
@@ -312,3 +312,79 @@ async def test_an_answer_does_not_depend_on_batch_mates(suite: Deployment) -> No
         together = (await suite.router.answer(digest, rows)).value
         alone = await asyncio.gather(*(suite.router.answer(digest, row) for row in rows[:8]))
         assert [answer.value.tobytes() for answer in alone] == [row.tobytes() for row in together[:8]]
+
+
+async def test_an_expert_that_answers_infinity_is_excluded_and_flagged(suite: Deployment) -> None:
+    huge = linear(3e38, 3e38)
+    await published(suite, A, huge)
+    await suite.put(fixed("overflows", A, huge))
+    rows = floats([10, 10])
+    assert (await refusal(suite, digest_of(huge), rows)).reason is Reason.BAD_ANSWER
+    failed = await refusal(suite, "overflows", rows)
+    assert (failed.reason, failed.metadata["expert_reason"]) == (Reason.COVERAGE, "BAD_ANSWER")
+    answer = await suite.router.answer("overflows", rows, on_missing="renormalise")
+    assert answer.value.tolist() == [[20.0]]
+    excluded = next(c for c in answer.contributions if c.expert == digest_of(huge))
+    assert excluded.state == plan_pb2.CONTRIBUTION_STATE_EXCLUDED
+    assert (await suite.router.answer("overflows", floats([0, 0]))).coverage.min() == 1.0  # a request fails only itself
+
+
+def slow(trees: int) -> bytes:
+    """An expert that takes about 4 ms per tree for a thousand rows."""
+    members = tuple(m.DecisionTreeRegressor(chain(1000)) for _ in range(trees))
+    return apr.write(m.RandomForestRegressor(members, trees), created_at="0")
+
+
+MANY_ROWS = np.zeros((1024, 2), np.float32)
+
+
+async def test_a_full_expert_hands_over_only_where_the_mixture_says_so(suite: Deployment) -> None:
+    busy, rows = slow(12), MANY_ROWS
+    await published(suite, A, busy)
+    await suite.put(fixed("roomy", busy, A, weights=(9, 1), top_k=1))
+    await suite.put(fixed("tight", busy, A, weights=(9, 1), top_k=1, capacity_factor=1.0))
+    running = [asyncio.create_task(suite.router.answer("tight", rows)) for _ in range(8)]  # ceil(1 * 1 * 16 / 2)
+    async with asyncio.timeout(5):
+        while not (decision := await suite.router.route("tight", ROWS)).plan.overflowed:  # noqa: ASYNC110 - in a server
+            await asyncio.sleep(0.005)
+    assert list(decision.plan.overflowed) == [digest_of(busy)]
+    assert [expert.expert for expert in decision.plan.experts] == [digest_of(A)]
+    assert [e.expert for e in (await suite.router.route("roomy", ROWS)).plan.experts] == [digest_of(busy)]
+    answer = await suite.router.answer("tight", ROWS)
+    np.testing.assert_allclose(answer.value[:, 0], line(1, 1))
+    assert "CAPACITY_OVERFLOW" in answer.finish.degradations
+    await asyncio.gather(*running)
+    assert not (await suite.router.route("tight", ROWS)).plan.overflowed
+
+
+async def test_one_more_request_than_the_router_may_run_is_shed_with_a_pause(suite: Deployment) -> None:
+    busy, rows = slow(13), MANY_ROWS
+    digest = await suite.publish(busy)
+    running = [asyncio.create_task(suite.router.answer(digest, rows)) for _ in range(16)]
+    await asyncio.sleep(0.1)
+    print([task.done() for task in running])
+    failed = await refusal(suite, digest, ROWS)
+    assert (failed.reason, failed.retry_after_seconds) == (Reason.QUEUE_FULL, 0.1)
+    await asyncio.gather(*running)
+    assert (await suite.router.answer(digest, ROWS)).coverage.min() == 1.0
+
+
+async def test_a_late_expert_counts_as_missing_or_fails_the_call(suite: Deployment) -> None:
+    busy, rows = slow(100), MANY_ROWS
+    await published(suite, A, busy)
+    await suite.put(fixed("late", A, busy))
+    failed = await refusal(suite, "late", rows, straggler_timeout_seconds=0.1)
+    assert (failed.reason, failed.metadata["expert_reason"]) == (Reason.COVERAGE, "STRAGGLER")
+    await suite.router.answer(digest_of(busy), ROWS)  # the pass that nobody waits for is over
+    answer = await suite.router.answer("late", rows, straggler_timeout_seconds=0.1, on_missing="renormalise")
+    states = {contribution.expert: contribution.state for contribution in answer.contributions}
+    assert states[digest_of(busy)] == plan_pb2.CONTRIBUTION_STATE_TIMED_OUT
+    assert answer.coverage.tolist() == [0.5] * 1024
+
+
+async def test_partials_arrive_while_experts_finish(suite: Deployment) -> None:
+    busy, rows = slow(14), MANY_ROWS
+    await published(suite, A, busy)
+    await suite.put(fixed("slowly", A, busy, weights=(1, 3)))
+    kinds = [type(event) async for event in suite.router.predict("slowly", rows, partials=True)]
+    assert kinds == [Planned, Partial, Answer]
