@@ -100,7 +100,7 @@ EXPERT_EVICTIONS: Final = Counter("hocket_expert_evictions", "Experts that left 
 RESIDENT_BYTES: Final = Gauge("hocket_resident_bytes", "Bytes of experts in memory.", ("device",))
 BATCH_ROWS: Final = Histogram(
     "hocket_batch_rows",
-    "Rows computed in one pass of one expert.",
+    "Rows computed in one pass.",
     buckets=tuple(2**step for step in range(11)),
 )
 

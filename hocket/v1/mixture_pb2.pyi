@@ -40,7 +40,7 @@ class Mixture(_message.Message):
     digest: _builtins.str
     """`sha256:<64 hex>` of the canonical JSON body; also the etag of the next PutMixture."""
     revision: _builtins.int
-    """Registry revision of this state."""
+    """Registry revision of this state; 0 for a body fetched by digest that no name leads to any more."""
     package_digest: _builtins.str
     """Digest of the `.apr` mixture file it was made from, on whose proof it rests."""
     state: _package_pb2.TrustState.ValueType

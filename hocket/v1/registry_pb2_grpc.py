@@ -33,8 +33,9 @@ class RegistryServiceStub(object):
     (UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`); on loopback without token
     files they are open.
 
-    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`QUEUE_FULL`)
-    and INTERNAL.
+    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`; `NOT_READY` once the disk has
+    failed), RESOURCE_EXHAUSTED (`QUEUE_FULL`; `CAPACITY` when the disk is full) and INTERNAL. An upload that
+    falls silent ends with DEADLINE_EXCEEDED `DEADLINE`.
     """
 
     def __init__(self, channel):
@@ -108,8 +109,9 @@ class RegistryServiceServicer(object):
     (UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`); on loopback without token
     files they are open.
 
-    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`QUEUE_FULL`)
-    and INTERNAL.
+    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`; `NOT_READY` once the disk has
+    failed), RESOURCE_EXHAUSTED (`QUEUE_FULL`; `CAPACITY` when the disk is full) and INTERNAL. An upload that
+    falls silent ends with DEADLINE_EXCEEDED `DEADLINE`.
     """
 
     def PublishPackage(self, request_iterator, context):
@@ -120,7 +122,8 @@ class RegistryServiceServicer(object):
         `UNSUPPORTED_...` reason of a package (docs/packages.md).
         FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
         `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`.
-        ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes.
+        ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
+        the name of the mixture that the package is by itself belongs to another package.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,8 +178,8 @@ class RegistryServiceServicer(object):
     def PutMixture(self, request_iterator, context):
         """Stores a mixture under its name: body and release first, then the gate tensor.
 
-        INVALID_ARGUMENT: `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
-        NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_MIXTURE` for a member that is not here.
+        INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
+        NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
         FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
         `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
         ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.
@@ -299,8 +302,9 @@ class RegistryService(object):
     (UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`); on loopback without token
     files they are open.
 
-    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`QUEUE_FULL`)
-    and INTERNAL.
+    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`; `NOT_READY` once the disk has
+    failed), RESOURCE_EXHAUSTED (`QUEUE_FULL`; `CAPACITY` when the disk is full) and INTERNAL. An upload that
+    falls silent ends with DEADLINE_EXCEEDED `DEADLINE`.
     """
 
     @staticmethod

@@ -34,8 +34,9 @@ class RegistryServiceStub:
     (UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`); on loopback without token
     files they are open.
 
-    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`QUEUE_FULL`)
-    and INTERNAL.
+    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`; `NOT_READY` once the disk has
+    failed), RESOURCE_EXHAUSTED (`QUEUE_FULL`; `CAPACITY` when the disk is full) and INTERNAL. An upload that
+    falls silent ends with DEADLINE_EXCEEDED `DEADLINE`.
     """
 
     @_typing.overload
@@ -50,7 +51,8 @@ class RegistryServiceStub:
     `UNSUPPORTED_...` reason of a package (docs/packages.md).
     FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
     `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`.
-    ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes.
+    ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
+    the name of the mixture that the package is by itself belongs to another package.
     """
     DownloadPackage: _grpc.UnaryStreamMultiCallable[_registry_pb2.DownloadPackageRequest, _registry_pb2.DownloadPackageResponse]
     """Sends a package's releases, then its bytes from `offset`.
@@ -81,8 +83,8 @@ class RegistryServiceStub:
     PutMixture: _grpc.StreamUnaryMultiCallable[_registry_pb2.PutMixtureRequest, _registry_pb2.PutMixtureResponse]
     """Stores a mixture under its name: body and release first, then the gate tensor.
 
-    INVALID_ARGUMENT: `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
-    NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_MIXTURE` for a member that is not here.
+    INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
+    NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
     FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
     `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
     ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.
@@ -121,8 +123,9 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     (UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`); on loopback without token
     files they are open.
 
-    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`QUEUE_FULL`)
-    and INTERNAL.
+    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`; `NOT_READY` once the disk has
+    failed), RESOURCE_EXHAUSTED (`QUEUE_FULL`; `CAPACITY` when the disk is full) and INTERNAL. An upload that
+    falls silent ends with DEADLINE_EXCEEDED `DEADLINE`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -134,7 +137,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     `UNSUPPORTED_...` reason of a package (docs/packages.md).
     FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
     `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`.
-    ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes.
+    ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
+    the name of the mixture that the package is by itself belongs to another package.
     """
     DownloadPackage: _aio.UnaryStreamMultiCallable[_registry_pb2.DownloadPackageRequest, _registry_pb2.DownloadPackageResponse]  # type: ignore[assignment]
     """Sends a package's releases, then its bytes from `offset`.
@@ -165,8 +169,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     PutMixture: _aio.StreamUnaryMultiCallable[_registry_pb2.PutMixtureRequest, _registry_pb2.PutMixtureResponse]  # type: ignore[assignment]
     """Stores a mixture under its name: body and release first, then the gate tensor.
 
-    INVALID_ARGUMENT: `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
-    NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_MIXTURE` for a member that is not here.
+    INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
+    NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
     FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
     `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
     ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.
@@ -204,8 +208,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     (UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`); on loopback without token
     files they are open.
 
-    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`QUEUE_FULL`)
-    and INTERNAL.
+    Every rpc may also fail with DEADLINE_EXCEEDED, UNAVAILABLE (`DRAINING`; `NOT_READY` once the disk has
+    failed), RESOURCE_EXHAUSTED (`QUEUE_FULL`; `CAPACITY` when the disk is full) and INTERNAL. An upload that
+    falls silent ends with DEADLINE_EXCEEDED `DEADLINE`.
     """
 
     @_abc_1.abstractmethod
@@ -221,7 +226,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         `UNSUPPORTED_...` reason of a package (docs/packages.md).
         FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
         `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`.
-        ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes.
+        ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
+        the name of the mixture that the package is by itself belongs to another package.
         """
 
     @_abc_1.abstractmethod
@@ -288,8 +294,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_registry_pb2.PutMixtureResponse, _abc.Awaitable[_registry_pb2.PutMixtureResponse]]:
         """Stores a mixture under its name: body and release first, then the gate tensor.
 
-        INVALID_ARGUMENT: `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
-        NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_MIXTURE` for a member that is not here.
+        INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_MIXTURE`, `BAD_RELEASE`, `DIGEST_MISMATCH` (gate), `TOO_LARGE`.
+        NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
         FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
         `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
         ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.

@@ -96,6 +96,7 @@ class Directory:
         self._packages: dict[str, Package] = {}
         self._mixtures: dict[str, Mixture] = {}
         self._bodies: dict[str, Body] = {}
+        self._states: dict[str, int] = {}
         self._workers: dict[str, WorkerState] = {}
         self._unconfirmed: dict[str, float] = {}
         self._revision = 0
@@ -169,6 +170,7 @@ class Directory:
         if mixture.deleted:
             self._mixtures.pop(mixture.name, None)
             return
+        self._states[mixture.digest] = mixture.state
         try:
             await self._fetch(mixture.digest)
         except HocketError as error:
@@ -177,18 +179,21 @@ class Directory:
         self._mixtures[mixture.name] = mixture
 
     async def _fetch(self, digest: str) -> None:
-        """Fetch a body and those it nests, and check each against its digest."""
-        if digest in self._bodies:
-            return
-        fetched = await self._registry.fetch_mixture(digest)
-        if digest_of(fetched.body) != digest:
-            raise HocketError(Reason.DIGEST_MISMATCH, "the registry sent another mixture than it announced")
-        record = parse_mixture(fetched.body)
-        weights = read_gate(record.gate, fetched.gate) if isinstance(record.gate, SoftmaxGate) else None
-        for member in record.members:
+        """Fetch a body unless it is here, check it against its digest, and look at what it nests.
+
+        A nested body may have lost its name; only the outer mixture's new revision then tells that its state changed.
+        """
+        if digest not in self._bodies:
+            fetched = await self._registry.fetch_mixture(digest)
+            if digest_of(fetched.body) != digest:
+                raise HocketError(Reason.DIGEST_MISMATCH, "the registry sent another mixture than it announced")
+            record = parse_mixture(fetched.body)
+            weights = read_gate(record.gate, fetched.gate) if isinstance(record.gate, SoftmaxGate) else None
+            self._bodies[digest] = Body(record, weights)
+        for member in self._bodies[digest].record.members:
             if isinstance(member, MixtureRef):
+                self._states[member.digest] = (await self._registry.fetch_mixture(member.digest)).mixture.state
                 await self._fetch(member.digest)
-        self._bodies[digest] = Body(record, weights)
 
     def _drop_unconfirmed(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -224,7 +229,7 @@ class Directory:
         of_package: dict[str, Model] = {}
         for mixture in self._mixtures.values():
             try:
-                model = mixture_model(mixture, self._bodies, self._packages)
+                model = mixture_model(mixture, self._bodies, self._states, self._packages)
             except KeyError as missing:
                 _log.warning("mixture lacks a part", mixture=mixture.name, missing=str(missing))
                 continue

@@ -47,6 +47,7 @@ class Leaf:
         columns: For each of its output columns, the column of the answer, or -1.
         output_range: Range of what it adds to any column of the answer, scattered zeros included.
         name: The expert as text.
+        refusal: Why it may not run now; None if it may.
     """
 
     expert: ExpertId
@@ -54,6 +55,7 @@ class Leaf:
     columns: tuple[int, ...]
     output_range: tuple[float, float] | None
     name: str
+    refusal: Reason | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def lone_model(package: Package, ordinal: int, name: str) -> Model:
         name=name,
         digest=package.digest,
         state=package.state,
-        leaves=(_leaf(expert, package, labels),),
+        leaves=(_leaf(expert, package, labels, package.state),),
         top=Level(lone_gate(), (0,), 1),
         feature_count=package.model.feature_count or None,
         feature_count_min=package.model.feature_count_min,
@@ -139,8 +141,18 @@ def lone_model(package: Package, ordinal: int, name: str) -> Model:
     )
 
 
-def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mapping[str, Package]) -> Model:
+def mixture_model(
+    mixture: Mixture, bodies: Mapping[str, Body], states: Mapping[str, int], packages: Mapping[str, Package]
+) -> Model:
     """A mixture, its nested mixtures resolved.
+
+    An expert that is reached through a withdrawn inner mixture only counts as missing, like a withdrawn expert.
+
+    Args:
+        mixture: What the registry says about it.
+        bodies: Bodies by digest, its own and those it nests.
+        states: States of the nested mixtures, by digest.
+        packages: Packages by digest.
 
     Raises:
         KeyError: A body or a package it needs is not known here yet.
@@ -148,6 +160,7 @@ def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mappin
     body = bodies[mixture.digest]
     experts: dict[ExpertId, int] = {}
     top = _level(body, bodies, experts)
+    nested = _nested_states(body, bodies, states)
     members = [packages[expert.digest] for expert in experts]
     widths = [member.model.feature_count for member in members]
     labels = body.record.labels or tuple(dict.fromkeys(label for member in members for label in _shown_labels(member)))
@@ -155,7 +168,10 @@ def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mappin
         name=mixture.name,
         digest=mixture.digest,
         state=mixture.state,
-        leaves=tuple(_leaf(expert, packages[expert.digest], labels) for expert in experts),
+        leaves=tuple(
+            _leaf(expert, package, labels, nested.get(expert) or package.state)
+            for expert, package in zip(experts, members, strict=True)
+        ),
         top=top,
         feature_count=_gate_width(body, bodies) or next((w for w in widths if w), None),
         feature_count_min=max(member.model.feature_count_min for member in members),
@@ -163,6 +179,24 @@ def mixture_model(mixture: Mixture, bodies: Mapping[str, Body], packages: Mappin
         column_count=len(labels) or len(members[0].model.columns),
         mixture=mixture,
     )
+
+
+def _nested_states(body: Body, bodies: Mapping[str, Body], states: Mapping[str, int]) -> dict[ExpertId, int]:
+    """The state of the inner mixture for each expert that only withdrawn inner mixtures reach."""
+    found: dict[ExpertId, int] = {}
+    reached: set[ExpertId] = set()
+    for member in body.record.members:
+        if isinstance(member, ExpertId):
+            reached.add(member)
+            continue
+        inner = bodies[member.digest].record.members
+        state = states.get(member.digest, TrustState.TRUST_STATE_ACTIVE)
+        experts = [expert for expert in inner if isinstance(expert, ExpertId)]
+        if state in REFUSALS:
+            found.update(dict.fromkeys(experts, state))
+        else:
+            reached.update(experts)
+    return {expert: state for expert, state in found.items() if expert not in reached}
 
 
 def _gate_width(body: Body, bodies: Mapping[str, Body]) -> int | None:
@@ -191,7 +225,7 @@ def _level(body: Body, bodies: Mapping[str, Body], experts: dict[ExpertId, int])
     return Level(gate, members, record.top_k, record.capacity_factor)
 
 
-def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...]) -> Leaf:
+def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...], state: int) -> Leaf:
     """An expert's place in the answer: scattered by label, or column by column for regressors."""
     facts = package.model
     if labels:
@@ -204,7 +238,7 @@ def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...]) -> Leaf:
         lower, upper = facts.output_range.lower, facts.output_range.upper
         scattered = len(set(columns) - {-1}) < len(labels)
         output_range = (min(lower, 0.0), max(upper, 0.0)) if scattered else (lower, upper)
-    return Leaf(expert, package, columns, output_range, str(expert))
+    return Leaf(expert, package, columns, output_range, str(expert), REFUSALS.get(state) or REFUSALS.get(package.state))
 
 
 def _shown_labels(package: Package) -> tuple[str, ...]:

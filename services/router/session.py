@@ -12,7 +12,7 @@ from hocket.errors import HocketError, Reason
 from hocket.rpc.convert import tensor_to_matrix
 from hocket.telemetry import metrics
 from hocket.v1 import plan_pb2
-from services.router.model import REFUSALS, Leaf, Model, union_range
+from services.router.model import Leaf, Model, union_range
 from services.router.placement import Loads, place
 from services.router.selection import Load, Selection, scores, select
 
@@ -106,8 +106,8 @@ def decide(
 
 def _replicas(leaf: Leaf, workers: Sequence[Worker], loads: Loads) -> tuple[list[Worker], str]:
     package = leaf.package
-    if reason := REFUSALS.get(package.state):
-        return [], reason
+    if leaf.refusal is not None:
+        return [], leaf.refusal
     replicas = place(package.digest, package.model.parameter_bytes, package.format, workers, loads)
     return replicas, "" if replicas else Reason.NO_REPLICA
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import os
 import sys
@@ -80,9 +81,14 @@ async def _run(settings: SuiteSettings, admin_token: str | None, worker_token: s
     gc.collect()
     gc.freeze()  # what the start has built lives as long as the process: no collection needs to walk it again
     log.info("ready", router=str(suite.router_address), registry=str(suite.registry_address))
-    await stopping.wait()
+    ends = [asyncio.create_task(event.wait()) for event in (stopping, suite.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
     log.info("draining")
     await suite.stop()
+    if suite.failed.is_set():
+        raise HocketError(Reason.NOT_READY, "the disk has failed: see the log, mend it, and start again")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -88,6 +88,11 @@ class Suite:
         """Where publishers call."""
         return self._servers[1][0].address
 
+    @property
+    def failed(self) -> asyncio.Event:
+        """Set when the registry's disk has failed: the process must end, and start again from what is on disk."""
+        return self._registry.failed
+
     async def start(self) -> None:
         """Start in the order of dependence; return when a request would be served.
 

@@ -362,7 +362,6 @@ async def test_one_more_request_than_the_router_may_run_is_shed_with_a_pause(sui
     digest = await suite.publish(busy)
     running = [asyncio.create_task(suite.router.answer(digest, rows)) for _ in range(16)]
     await asyncio.sleep(0.1)
-    print([task.done() for task in running])
     failed = await refusal(suite, digest, ROWS)
     assert (failed.reason, failed.retry_after_seconds) == (Reason.QUEUE_FULL, 0.1)
     await asyncio.gather(*running)

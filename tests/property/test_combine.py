@@ -32,7 +32,11 @@ def plans(draw: st.DrawFn) -> tuple[list[Share], list[NDArray[np.float32]]]:
         if len(rows) == 0:
             continue
         columns = random.permutation([0, 1, -1]) if random.random() < 0.5 else np.array([0, 1])
-        shares.append(Share(rows, weights[place, rows], columns.astype(np.int64)))
+        everywhere = len(rows) == ROWS and random.random() < 0.5
+        whole = len(columns) == COLUMNS and random.random() < 0.5
+        shares.append(
+            Share(slice(None) if everywhere else rows, weights[place, rows], slice(None) if whole else columns)
+        )
         outputs.append(random.uniform(-1, 1, (len(rows), len(columns))).astype(np.float32))
     return shares, outputs
 
@@ -46,8 +50,10 @@ def test_the_whole_answer_is_the_weighted_mean(plan: tuple[list[Share], list[NDA
     shares, outputs = plan
     expected = np.zeros((ROWS, COLUMNS))
     for share, output in zip(shares, outputs, strict=True):
-        for place, row in enumerate(share.rows):
-            for source, target in enumerate(share.columns):
+        rows = np.arange(ROWS)[share.rows]
+        columns = np.arange(COLUMNS) if isinstance(share.columns, slice) else share.columns
+        for place, row in enumerate(rows):
+            for source, target in enumerate(columns):
                 if target >= 0:
                     expected[row, target] += share.weights[place] * float(output[place, source])
     combined = combine(shares, outputs, (ROWS, COLUMNS), (-1.0, 1.0))
