@@ -98,7 +98,7 @@ class Directory:
         self._bodies: dict[str, Body] = {}
         self._states: dict[str, int] = {}
         self._workers: dict[str, WorkerState] = {}
-        self._unconfirmed: dict[str, float] = {}
+        self._unconfirmed: set[str] = set()
         self._revision = 0
         self._epoch = ""
         self._snapshot: Snapshot | None = None
@@ -143,8 +143,8 @@ class Directory:
     async def _apply(self, event: WatchResponse) -> None:
         if event.epoch != self._epoch:
             self._epoch = event.epoch
-            now = asyncio.get_running_loop().time()
-            self._unconfirmed = dict.fromkeys(self._workers, now + _EPOCH_GRACE_SECONDS)
+            self._unconfirmed = set(self._workers)
+            asyncio.get_running_loop().call_later(_EPOCH_GRACE_SECONDS, self._drop_unconfirmed, event.epoch)
         match event.WhichOneof("event"):
             case "package":
                 self._packages[event.package.digest] = event.package
@@ -152,7 +152,7 @@ class Directory:
                 await self._apply_mixture(event.mixture)
             case "worker":
                 self._workers[event.worker.worker] = event.worker
-                self._unconfirmed.pop(event.worker.worker, None)
+                self._unconfirmed.discard(event.worker.worker)
             case "worker_gone":
                 self._workers.pop(event.worker_gone, None)
             case "synced":
@@ -161,7 +161,6 @@ class Directory:
                 return
             case _:  # revocations reach the router as the states of what they withdraw
                 pass
-        self._drop_unconfirmed()
         if self._snapshot is not None:
             self._revision = event.revision
             self._swap(models=event.WhichOneof("event") in {"package", "mixture"})
@@ -195,11 +194,15 @@ class Directory:
                 self._states[member.digest] = (await self._registry.fetch_mixture(member.digest)).mixture.state
                 await self._fetch(member.digest)
 
-    def _drop_unconfirmed(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for worker in [worker for worker, end in self._unconfirmed.items() if end < now]:
-            del self._unconfirmed[worker]
+    def _drop_unconfirmed(self, epoch: str) -> None:
+        """Forget the workers that have not announced themselves to the registry's new life."""
+        if epoch != self._epoch or not self._unconfirmed:
+            return
+        for worker in self._unconfirmed:
             self._workers.pop(worker, None)
+        self._unconfirmed.clear()
+        if self._snapshot is not None:
+            self._swap(models=False)
 
     def _swap(self, *, models: bool) -> None:
         workers = tuple(

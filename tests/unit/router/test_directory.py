@@ -1,0 +1,229 @@
+"""The router's view of the registry: what it makes of the feed, and what it does when the feed breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hocket.client.registry import FetchedMixture
+from hocket.errors import HocketError, Reason
+from hocket.identity import ExpertId, digest_of
+from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef
+from hocket.v1.mixture_pb2 import Mixture
+from hocket.v1.package_pb2 import ModelFacts, OutputColumn, Package, Release, TrustState
+from hocket.v1.registry_pb2 import Synced, WatchResponse, WorkerState
+from services.router import directory as module
+from services.router.directory import Directory
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+ACTIVE, REVOKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_KEY_REVOKED
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BACKOFF_SECONDS", (0.001,))
+
+
+class ScriptedRegistry:
+    """A registry client whose feed is a list of events; after each list the feed breaks with the given refusal."""
+
+    def __init__(self, *feeds: list[WatchResponse] | HocketError) -> None:
+        self.feeds = list(feeds)
+        self.asked: list[int] = []
+        self.bodies: dict[str, FetchedMixture] = {}
+        self.fetches = 0
+
+    async def watch(self, after_revision: int) -> AsyncIterator[WatchResponse]:
+        self.asked.append(after_revision)
+        feed = self.feeds.pop(0) if self.feeds else []
+        if isinstance(feed, HocketError):
+            raise feed
+        for event in feed:
+            yield event
+        if not self.feeds:
+            await asyncio.Event().wait()
+        raise HocketError(Reason.UNREACHABLE, "the feed broke")
+
+    async def fetch_mixture(self, mixture: str) -> FetchedMixture:
+        self.fetches += 1
+        return self.bodies[mixture]
+
+    def hold(self, record: MixtureRecord, body: bytes | None = None, state: Any = ACTIVE) -> Mixture:
+        message = Mixture(name=record.name, digest=record.digest, state=state)
+        self.bodies[record.digest] = FetchedMixture(message, record.body() if body is None else body, b"", b"")
+        return message
+
+
+def package(number: int, *releases: tuple[str, Any], state: Any = ACTIVE, experts: int = 1) -> Package:
+    facts = ModelFacts(feature_count=2, columns=[OutputColumn()], expert_count=experts)
+    signed = [Release(publisher="acme", name=name, version="1", state=standing) for name, standing in releases]
+    return Package(digest=f"sha256:{number:064x}", state=state, releases=signed, model=facts, format="apr")
+
+
+def event(revision: int = 1, epoch: str = "e1", **of: Any) -> WatchResponse:
+    return WatchResponse(revision=revision, epoch=epoch, **of)
+
+
+def synced(revision: int = 1, epoch: str = "e1") -> WatchResponse:
+    return event(revision, epoch, synced=Synced())
+
+
+@asynccontextmanager
+async def following(registry: Any) -> AsyncIterator[Directory]:
+    directory = Directory(registry)
+    task = asyncio.create_task(directory.follow())
+    try:
+        yield directory
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(2):
+        while not condition():  # noqa: ASYNC110 - the condition is the test's own
+            await asyncio.sleep(0.001)
+
+
+def revision_of(directory: Directory) -> int:
+    try:
+        return directory.snapshot.revision
+    except HocketError as error:
+        assert error.reason is Reason.NOT_READY  # noqa: PT017 - the only refusal there is
+        return -1
+
+
+async def test_a_package_answers_to_digest_and_releases() -> None:
+    registry = ScriptedRegistry([event(package=package(1, ("low", ACTIVE), ("alias", ACTIVE))), synced(5)])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 5)
+        resolve = directory.snapshot.resolve
+        assert resolve("acme/low@1") is resolve("acme/alias@1") is resolve(package(1).digest)
+        assert list(directory.snapshot.listed) == ["acme/low@1"]
+
+
+async def test_an_unknown_model_is_told_of_a_close_one() -> None:
+    registry = ScriptedRegistry([event(package=package(1, ("low", ACTIVE))), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        with pytest.raises(HocketError, match=r"did you mean 'acme/low@1'\?"):
+            directory.snapshot.resolve("acme/lov@1")
+        with pytest.raises(HocketError, match="hocket mixtures list"):
+            directory.snapshot.resolve("nothing like it")
+
+
+async def test_a_withdrawn_release_is_refused_while_its_bytes_serve_under_another() -> None:
+    registry = ScriptedRegistry([event(package=package(1, ("low", REVOKED), ("new", ACTIVE))), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        directory.snapshot.resolve("acme/new@1").check_servable()
+        with pytest.raises(HocketError) as caught:
+            directory.snapshot.resolve("acme/low@1")
+        assert caught.value.reason is Reason.KEY_REVOKED
+
+
+async def test_members_of_a_file_are_addressed_by_ordinal() -> None:
+    registry = ScriptedRegistry([event(package=package(1, experts=3)), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        digest = package(1).digest
+        assert directory.snapshot.resolve(f"{digest}#2").leaves[0].expert == ExpertId(digest, 2)
+        for wrong in (f"{digest}#3", package(2).digest + "#0"):
+            with pytest.raises(HocketError, match="UNKNOWN_MODEL"):
+                directory.snapshot.resolve(wrong)
+
+
+async def test_a_broken_feed_is_taken_up_where_it_broke_and_serving_goes_on() -> None:
+    registry = ScriptedRegistry(
+        [event(package=package(1)), synced(7)],
+        HocketError(Reason.UNREACHABLE, "gone"),
+        [event(9, package=package(2)), synced(9)],
+    )
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 9)
+        assert registry.asked == [0, 7, 7]
+        assert set(directory.snapshot.packages) == {package(1).digest, package(2).digest}
+
+
+async def test_a_registry_from_a_backup_is_read_anew() -> None:
+    registry = ScriptedRegistry(
+        [event(package=package(1)), synced(7)],
+        HocketError(Reason.REVISION_UNKNOWN, "ahead of this history"),
+        [event(2, "e2", package=package(2)), synced(2, "e2")],
+    )
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 2)
+        assert registry.asked == [0, 7, 0]
+        assert set(directory.snapshot.packages) == {package(2).digest}
+
+
+async def test_workers_come_and_go_and_outlive_a_restarted_registry_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_EPOCH_GRACE_SECONDS", 0.05)
+    registry = ScriptedRegistry(
+        [
+            event(worker=WorkerState(worker="a")),
+            event(worker=WorkerState(worker="b")),
+            synced(),
+            event(worker_gone="b"),
+        ],
+        [synced(1, "e2"), event(1, "e2", worker=WorkerState(worker="c"))],
+    )
+    async with following(registry) as directory:
+        await asyncio.wait_for(directory.wait_for_worker(), 2)
+        await until(lambda: {worker.name for worker in directory.snapshot.workers} == {"a", "c"})
+        await until(lambda: {worker.name for worker in directory.snapshot.workers} == {"c"})
+
+
+async def test_a_mixture_that_is_not_what_was_announced_is_left_out() -> None:
+    low = package(1)
+    good = MixtureRecord("good", (ExpertId(low.digest),), FixedGate((1,)), 1)
+    forged = MixtureRecord("forged", (ExpertId(low.digest),), FixedGate((2,)), 1)
+    registry = ScriptedRegistry()
+    messages = [registry.hold(good), registry.hold(forged, good.body())]
+    registry.feeds = [[event(package=low), *(event(mixture=message) for message in messages), synced()]]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert directory.snapshot.resolve("good").digest == good.digest == digest_of(good.body())
+        with pytest.raises(HocketError, match="UNKNOWN_MODEL"):
+            directory.snapshot.resolve("forged")
+
+
+async def test_a_mixture_waits_for_its_packages_and_goes_with_its_name() -> None:
+    low = package(1)
+    record = MixtureRecord("early", (ExpertId(low.digest),), FixedGate((1,)), 1)
+    registry = ScriptedRegistry()
+    message = registry.hold(record)
+    gone = Mixture(name="early", digest=record.digest, deleted=True)
+    registry.feeds = [
+        [event(1, mixture=message), synced(1), event(2, package=low)],
+        [event(3, mixture=gone), synced(3)],
+    ]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) >= 1)
+        await until(lambda: revision_of(directory) == 3)
+        with pytest.raises(HocketError, match="UNKNOWN_MODEL"):
+            directory.snapshot.resolve("early")
+        assert registry.fetches == 1
+
+
+async def test_experts_behind_a_withdrawn_inner_mixture_are_missing_unless_reached_otherwise() -> None:
+    low, high = package(1), package(2)
+    inner = MixtureRecord("inner", (ExpertId(low.digest), ExpertId(high.digest)), FixedGate((1, 1)), 2)
+    outer = MixtureRecord("outer", (MixtureRef(inner.digest), ExpertId(high.digest)), FixedGate((1, 1)), 2)
+    registry = ScriptedRegistry()
+    registry.hold(inner, state=REVOKED)
+    message = registry.hold(outer)
+    registry.feeds = [[event(package=low), event(package=high), event(mixture=message), synced()]]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        model = directory.snapshot.resolve("outer")
+        model.check_servable()
+        assert [leaf.refusal for leaf in model.leaves] == [Reason.KEY_REVOKED, None]
