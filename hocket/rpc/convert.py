@@ -1,10 +1,11 @@
-"""Tensor message <-> numpy, with every check before any arithmetic."""
+"""Tensor message <-> numpy, with every check before any arithmetic; and seconds as a message."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 
 from hocket.errors import HocketError, Reason
 from hocket.v1.tensor_pb2 import Tensor
@@ -72,3 +73,9 @@ def tensor_to_matrix_unchecked(tensor: Tensor, field: str) -> NDArray[np.float32
             field=f"{field}.contents",
         )
     return np.frombuffer(contents, dtype="<f4").reshape(shape)
+
+
+def duration(seconds: float) -> Duration:
+    """A span of time, not negative, as a message."""
+    whole = int(seconds)
+    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))

@@ -77,7 +77,7 @@ async def ask(
         ExpertError: No replica answered; `BAD_ANSWER` if one did with NaN, infinity or another shape.
     """
     begin = time.perf_counter()
-    refusal = HocketError(Reason.NO_REPLICA, "no worker can run this expert")
+    refusal: HocketError | None = None
     for attempt, worker in enumerate(workers):
         try:
             output = await call(attempt)
@@ -88,6 +88,8 @@ async def ask(
                 raise ExpertError(error, attempt + 1, time.perf_counter() - begin) from error
         else:
             return Reply(output, worker, attempt + 1, time.perf_counter() - begin)
+    if refusal is None:
+        refusal = HocketError(Reason.NO_REPLICA, "no worker can run this expert")
     raise ExpertError(refusal, len(workers), time.perf_counter() - begin)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.errors import HocketError, Reason
-from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix_unchecked
+from hocket.rpc.convert import duration, matrix_to_tensor, tensor_to_matrix_unchecked
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.v1 import aggregator_pb2, aggregator_pb2_grpc, plan_pb2
 from services.aggregator.combine import Combined, Share, effective_weights
@@ -78,7 +78,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         if any(isinstance(reply, ExpertError) for reply in lineup.replies):
             finish.reason = plan_pb2.FINISH_REASON_PARTIAL
             finish.degradations.append("MISSING_EXPERT")
-        finish.timings.combine.FromMicroseconds(round((time.perf_counter() - begin) * 1e6))
+        finish.timings.combine.CopyFrom(duration(time.perf_counter() - begin))
         yield aggregator_pb2.CombineResponse(final=plan_pb2.Prediction(combination=final, finish=finish))
 
     def _ask(
@@ -170,24 +170,14 @@ _COLUMNS_MAX: Final = 4096
 
 def _combination(sequence: int, plan: plan_pb2.Plan, lineup: Lineup, combined: Combined) -> plan_pb2.Combination:
     weights = effective_weights(lineup.shares, lineup.outputs, plan.row_count)
-    contributions = []
-    for planned, reply, effective in zip(plan.experts, lineup.replies, weights, strict=True):
-        contribution = plan_pb2.Contribution(
-            expert=planned.expert, state=_state(reply), rows=planned.rows, weights=effective.tolist()
-        )
-        if reply is not None:
-            contribution.attempt_count = reply.attempts
-            contribution.latency.FromMicroseconds(round(reply.seconds * 1e6))
-        if isinstance(reply, Reply):
-            contribution.worker = reply.worker
-        elif reply is not None:
-            contribution.reason = reply.reason
-        contributions.append(contribution)
     message = plan_pb2.Combination(
         sequence=sequence,
         value=matrix_to_tensor(combined.value),
         coverage=combined.coverage.tolist(),
-        contributions=contributions,
+        contributions=[
+            _contribution(planned, reply, effective.tolist())
+            for planned, reply, effective in zip(plan.experts, lineup.replies, weights, strict=True)
+        ],
     )
     if combined.lower is not None and combined.upper is not None:
         message.lower_bound.CopyFrom(matrix_to_tensor(combined.lower))
@@ -195,13 +185,31 @@ def _combination(sequence: int, plan: plan_pb2.Plan, lineup: Lineup, combined: C
     return message
 
 
-def _state(reply: Reply | ExpertError | None) -> plan_pb2.ContributionState.ValueType:
+def _contribution(
+    planned: plan_pb2.PlannedExpert, reply: Reply | ExpertError | None, weights: list[float]
+) -> plan_pb2.Contribution:
     if reply is None:
-        return plan_pb2.CONTRIBUTION_STATE_PENDING
+        return plan_pb2.Contribution(
+            expert=planned.expert, state=plan_pb2.CONTRIBUTION_STATE_PENDING, rows=planned.rows, weights=weights
+        )
+    contribution = plan_pb2.Contribution(
+        expert=planned.expert,
+        rows=planned.rows,
+        weights=weights,
+        latency=duration(reply.seconds),
+        attempt_count=reply.attempts,
+    )
     if isinstance(reply, Reply):
-        return plan_pb2.CONTRIBUTION_STATE_ARRIVED
-    if reply.reason is Reason.STRAGGLER:
-        return plan_pb2.CONTRIBUTION_STATE_TIMED_OUT
-    if reply.reason is Reason.BAD_ANSWER:
-        return plan_pb2.CONTRIBUTION_STATE_EXCLUDED
-    return plan_pb2.CONTRIBUTION_STATE_FAILED
+        contribution.state = plan_pb2.CONTRIBUTION_STATE_ARRIVED
+        contribution.worker = reply.worker
+    else:
+        contribution.state = _MISSING.get(reply.reason, _FAILED)
+        contribution.reason = reply.reason
+    return contribution
+
+
+_FAILED: Final = plan_pb2.CONTRIBUTION_STATE_FAILED
+_MISSING: Final = {
+    Reason.STRAGGLER: plan_pb2.CONTRIBUTION_STATE_TIMED_OUT,
+    Reason.BAD_ANSWER: plan_pb2.CONTRIBUTION_STATE_EXCLUDED,
+}

@@ -8,11 +8,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from google.protobuf.duration_pb2 import Duration
-
 from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, is_digest
-from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
+from hocket.rpc.convert import duration, matrix_to_tensor, tensor_to_matrix
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.telemetry import metrics
 from hocket.v1 import expert_worker_pb2, expert_worker_pb2_grpc
@@ -78,8 +76,8 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         add_trailing(context, LOAD_KEY, load.SerializeToString())
         return expert_worker_pb2.RunTensorResponse(
             output=matrix_to_tensor(answer.output),
-            wait=_duration(answer.begin - begin),
-            compute=_duration(answer.compute_seconds),
+            wait=duration(max(0.0, answer.begin - begin)),
+            compute=duration(answer.compute_seconds),
         )
 
     async def _run(self, request: expert_worker_pb2.RunTensorRequest, context: Context) -> Answer:
@@ -176,8 +174,3 @@ def _digest(text: str) -> str:
 
 def _proof(proof: Proof) -> str:
     return str(proof.release) if proof.release is not None else str(proof.key_id)
-
-
-def _duration(seconds: float) -> Duration:
-    nanoseconds = max(0, round(seconds * 1e9))
-    return Duration(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)

@@ -224,8 +224,18 @@ class Directory:
         metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)
         self._changed.set()
 
+    def _forget_bodies(self) -> None:
+        """Keep the bodies that a mixture still leads to."""
+        needed = {mixture.digest for mixture in self._mixtures.values()}
+        for digest in tuple(needed):
+            members = self._bodies[digest].record.members
+            needed.update(member.digest for member in members if isinstance(member, MixtureRef))
+        self._bodies = {digest: body for digest, body in self._bodies.items() if digest in needed}
+        self._states = {digest: state for digest, state in self._states.items() if digest in needed}
+
     def _index(self) -> tuple[dict[str, Model], dict[str, Model], dict[str, Reason]]:
         """Every model by its listed name and by all its addresses."""
+        self._forget_bodies()
         listed: dict[str, Model] = {}
         addresses: dict[str, Model] = {}
         withdrawn: dict[str, Reason] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from hocket.errors import HocketError, Reason
+from hocket.rpc.convert import duration
 from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry.context import request_id
 from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
@@ -71,7 +72,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     else:
                         response.final.CopyFrom(event.final)
                         finish = response.final.finish
-                        finish.timings.route.FromMicroseconds(round(decision.seconds * 1e6))
+                        finish.timings.route.CopyFrom(duration(decision.seconds))
                         finish.degradations.extend(decision.degradations)
                     yield response
         finally:
