@@ -57,10 +57,10 @@ up: $(VENV)/.installed ## Run the four services in one process
 bench: $(VENV)/.installed ## Measure against bare gRPC; results go to benchmarks/results/
 	@$(BIN)/python -m benchmarks.serving
 	@$(BIN)/python -m benchmarks.gate
+	@$(BIN)/python -m benchmarks.breakdown
 
 bench-gpu: $(VENV)/.installed ## The same on one CUDA device
 	@$(BIN)/python -m benchmarks.serving --device cuda
-	@$(BIN)/python -m benchmarks.experts --device cuda
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
