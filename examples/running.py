@@ -45,7 +45,7 @@ async def suite(folder: Path, *settings: str) -> AsyncIterator[Running]:
     choices = [
         f"router.port={router}",
         f"registry.port={registry}",
-        *(f"{table}.data_dir={folder}" for table in ("registry", "worker")),
+        *(f"{table}.data_dir={folder}" for table in ("router", "registry", "worker")),
         *(f"{table}.trust_dir={folder / 'trust'}" for table in ("registry", "worker")),
         *settings,
     ]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +27,10 @@ from tests.signing import ACME_SEED, ZETA_SEED, envelope_of, trusted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from hocket.v1.registry_pb2 import WatchResponse
+
+ROOT = Path(__file__).parents[1]
 
 
 def labelled(*labels: str | None, weight: float = 1.0, **custom: Any) -> bytes:
@@ -134,3 +138,32 @@ async def running(
         if over == "socket":
             await server.drain(0)
         await app.stop()
+
+
+@asynccontextmanager
+async def process_in(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, RegistryClient]]:
+    """A registry in a process of its own, and a client of it."""
+    program = (
+        "import asyncio, sys, pathlib\n"
+        "from tests.registries import running\n"
+        "async def main():\n"
+        "    async with running(pathlib.Path(sys.argv[1]), 'socket') as registry:\n"
+        "        print(registry.address, flush=True)\n"
+        "        await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, str(folder), cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    channels = Channels()
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(20):
+            while not (found := re.fullmatch(rb"(127\.0\.0\.1:\d+)\n", await process.stdout.readline())):
+                pass
+        yield process, RegistryClient(channels.get(found[1].decode()), timeout_seconds=10)
+    finally:
+        await channels.close()
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

@@ -17,6 +17,8 @@ ROWS_MAX: Final = 1024
 """Rows of one request (`PredictRequest.input`)."""
 VALUES_MAX: Final = 2**21
 """Values of one tensor."""
+COLUMNS_MAX: Final = 4096
+"""Columns of an answer."""
 
 
 def matrix_to_tensor(matrix: NDArray[np.float32]) -> Tensor:

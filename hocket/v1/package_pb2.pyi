@@ -226,7 +226,7 @@ class ModelFacts(_message.Message):
     expert_count: _builtins.int
     """Experts in the package: 1, or the members of its mixture."""
     parameter_bytes: _builtins.int
-    """Bytes of parameters after decoding, per package."""
+    """Bytes that a worker takes from its budget to hold the package."""
     feature_count_min: _builtins.int
     """Smallest width the experts can read."""
     @_builtins.property

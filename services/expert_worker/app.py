@@ -33,6 +33,8 @@ from services.expert_worker.service import ADMIN_METHODS, WorkerServicer
 from services.expert_worker.supply import Supply
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hocket.rpc.channel import Channels
     from services.expert_worker.loader import Expert, Prepared
     from services.expert_worker.settings import WorkerSettings
@@ -73,7 +75,7 @@ class WorkerApp:
         self._name = settings.name or _name_at(address)
         self._device = choose_device(settings.device)
         self._executor = ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify")
-        self._cache = PackageCache(settings.data_dir / "cache")
+        self._cache = PackageCache(settings.data_dir / "cache", settings.cache_bytes)
         self._revocations = RevocationFile(settings.data_dir / "revocations.json")
         self._authority = Authority(TrustFolder(settings.trust_dir), Policy(allow_unsigned=settings.allow_unsigned))
         self._registry = RegistryClient(channels.get(settings.registry), token=worker_token)
@@ -83,7 +85,9 @@ class WorkerApp:
             settings.loading_max,
             settings.default_deadline_seconds,
             self._authority,
-            Supply(self._cache, self._registry, self._executor).bring,
+            Supply(
+                self._cache, self._registry, self._executor, _VERIFYING_THREADS, lambda: self.residency.digests
+            ).bring,
             self._place,
             self._announcer.notice,
         )
@@ -135,11 +139,19 @@ class WorkerApp:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _stay_current(self) -> None:
-        """Judge what is resident again whenever it has changed what counts."""
+        """Judge what is resident again whenever it has changed what counts; what was withdrawn leaves the cache too."""
+        dropped: frozenset[str] = frozenset()
         while True:
             await self._authority.changed.wait()
             self._authority.changed.clear()
             await self.residency.judge_again()
+            withdrawn = self._authority.standing.withdrawn.digests
+            await asyncio.to_thread(self._forget, withdrawn - dropped)
+            dropped = withdrawn
+
+    def _forget(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            self._cache.drop(digest)
 
     async def _preload(self, digest: str) -> None:
         """Load a package, waiting for the registry if need be."""

@@ -32,11 +32,13 @@ class Credentials:
         subject: The bytes, as measured here.
         releases: DSSE envelopes about them.
         embedded_key_id: The key whose signature inside the file was verified; None if there is none.
+        time: When the package was opened, with its zone: the windows of keys are compared with it from then on.
     """
 
     subject: Subject
     releases: tuple[bytes, ...]
     embedded_key_id: str | None
+    time: datetime
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,26 +65,29 @@ class Standing:
             raise HocketError(Reason.YANKED, f"{digest} was withdrawn: use another version", digest=digest)
 
     def open(self, digest: str, data: bytes, releases: Sequence[bytes]) -> tuple[Package, Credentials]:
-        """Open a package that may serve. Hashes, verifies and decodes: call it from a thread.
+        """Open a package that may serve now. Hashes, verifies and decodes: call it from a thread.
 
         Raises:
             HocketError: `YANKED`, and the refusals of `hocket.packages.open_package`.
         """
         self.check(digest)
+        now = datetime.now(UTC)
         package = open_package(
             data,
             releases=releases,
             trust=self.roots,
             policy=self.policy,
             revoked=self.withdrawn.keys,
-            now=datetime.now(UTC),
+            now=now,
             digest=digest,
         )
         subject = Subject(Purpose.PACKAGE, digest, len(data), package.facts.format)
-        return package, Credentials(subject, tuple(releases), package.provenance.embedded.key_id)
+        return package, Credentials(subject, tuple(releases), package.provenance.embedded.key_id, now)
 
     def judge(self, credentials: Credentials) -> tuple[Proof, ...]:
-        """Judge again a package that was opened before. Verifies signatures: call it from a thread.
+        """Judge again a package that was opened before, as of then. Verifies signatures: call it from a thread.
+
+        That a key's time runs out withdraws nothing from memory, that it leaves the trust folder or is revoked does.
 
         Raises:
             HocketError: `YANKED`, and the refusals of `hocket.packages.evaluate`.
@@ -95,7 +100,7 @@ class Standing:
             trust=self.roots,
             policy=self.policy,
             revoked=self.withdrawn.keys,
-            now=datetime.now(UTC),
+            now=credentials.time,
         )
 
 

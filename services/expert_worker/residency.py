@@ -3,7 +3,8 @@
 Everything here runs in the event loop, so no lock guards a state. A package is absent, loading (once, however many ask)
 or resident; while requests run on it, it is counted as in use and stays. Room is made by dropping what was used
 longest ago and is not in use; when that is not enough, loads wait until something ends, and whichever then fits goes
-on, the longest waiting first: one that is too large for now holds up nobody else.
+on, the longest waiting first: one that is too large for now holds up nobody else. A request waits until its own
+deadline; only a load that no request waits for gives up by itself.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Residency:
     Args:
         budget_bytes: What they may take together.
         loading_max: Packages that may be on their way at once.
-        placing_seconds: How long a load waits for room.
+        placing_seconds: How long a load that no request waits for waits for room.
         authority: What counts.
         bring: A verified package in host memory, by digest.
         place: Its experts on the device.
@@ -127,11 +128,17 @@ class Residency:
         self._loadings: dict[str, _Loading] = {}
         self._refusals: dict[str, tuple[HocketError, Standing, float]] = {}
         self._freed = asyncio.Event()
+        self._stopping = False
 
     @property
     def packages(self) -> list[ResidentPackage]:
         """What is resident, most recently used first."""
         return list(reversed(self._residents.values()))
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """What is resident or on its way."""
+        return frozenset(self._residents) | frozenset(self._loadings)
 
     def get(self, digest: str) -> ResidentPackage | None:
         """A resident package, now in use by the caller until `release`; None if it is not resident."""
@@ -160,7 +167,8 @@ class Residency:
             seconds: How long to wait.
 
         Raises:
-            HocketError: `EXPERT_LOADING` if that was too short; why it cannot be loaded, otherwise.
+            HocketError: `EXPERT_LOADING` if that was too short; `DRAINING` if the worker stops; why it cannot be
+                loaded, otherwise.
         """
         if (package := self.get(digest)) is not None:
             return package
@@ -235,7 +243,9 @@ class Residency:
         self._refusals.pop(digest, None)
 
     async def stop(self) -> None:
-        """End what is on its way."""
+        """End what is on its way; whoever waits for it is told `DRAINING`, and nothing more is begun."""
+        self._stopping = True
+        await asyncio.sleep(0)  # a load cancelled before its first step could tell nobody
         tasks = [loading.task for loading in self._loadings.values() if loading.task is not None]
         for task in tasks:
             task.cancel()
@@ -246,6 +256,8 @@ class Residency:
         loading = self._loadings.get(digest)
         if loading is not None and loading.task is not None:
             return loading, loading.task
+        if self._stopping:
+            raise _draining()
         self._repeat_refusal(digest)
         if len(self._loadings) >= self._loading_max:
             raise HocketError(
@@ -272,6 +284,8 @@ class Residency:
                 seconds=round(time.perf_counter() - begin, 4),
             )
             return package
+        except asyncio.CancelledError:  # only `stop` does that: for those who wait, it is a refusal
+            raise _draining() from None
         except HocketError as error:
             outcome = error.reason
             self._remember_refusal(digest, error, standing)
@@ -291,7 +305,7 @@ class Residency:
         loading.report(LOAD_STATE_PLACING, 0, size_bytes)
         if not self._take(digest, size_bytes):
             del supplied  # what waits for memory must not take it: it is read again, from the cache
-            await self._wait_for_room(digest, size_bytes)
+            await self._wait_for_room(digest, size_bytes, loading)
             standing = self._authority.standing
             supplied = await self._or_free(size_bytes, self._bring(digest, standing, _tell_nobody))
         experts, proofs = await self._or_free(size_bytes, self._arrive(supplied, standing))
@@ -330,15 +344,22 @@ class Residency:
         self.used_bytes += size_bytes
         return True
 
-    async def _wait_for_room(self, digest: str, size_bytes: int) -> None:
-        """Take that much of the budget as soon as it can be had."""
-        try:
-            async with asyncio.timeout(self._placing_seconds):
-                while not self._take(digest, size_bytes):
-                    self._freed.clear()
-                    await self._freed.wait()
-        except TimeoutError:
-            raise _still_loading(digest) from None
+    async def _wait_for_room(self, digest: str, size_bytes: int, loading: _Loading) -> None:
+        """Take that much of the budget as soon as it can be had, or give up when no request has waited for a while."""
+        loop = asyncio.get_running_loop()
+        wanted_time = loop.time()
+        while not self._take(digest, size_bytes):
+            if loading.waiting_count:
+                wanted_time = loop.time()
+            elif loop.time() - wanted_time >= self._placing_seconds:
+                raise _still_loading(digest)
+            self._freed.clear()
+            # All are woken, not this one alone: who begins to wait again does so behind the others.
+            alarm = loop.call_later(self._placing_seconds, self._freed.set)
+            try:
+                await self._freed.wait()
+            finally:
+                alarm.cancel()
 
     def _make_room(self, size_bytes: int) -> bool:
         """Drop what is idle, the least recently used first, if that makes enough room; else drop nothing."""
@@ -394,6 +415,10 @@ def _still_loading(digest: str) -> HocketError:
         retry_after_seconds=_RETRY_SECONDS,
         digest=digest,
     )
+
+
+def _draining() -> HocketError:
+    return HocketError(Reason.DRAINING, "this worker is shutting down: try another one")
 
 
 def _seen(task: asyncio.Task[ResidentPackage]) -> None:

@@ -28,6 +28,7 @@ class WorkerSettings:
         registry: Address of the registry it announces itself to and pulls packages from.
         device: Where it computes: `cpu`, `cuda:0`, or `auto` for the first CUDA device if there is one.
         budget_bytes: Memory for experts on that device; 0 for a share of what is free at start.
+        cache_bytes: Disk for the cache of packages; what was used longest ago makes room, what is in memory stays.
         compute_threads: Threads of one pass on a CPU; 0 for half of the cores.
         allow_unsigned: Admit packages that nobody trusted has signed. Logged at start, counted per use.
         preload: Digests of packages to load at start.
@@ -46,6 +47,7 @@ class WorkerSettings:
     registry: str = "127.0.0.1:50052"
     device: str = "auto"
     budget_bytes: int = 0
+    cache_bytes: int = 10 * 2**30
     compute_threads: int = 0
     allow_unsigned: bool = False
     preload: tuple[str, ...] = ()
@@ -67,6 +69,8 @@ class WorkerSettings:
             raise ValueError("budget_bytes and compute_threads must be 0 (choose for me) or more")
         if min(self.queue_max, self.loading_max, self.in_flight_max) < 1:
             raise ValueError("queue_max, loading_max and in_flight_max must be at least 1")
+        if self.cache_bytes < 0:
+            raise ValueError("cache_bytes must be 0 (keep only what is in memory) or more")
         if self.default_deadline_seconds <= 0:
             raise ValueError("default_deadline_seconds must be above 0")
         for digest in self.preload:

@@ -52,12 +52,25 @@ class Supply:
         cache: Packages on disk.
         registry: This worker's own registry.
         executor: Where bytes are hashed, verified and decoded.
+        at_once_max: Packages from the cache that may be in host memory at once until they are prepared, and as many
+            from the registry: one that does not answer holds up nothing that is cached.
+        in_use: Digests that the cache must keep.
     """
 
-    def __init__(self, cache: PackageCache, registry: RegistryClient, executor: Executor) -> None:
+    def __init__(
+        self,
+        cache: PackageCache,
+        registry: RegistryClient,
+        executor: Executor,
+        at_once_max: int,
+        in_use: Callable[[], frozenset[str]],
+    ) -> None:
         self._cache = cache
         self._registry = registry
         self._executor = executor
+        self._reading = asyncio.Semaphore(at_once_max)
+        self._fetching = asyncio.Semaphore(at_once_max)
+        self._in_use = in_use
 
     async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
         """A package, verified by what counts in `standing`.
@@ -70,27 +83,40 @@ class Supply:
                 `BLOB_CORRUPT` from there; the refusals of `hocket.packages.open_package`; `NOT_SERVABLE`.
         """
         standing.check(digest)
-        cached = await self._in_thread(self._cache.read, digest)
-        refusal: HocketError | None = None
-        if cached is not None:
+        async with self._reading:
+            cached = await self._from_cache(digest, standing, report)
+        if isinstance(cached, Supplied):
+            return cached
+        async with self._fetching:
             try:
-                return await self._open(digest, standing, cached.data, cached.releases, report)
-            except HocketError as error:
-                if error.reason is Reason.DIGEST_MISMATCH:
-                    await self._in_thread(self._cache.drop, digest)
-                elif error.situation is Situation.REFUSED or error.reason is Reason.BAD_RELEASE:
-                    refusal = error
-                else:
-                    raise
-        try:
-            data, releases = await self._fetch(digest, report)
-        except HocketError:
-            if refusal is not None:
-                raise refusal from None
-            raise
-        supplied = await self._open(digest, standing, data, releases, report)
-        await self._in_thread(self._cache.write, digest, data, releases)
+                data, releases = await self._fetch(digest, report)
+            except HocketError:
+                if cached is not None:
+                    raise cached from None
+                raise
+            supplied = await self._open(digest, standing, data, releases, report)
+            await self._in_thread(self._cache.write, digest, data, releases, self._in_use())
         return supplied
+
+    async def _from_cache(self, digest: str, standing: Standing, report: Report) -> Supplied | HocketError | None:
+        """What the cache has: a package, why nobody vouches for it, or nothing.
+
+        Raises:
+            HocketError: Why the package cannot serve, whoever vouches for it.
+        """
+        cached = await self._in_thread(self._cache.read, digest)
+        if cached is None:
+            return None
+        try:
+            return await self._open(digest, standing, cached.data, cached.releases, report)
+        except HocketError as error:
+            if error.reason is Reason.DIGEST_MISMATCH:
+                await self._in_thread(self._cache.drop, digest)
+                return None
+            if error.situation is Situation.REFUSED or error.reason is Reason.BAD_RELEASE:
+                # Without its traceback, which would keep the bytes in memory.
+                return error.with_traceback(None)
+            raise
 
     async def _fetch(self, digest: str, report: Report) -> tuple[bytes, tuple[bytes, ...]]:
         report(_FETCHING, 0, 0)

@@ -3,7 +3,7 @@
 1. An upload rests on a proof that holds now: its release, if it brought one, else the signature inside the file, else
    the policy. A release that proves nothing is refused, even where the signature inside the file would have been
    enough: whoever sent it wanted the name.
-2. Only then is anything decoded. What cannot answer is not taken.
+2. Only then is anything decoded. What cannot answer is not taken, nor what answers more columns than are sent.
 3. A mixture's members are here, may serve, agree on the width of the input, and either all score labels or all give
    numbers. Labels are scattered into one ordered list: the record's, else the members' in order.
 4. What was admitted is judged again whenever trust changes, each proof as of the moment when it came: that a key's time
@@ -22,6 +22,7 @@ from hocket.identity import ExpertId, digest_of
 from hocket.mixtures import LABELS_MAX, MEMBERS_MAX, MixtureRecord, SoftmaxGate, gate_tensor, parse_mixture, read_gate
 from hocket.packages import Policy, Purpose, Revocations, Subject, TrustRoots, evaluate, open_package, verify_release
 from hocket.packages.model import MixtureOfExperts
+from hocket.rpc.convert import COLUMNS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -226,6 +227,14 @@ def admit_package(
     proof = prove(subject, release, embedded_key_id, terms=terms, now=now)
     if facts.not_servable is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"this package cannot answer: {facts.not_servable}", digest=facts.digest)
+    columns = expert_shape(facts.n_features, facts.n_features_min, facts.labels, facts.output_columns).column_count
+    if columns > COLUMNS_MAX:
+        raise HocketError(
+            Reason.NOT_SERVABLE,
+            f"this package answers {columns} columns, an answer has at most {COLUMNS_MAX}: "
+            "train it with fewer classes or clusters, or drop columns (custom.hocket.labels: null)",
+            digest=facts.digest,
+        )
     mixture = _own_mixture(facts.digest, opened.model) if isinstance(opened.model, MixtureOfExperts) else None
     return AdmittedPackage(facts, proof, proof.envelope or b"", embedded_key_id, mixture)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 from hocket.client.aggregator import AggregatorClient
@@ -11,6 +10,7 @@ from hocket.client.registry import RegistryClient
 from hocket.rpc.handlers import Handlers
 from hocket.v1 import router_pb2_grpc
 from services.router.directory import Directory
+from services.router.kept import Kept
 from services.router.placement import Loads
 from services.router.service import RouterServicer
 
@@ -28,7 +28,8 @@ class RouterApp:
     """
 
     def __init__(self, settings: RouterSettings, channels: Channels) -> None:
-        self.directory = Directory(RegistryClient(channels.get(settings.registry)))
+        kept = None if settings.data_dir is None else Kept(settings.data_dir / "router.view")
+        self.directory = Directory(RegistryClient(channels.get(settings.registry)), kept)
         self.handlers = Handlers(in_flight_max=settings.in_flight_max)
         self.handlers.add(
             router_pb2_grpc.add_RouterServiceServicer_to_server,
@@ -39,15 +40,14 @@ class RouterApp:
                 [AggregatorClient(channels.get(address)) for address in settings.aggregators],
             ),
         )
-        self._following: asyncio.Task[None] | None = None
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     async def start(self) -> None:
         """Begin to follow the registry; `directory.wait_for_worker` says when it can answer."""
-        self._following = asyncio.create_task(self.directory.follow())
+        self._tasks = (asyncio.create_task(self.directory.follow()), asyncio.create_task(self.directory.keep()))
 
     async def stop(self) -> None:
         """Stop following."""
-        if self._following is not None:
-            self._following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._following
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

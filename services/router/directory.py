@@ -1,38 +1,52 @@
 """The live view of the registry: an immutable snapshot, swapped whole.
 
 Requests read `Directory.snapshot` once and never wait for the registry. A task follows the registry's feed, fetches
-mixture bodies, checks each against its digest, and swaps in the next snapshot. While the registry is unreachable
-the last snapshot stays.
+mixture bodies, checks each against its digest, and swaps in the next snapshot when a view is complete. While the
+registry is unreachable the last snapshot stays; a copy on disk outlives the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import difflib
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
-from hocket.errors import HocketError, Reason
-from hocket.identity import ExpertId, digest_of
+from hocket.errors import HocketError, Reason, Situation
+from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import MixtureRef, SoftmaxGate, parse_mixture, read_gate
 from hocket.telemetry import metrics
+from hocket.v1.registry_pb2 import Synced, WatchResponse
+from services.router.gating import fixed_gate, softmax_gate
 from services.router.model import REFUSALS, Body, Model, lone_model, mixture_model
 from services.router.placement import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
-    from hocket.client.registry import RegistryClient
+    from hocket.client.registry import FetchedMixture, RegistryClient
     from hocket.v1.mixture_pb2 import Mixture
     from hocket.v1.package_pb2 import Package
-    from hocket.v1.registry_pb2 import WatchResponse, WorkerState
+    from hocket.v1.registry_pb2 import WorkerState
+    from services.router.kept import Kept
+
+Fetch: TypeAlias = "Callable[[str], Awaitable[FetchedMixture]]"
+"""Where a mixture's body comes from: the registry, or the copy on disk."""
 
 _log: Final = structlog.get_logger("router")
 _BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 _EPOCH_GRACE_SECONDS: Final = 15.0
 """How long workers known from a registry's former life stay listed until they announce themselves again."""
+_KEEP_SECONDS: Final = 1.0
+"""Least time between two copies on disk."""
+_ADDRESS_LENGTH_MAX: Final = 256
+_SUGGESTED_FROM: Final = 100
+"""Names compared with an unknown one, at most: a typing error deserves help, a hostile request no work."""
+_TRANSIENT: Final = frozenset({Situation.UNAVAILABLE, Situation.TIMED_OUT, Situation.OVERLOADED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +77,79 @@ class Snapshot:
         """
         if reason := self.withdrawn.get(address):
             raise HocketError(reason, f"the release {address} is withdrawn ({reason})", model=address)
-        model = self.addresses.get(address)
-        if model is None and "#" in address:
-            model = self._member(ExpertId.parse(address))
+        model = self.addresses.get(address) or self._member(address)
         if model is None:
-            close = difflib.get_close_matches(address, self.listed, n=1)
-            advice = f"did you mean {close[0]!r}?" if close else "`hocket mixtures list` shows what there is"
             raise HocketError(
                 Reason.UNKNOWN_MODEL,
-                f"there is no model {address[:200]!r}; {advice}",
+                f"there is no model {address[:_ADDRESS_LENGTH_MAX]!r}; {self._advice(address)}",
                 field="model",
-                model=address[:200],
             )
         return model
 
-    def _member(self, expert: ExpertId) -> Model | None:
-        package = self.packages.get(expert.digest)
-        if package is None or expert.ordinal >= package.model.expert_count:
+    def _member(self, address: str) -> Model | None:
+        digest, mark, ordinal = address[:_ADDRESS_LENGTH_MAX].partition("#")
+        package = self.packages.get(digest) if mark else None
+        if package is None or not ordinal.isdecimal() or int(ordinal) >= package.model.expert_count:
             return None
+        expert = ExpertId(digest, int(ordinal))
         return lone_model(package, expert.ordinal, str(expert))
+
+    def _advice(self, address: str) -> str:
+        if len(address) <= _ADDRESS_LENGTH_MAX and not is_digest(address):
+            alike = (name for name in self.listed if name[:1] == address[:1])
+            if close := difflib.get_close_matches(address, [*islice(alike, _SUGGESTED_FROM)], n=1):
+                return f"did you mean {close[0]!r}?"
+        return "`hocket mixtures list` shows what there is"
+
+
+@dataclass(slots=True)
+class _View:
+    """What one reading of the feed has told so far."""
+
+    packages: dict[str, Package] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    bodies: dict[str, Body] = field(default_factory=dict)
+    fetched: dict[str, FetchedMixture] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
+
+    def forget_bodies(self) -> None:
+        """Keep what a mixture still leads to."""
+        needed = {mixture.digest for mixture in self.mixtures.values()}
+        for digest in tuple(needed & self.bodies.keys()):
+            needed.update(_nested(self.bodies[digest]))
+        for held in (self.bodies, self.fetched, self.states):
+            for digest in held.keys() - needed:
+                del held[digest]
+
+    def index(self) -> tuple[dict[str, Model], dict[str, Model], dict[str, Reason]]:
+        """Every model by its listed name and by all its addresses, and the addresses that are withdrawn."""
+        listed: dict[str, Model] = {}
+        addresses: dict[str, Model] = {}
+        withdrawn: dict[str, Reason] = {}
+        of_package: dict[str, Model] = {}
+        for mixture in self.mixtures.values():
+            try:
+                model = mixture_model(mixture, self.bodies, self.states, self.packages)
+            except KeyError as missing:
+                _log.warning("mixture lacks a part", mixture=mixture.name, missing=str(missing))
+                continue
+            listed[mixture.name] = addresses[mixture.name] = addresses[mixture.digest] = model
+            if mixture.package_digest:
+                of_package[mixture.package_digest] = model
+        for digest, package in self.packages.items():
+            if digest in of_package:
+                model = of_package[digest]
+            elif package.model.expert_count > 1:
+                continue  # its own mixture follows in the feed
+            else:
+                name = _release_names(package)[0][0] if package.releases else digest
+                model = listed[name] = lone_model(package, 0, name)
+            addresses[digest] = model
+            for name, state in _release_names(package):
+                addresses[name] = model
+                if state in REFUSALS and model.state not in REFUSALS:
+                    withdrawn[name] = REFUSALS[state]
+        return listed, addresses, withdrawn
 
 
 class Directory:
@@ -89,27 +157,29 @@ class Directory:
 
     Args:
         registry: The registry.
+        kept: The copy on disk; None to keep none.
     """
 
-    def __init__(self, registry: RegistryClient) -> None:
+    def __init__(self, registry: RegistryClient, kept: Kept | None = None) -> None:
         self._registry = registry
-        self._packages: dict[str, Package] = {}
-        self._mixtures: dict[str, Mixture] = {}
-        self._bodies: dict[str, Body] = {}
-        self._states: dict[str, int] = {}
+        self._kept = kept
+        self._view = _View()
         self._workers: dict[str, WorkerState] = {}
         self._unconfirmed: set[str] = set()
         self._revision = 0
+        self._resume_after = 0
         self._epoch = ""
         self._snapshot: Snapshot | None = None
         self._changed = asyncio.Event()
+        self._unkept = asyncio.Event()
+        self._failures = 0
 
     @property
     def snapshot(self) -> Snapshot:
         """The current snapshot.
 
         Raises:
-            HocketError: `NOT_READY` until the feed has been read once.
+            HocketError: `NOT_READY` until the feed, or the copy on disk, has been read once.
         """
         if self._snapshot is None:
             raise HocketError(
@@ -118,91 +188,135 @@ class Directory:
         return self._snapshot
 
     async def wait_for_worker(self) -> None:
-        """Return when the feed has been read once and a worker is known."""
+        """Return when there is a snapshot that knows a worker."""
         while self._snapshot is None or not self._snapshot.workers:
             self._changed.clear()
             await self._changed.wait()
 
     async def follow(self) -> None:
-        """Follow the feed for ever, reconnecting with growing pauses."""
-        failures = 0
+        """Follow the feed for ever, reconnecting with growing pauses; the copy on disk serves until it speaks."""
+        if self._kept is not None:
+            await self._recall(self._kept)
         while True:
             try:
-                async for event in self._registry.watch(self._revision):
-                    await self._apply(event)
-                    failures = 0
+                if await self._read_feed():
+                    continue
             except HocketError as error:
                 if error.reason is Reason.REVISION_UNKNOWN:  # the registry was restored from a backup: begin anew
-                    self._packages.clear()
-                    self._mixtures.clear()
-                    self._revision = 0
+                    self._resume_after = 0
                 _log.warning("registry feed broke", reason=error.reason, message=error.message)
-            await asyncio.sleep(_BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)])
-            failures += 1
+            except Exception:  # noqa: BLE001 - a frozen snapshot would miss revocations: whatever it was, try again
+                _log.exception("registry feed not understood")
+            await asyncio.sleep(_BACKOFF_SECONDS[min(self._failures, len(_BACKOFF_SECONDS) - 1)])
+            self._failures += 1
 
-    async def _apply(self, event: WatchResponse) -> None:
-        if event.epoch != self._epoch:
-            self._epoch = event.epoch
-            self._unconfirmed = set(self._workers)
-            asyncio.get_running_loop().call_later(_EPOCH_GRACE_SECONDS, self._drop_unconfirmed, event.epoch)
-        match event.WhichOneof("event"):
-            case "package":
-                self._packages[event.package.digest] = event.package
-            case "mixture":
-                await self._apply_mixture(event.mixture)
-            case "worker":
+    async def keep(self) -> None:
+        """Write each new snapshot's sources to disk, not more often than every second."""
+        if self._kept is None:
+            return
+        while True:
+            await self._unkept.wait()
+            self._unkept.clear()
+            await asyncio.to_thread(self._kept.write, [*self._events()], [*self._view.fetched.values()])
+            await asyncio.sleep(_KEEP_SECONDS)
+
+    async def _read_feed(self) -> bool:
+        """Read one stream until it ends; True if another one from the beginning is due at once."""
+        view = self._view if self._resume_after else self._fresh_view()
+        told: set[str] = set()
+        synced = False
+        async with aclosing(self._registry.watch(self._resume_after)) as feed:
+            async for event in feed:
+                if event.epoch != self._epoch and self._resume_after:
+                    self._resume_after = 0  # another life of the registry: its history need not be the one we know
+                    return True
+                kind = event.WhichOneof("event")
+                match kind:
+                    case "worker":
+                        told.add(event.worker.worker)
+                        self._workers[event.worker.worker] = event.worker
+                        self._unconfirmed.discard(event.worker.worker)
+                    case "worker_gone":
+                        self._workers.pop(event.worker_gone, None)
+                    case "synced":
+                        self._failures = 0
+                        self._view, synced = view, True
+                        self._revision = self._resume_after = event.revision
+                        self._confirm_workers(event.epoch, told)
+                        self._swap(models=True)
+                        continue
+                    case _:
+                        await self._take(view, event, self._registry.fetch_mixture)
+                        if synced:
+                            # One change of the registry may be several items; a break between them repeats it.
+                            self._revision, self._resume_after = event.revision, event.revision - 1
+                if synced:
+                    self._swap(models=kind in {"package", "mixture"})
+        return False
+
+    def _fresh_view(self) -> _View:
+        """A view to read the feed into from its beginning; bodies are known by digest and stay."""
+        return _View(bodies=dict(self._view.bodies), fetched=dict(self._view.fetched))
+
+    async def _recall(self, kept: Kept) -> None:
+        """Serve from the copy on disk. What it says is checked as if the registry had said it."""
+        events, fetched = await asyncio.to_thread(kept.read)
+        view = _View()
+
+        async def fetch(digest: str) -> FetchedMixture:
+            if digest not in fetched:
+                raise HocketError(Reason.UNKNOWN_MIXTURE, "this mixture is not on disk")
+            return fetched[digest]
+
+        for event in events:
+            if event.HasField("worker"):
                 self._workers[event.worker.worker] = event.worker
-                self._unconfirmed.discard(event.worker.worker)
-            case "worker_gone":
-                self._workers.pop(event.worker_gone, None)
-            case "synced":
-                self._revision = event.revision
-                self._swap(models=True)
-                return
-            case _:  # revocations reach the router as the states of what they withdraw
-                pass
-        if self._snapshot is not None:
-            self._revision = event.revision
-            self._swap(models=event.WhichOneof("event") in {"package", "mixture"})
+            elif not event.HasField("synced"):
+                await self._take(view, event, fetch)
+        if events:
+            self._view = view
+            self._swap(models=True)  # the revision stays 0: the feed will be read from its beginning
 
-    async def _apply_mixture(self, mixture: Mixture) -> None:
-        if mixture.deleted:
-            self._mixtures.pop(mixture.name, None)
-            return
-        self._states[mixture.digest] = mixture.state
-        try:
-            await self._fetch(mixture.digest)
-        except HocketError as error:
-            _log.error("mixture not usable", mixture=mixture.name, reason=error.reason, message=error.message)
-            return
-        self._mixtures[mixture.name] = mixture
+    async def _take(self, view: _View, event: WatchResponse, fetch: Fetch) -> None:
+        """Take one durable item in.
 
-    async def _fetch(self, digest: str) -> None:
-        """Fetch a body unless it is here, check it against its digest, and look at what it nests.
-
-        A nested body may have lost its name; only the outer mixture's new revision then tells that its state changed.
+        Raises:
+            HocketError: The registry cannot be asked for a body now; the feed must be read again from here.
         """
-        if digest not in self._bodies:
-            fetched = await self._registry.fetch_mixture(digest)
-            if digest_of(fetched.body) != digest:
-                raise HocketError(Reason.DIGEST_MISMATCH, "the registry sent another mixture than it announced")
-            record = parse_mixture(fetched.body)
-            weights = read_gate(record.gate, fetched.gate) if isinstance(record.gate, SoftmaxGate) else None
-            self._bodies[digest] = Body(record, weights)
-        for member in self._bodies[digest].record.members:
-            if isinstance(member, MixtureRef):
-                self._states[member.digest] = (await self._registry.fetch_mixture(member.digest)).mixture.state
-                await self._fetch(member.digest)
+        if event.HasField("package"):
+            view.packages[event.package.digest] = event.package
+        elif event.HasField("mixture") and event.mixture.deleted:
+            view.mixtures.pop(event.mixture.name, None)
+        elif event.HasField("mixture"):
+            mixture = event.mixture
+            view.mixtures[mixture.name] = mixture
+            view.states[mixture.digest] = mixture.state
+            try:
+                await _bring(view, mixture.digest, fetch)
+            except HocketError as error:
+                if error.situation in _TRANSIENT:
+                    raise
+                _log.error("mixture not usable", mixture=mixture.name, reason=error.reason, message=error.message)
+        # Revocations reach the router as the states of what they withdraw.
+
+    def _confirm_workers(self, epoch: str, told: set[str]) -> None:
+        """Who was not told of in the opening state is gone; after a restart of the registry, only after a while."""
+        untold = self._workers.keys() - told
+        if epoch == self._epoch:
+            for worker in untold - self._unconfirmed:
+                del self._workers[worker]
+            return
+        self._epoch = epoch
+        self._unconfirmed = set(untold)
+        asyncio.get_running_loop().call_later(_EPOCH_GRACE_SECONDS, self._drop_unconfirmed, epoch)
 
     def _drop_unconfirmed(self, epoch: str) -> None:
-        """Forget the workers that have not announced themselves to the registry's new life."""
         if epoch != self._epoch or not self._unconfirmed:
             return
         for worker in self._unconfirmed:
             self._workers.pop(worker, None)
         self._unconfirmed.clear()
-        if self._snapshot is not None:
-            self._swap(models=False)
+        self._swap(models=False)
 
     def _swap(self, *, models: bool) -> None:
         workers = tuple(
@@ -217,52 +331,55 @@ class Directory:
             for state in self._workers.values()
         )
         if self._snapshot is None or models:
-            listed, addresses, withdrawn = self._index()
-            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, dict(self._packages), workers)
+            self._view.forget_bodies()
+            listed, addresses, withdrawn = self._view.index()
+            packages = dict(self._view.packages)
+            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers)
         else:
             self._snapshot = replace(self._snapshot, revision=self._revision, workers=workers)
         metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)
         self._changed.set()
+        self._unkept.set()
 
-    def _forget_bodies(self) -> None:
-        """Keep the bodies that a mixture still leads to."""
-        needed = {mixture.digest for mixture in self._mixtures.values()}
-        for digest in tuple(needed):
-            members = self._bodies[digest].record.members
-            needed.update(member.digest for member in members if isinstance(member, MixtureRef))
-        self._bodies = {digest: body for digest, body in self._bodies.items() if digest in needed}
-        self._states = {digest: state for digest, state in self._states.items() if digest in needed}
+    def _events(self) -> Iterator[WatchResponse]:
+        """The feed that would lead to the current view."""
+        yield from (WatchResponse(package=package) for package in self._view.packages.values())
+        yield from (WatchResponse(mixture=mixture) for mixture in self._view.mixtures.values())
+        yield from (WatchResponse(worker=worker) for worker in self._workers.values())
+        yield WatchResponse(revision=self._revision, epoch=self._epoch, synced=Synced())
 
-    def _index(self) -> tuple[dict[str, Model], dict[str, Model], dict[str, Reason]]:
-        """Every model by its listed name and by all its addresses."""
-        self._forget_bodies()
-        listed: dict[str, Model] = {}
-        addresses: dict[str, Model] = {}
-        withdrawn: dict[str, Reason] = {}
-        of_package: dict[str, Model] = {}
-        for mixture in self._mixtures.values():
-            try:
-                model = mixture_model(mixture, self._bodies, self._states, self._packages)
-            except KeyError as missing:
-                _log.warning("mixture lacks a part", mixture=mixture.name, missing=str(missing))
-                continue
-            listed[mixture.name] = addresses[mixture.name] = addresses[mixture.digest] = model
-            if mixture.package_digest:
-                of_package[mixture.package_digest] = model
-        for digest, package in self._packages.items():
-            if digest in of_package:
-                model = of_package[digest]
-            elif package.model.expert_count > 1:
-                continue  # its own mixture follows in the feed
-            else:
-                name = _release_names(package)[0][0] if package.releases else digest
-                model = listed[name] = lone_model(package, 0, name)
-            addresses[digest] = model
-            for name, state in _release_names(package):
-                addresses[name] = model
-                if state in REFUSALS and model.state not in REFUSALS:
-                    withdrawn[name] = REFUSALS[state]
-        return listed, addresses, withdrawn
+
+async def _bring(view: _View, digest: str, fetch: Fetch) -> None:
+    """Fetch a body unless it is here, check it against its digest, and look at what it nests.
+
+    A nested body may have lost its name; only the outer mixture's new revision then tells that its state changed, so
+    the states of nested mixtures are asked for each time.
+    """
+    if digest not in view.bodies:
+        await _fetch(view, digest, fetch)
+    for inner in _nested(view.bodies[digest]):
+        view.states[inner] = (await _fetch(view, inner, fetch)).mixture.state
+
+
+async def _fetch(view: _View, digest: str, fetch: Fetch) -> FetchedMixture:
+    fetched = await fetch(digest)
+    if digest not in view.bodies:
+        if digest_of(fetched.body) != digest:
+            raise HocketError(Reason.DIGEST_MISMATCH, "the registry sent another mixture than it announced")
+        view.bodies[digest] = await asyncio.to_thread(_body, fetched)
+    view.fetched[digest] = fetched
+    return fetched
+
+
+def _body(fetched: FetchedMixture) -> Body:
+    record = parse_mixture(fetched.body)
+    if isinstance(record.gate, SoftmaxGate):
+        return Body(record, softmax_gate(record.gate, read_gate(record.gate, fetched.gate)))
+    return Body(record, fixed_gate(record.gate))
+
+
+def _nested(body: Body) -> list[str]:
+    return [member.digest for member in body.record.members if isinstance(member, MixtureRef)]
 
 
 def _release_names(package: Package) -> list[tuple[str, int]]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId
-from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef, SoftmaxGate
+from hocket.mixtures import MixtureRef, SoftmaxGate
 from hocket.v1.package_pb2 import TrustState
-from services.router.gating import fixed_gate, lone_gate, softmax_gate
+from services.router.gating import lone_gate
 from services.router.selection import Level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from hocket.mixtures import MixtureRecord
     from hocket.v1.mixture_pb2 import Mixture
     from hocket.v1.package_pb2 import Package
+    from services.router.gating import Gate
 
 REFUSALS: Mapping[int, Reason] = {
     TrustState.TRUST_STATE_YANKED: Reason.YANKED,
@@ -28,13 +27,16 @@ REFUSALS: Mapping[int, Reason] = {
 }
 """Why something in a state other than ACTIVE may not serve."""
 
+_Reached: TypeAlias = "tuple[ExpertId, Reason | None]"
+"""An expert, and why the way to it is closed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A mixture's fetched body: its record, and the gate's tensor where it has one, float32 `[F, E]`."""
+    """A mixture's fetched body: its record, and its gate ready to weigh."""
 
     record: MixtureRecord
-    weights: NDArray[np.float32] | None
+    gate: Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def lone_model(package: Package, ordinal: int, name: str) -> Model:
         name=name,
         digest=package.digest,
         state=package.state,
-        leaves=(_leaf(expert, package, labels, package.state),),
+        leaves=(_leaf(expert, package, labels, None),),
         top=Level(lone_gate(), (0,), 1),
         feature_count=package.model.feature_count or None,
         feature_count_min=package.model.feature_count_min,
@@ -146,7 +148,7 @@ def mixture_model(
 ) -> Model:
     """A mixture, its nested mixtures resolved.
 
-    An expert that is reached through a withdrawn inner mixture only counts as missing, like a withdrawn expert.
+    What is reached through a withdrawn inner mixture counts as missing, like a withdrawn expert.
 
     Args:
         mixture: What the registry says about it.
@@ -158,10 +160,9 @@ def mixture_model(
         KeyError: A body or a package it needs is not known here yet.
     """
     body = bodies[mixture.digest]
-    experts: dict[ExpertId, int] = {}
-    top = _level(body, bodies, experts)
-    nested = _nested_states(body, bodies, states)
-    members = [packages[expert.digest] for expert in experts]
+    reached: dict[_Reached, int] = {}
+    top = _level(body, bodies, states, reached, None)
+    members = [packages[expert.digest] for expert, _ in reached]
     widths = [member.model.feature_count for member in members]
     labels = body.record.labels or tuple(dict.fromkeys(label for member in members for label in _shown_labels(member)))
     return Model(
@@ -169,8 +170,7 @@ def mixture_model(
         digest=mixture.digest,
         state=mixture.state,
         leaves=tuple(
-            _leaf(expert, package, labels, nested.get(expert) or package.state)
-            for expert, package in zip(experts, members, strict=True)
+            _leaf(expert, package, labels, refusal) for (expert, refusal), package in zip(reached, members, strict=True)
         ),
         top=top,
         feature_count=_gate_width(body, bodies) or next((w for w in widths if w), None),
@@ -181,24 +181,6 @@ def mixture_model(
     )
 
 
-def _nested_states(body: Body, bodies: Mapping[str, Body], states: Mapping[str, int]) -> dict[ExpertId, int]:
-    """The state of the inner mixture for each expert that only withdrawn inner mixtures reach."""
-    found: dict[ExpertId, int] = {}
-    reached: set[ExpertId] = set()
-    for member in body.record.members:
-        if isinstance(member, ExpertId):
-            reached.add(member)
-            continue
-        inner = bodies[member.digest].record.members
-        state = states.get(member.digest, TrustState.TRUST_STATE_ACTIVE)
-        experts = [expert for expert in inner if isinstance(expert, ExpertId)]
-        if state in REFUSALS:
-            found.update(dict.fromkeys(experts, state))
-        else:
-            reached.update(experts)
-    return {expert: state for expert, state in found.items() if expert not in reached}
-
-
 def _gate_width(body: Body, bodies: Mapping[str, Body]) -> int | None:
     """Width that a softmax gate of the mixture, or of one inside it, takes."""
     if isinstance(body.record.gate, SoftmaxGate):
@@ -207,25 +189,30 @@ def _gate_width(body: Body, bodies: Mapping[str, Body]) -> int | None:
     return next((width for member in nested if (width := _gate_width(bodies[member.digest], bodies))), None)
 
 
-def _level(body: Body, bodies: Mapping[str, Body], experts: dict[ExpertId, int]) -> Level:
+def _level(
+    body: Body,
+    bodies: Mapping[str, Body],
+    states: Mapping[str, int],
+    reached: dict[_Reached, int],
+    refusal: Reason | None,
+) -> Level:
+    """The gates of a body, and the experts they reach, each numbered by its place among all that are reached.
+
+    An expert counts twice where a withdrawn inner mixture reaches it and something else does: the weight that comes
+    through the withdrawn gate is missing, the other is not.
+    """
     record = body.record
-    members = tuple(
-        _level(bodies[member.digest], bodies, experts)
-        if isinstance(member, MixtureRef)
-        else experts.setdefault(member, len(experts))
-        for member in record.members
-    )
-    match record.gate:
-        case FixedGate() as fixed:
-            gate = fixed_gate(fixed)
-        case SoftmaxGate() as softmax:
-            if body.weights is None:
-                raise KeyError(softmax.weights)
-            gate = softmax_gate(softmax, body.weights)
-    return Level(gate, members, record.top_k, record.capacity_factor)
+    members: list[int | Level] = []
+    for member in record.members:
+        if isinstance(member, MixtureRef):
+            withdrawn = refusal or REFUSALS.get(states.get(member.digest, TrustState.TRUST_STATE_ACTIVE))
+            members.append(_level(bodies[member.digest], bodies, states, reached, withdrawn))
+        else:
+            members.append(reached.setdefault((member, refusal), len(reached)))
+    return Level(body.gate, tuple(members), record.top_k, record.capacity_factor)
 
 
-def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...], state: int) -> Leaf:
+def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...], refusal: Reason | None) -> Leaf:
     """An expert's place in the answer: scattered by label, or column by column for regressors."""
     facts = package.model
     if labels:
@@ -238,7 +225,7 @@ def _leaf(expert: ExpertId, package: Package, labels: tuple[str, ...], state: in
         lower, upper = facts.output_range.lower, facts.output_range.upper
         scattered = len(set(columns) - {-1}) < len(labels)
         output_range = (min(lower, 0.0), max(upper, 0.0)) if scattered else (lower, upper)
-    return Leaf(expert, package, columns, output_range, str(expert), REFUSALS.get(state) or REFUSALS.get(package.state))
+    return Leaf(expert, package, columns, output_range, str(expert), refusal or REFUSALS.get(package.state))
 
 
 def _shown_labels(package: Package) -> tuple[str, ...]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +16,8 @@ class RouterSettings:
     Args:
         host: Interface to listen on.
         port: Port to listen on; metrics are on port + 1000.
+        data_dir: Where it keeps the last view of the registry (`router.view`), to serve from when it starts while the
+            registry is down; None to keep none.
         registry: Address of the registry whose feed it follows.
         aggregators: Addresses of the aggregators, used in turn.
         default_deadline_seconds: Deadline of a call that brings none.
@@ -21,6 +27,7 @@ class RouterSettings:
 
     host: str = "127.0.0.1"
     port: int = 50051
+    data_dir: Path | None = None
     registry: str = "127.0.0.1:50052"
     aggregators: tuple[str, ...] = ("127.0.0.1:50053",)
     default_deadline_seconds: float = 30.0

@@ -53,7 +53,7 @@ def _settings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Suit
     data = data_folder(environ, Path.home())
     folders: dict[str, Any] = {"data_dir": data, "trust_dir": data / "trust"}
     return SuiteSettings(
-        router=build(RouterSettings, tables.get("router", {}), "router"),
+        router=build(RouterSettings, {"data_dir": data, **tables.get("router", {})}, "router"),
         aggregator=build(AggregatorSettings, tables.get("aggregator", {}), "aggregator"),
         registry=build(RegistrySettings, {**folders, **tables.get("registry", {})}, "registry"),
         worker=build(WorkerSettings, {**folders, **tables.get("worker", {})}, "worker"),

@@ -5,23 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import re
 import signal
-import sys
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
-from hocket.client.registry import RegistryClient
 from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of, key_text
 from hocket.mixtures import parse_mixture
 from hocket.packages import Purpose, public_key_of
-from hocket.rpc.channel import Channels
 from hocket.rpc.handlers import Tokens
 from hocket.rpc.status import from_rpc_error
 from hocket.telemetry import metrics
@@ -31,7 +26,17 @@ from hocket.v1.registry_pb2_grpc import RegistryServiceStub
 from services.registry import catalog as catalog_module
 from services.registry.app import RegistryApp
 from tests.builders import apr_bytes, linear, mixture, raw_apr, signer
-from tests.registries import Running, fixed, gated, labelled, mixture_release, numbers, running, settings_in
+from tests.registries import (
+    Running,
+    fixed,
+    gated,
+    labelled,
+    mixture_release,
+    numbers,
+    process_in,
+    running,
+    settings_in,
+)
 from tests.signing import (
     ACME_ID,
     ACME_SEED,
@@ -44,9 +49,11 @@ from tests.signing import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from hocket.client.registry import RegistryClient
 
 
-ROOT = Path(__file__).parents[2]
 DATA = labelled("a", "b")
 OTHER = labelled("c", "d", weight=2.0)
 UNKNOWN = "sha256:" + "0" * 64
@@ -889,32 +896,3 @@ async def _succeeds(call: Awaitable[Any]) -> bool:
     except HocketError:
         return False
     return True
-
-
-@asynccontextmanager
-async def process_in(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, RegistryClient]]:
-    """A registry in a process of its own, and a client of it."""
-    program = (
-        "import asyncio, sys, pathlib\n"
-        "from tests.registries import running\n"
-        "async def main():\n"
-        "    async with running(pathlib.Path(sys.argv[1]), 'socket') as registry:\n"
-        "        print(registry.address, flush=True)\n"
-        "        await asyncio.Event().wait()\n"
-        "asyncio.run(main())\n"
-    )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, str(folder), cwd=ROOT, stdout=asyncio.subprocess.PIPE
-    )
-    channels = Channels()
-    try:
-        assert process.stdout is not None
-        async with asyncio.timeout(20):
-            while not (found := re.fullmatch(rb"(127\.0\.0\.1:\d+)\n", await process.stdout.readline())):
-                pass
-        yield process, RegistryClient(channels.get(found[1].decode()), timeout_seconds=10)
-    finally:
-        await channels.close()
-        if process.returncode is None:
-            process.kill()
-        await process.wait()

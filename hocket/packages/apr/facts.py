@@ -19,6 +19,10 @@ _FLOAT32_STEP: Final = 2.0**-23
 """Relative spacing of float32: twice the error of one rounding."""
 _FLOAT32_LEAST: Final = 2.0**-149
 """Absolute spacing of the smallest float32 numbers."""
+_FLOAT64_BYTES: Final = 8
+_ROOT_BYTES: Final = 4
+_NODE_BYTES: Final = 16
+"""Feature, threshold and two children; the answer comes on top."""
 
 
 def is_fitted(model: m.Model) -> bool:
@@ -202,19 +206,20 @@ def output_range(model: m.Model) -> tuple[float, float] | None:
 
 
 def parameter_bytes(model: m.Model) -> int:
-    """Bytes of the arrays that prediction reads, as held here."""
+    """Bytes that a worker takes to hold the fitted experts, laid out for computing (`docs/packages.md` has the rule).
+
+    Routers compare this with the budgets of workers, so it is what `services.expert_worker.loader` lays out, exactly.
+    """
     match model:
         case m.MixtureOfExperts():
-            return model.gate.weights.nbytes + sum(parameter_bytes(expert) for expert in model.experts)
+            return sum(parameter_bytes(expert) for expert in model.experts)
         case m.KMeans():
-            return 0 if model.centroids is None else model.centroids.nbytes
+            return 0 if model.centroids is None else _FLOAT64_BYTES * (model.centroids.size + len(model.centroids))
         case m.LogisticRegression() | m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
-            return 0 if model.coefficients is None else model.coefficients.nbytes
+            return 0 if model.coefficients is None else model.coefficients.nbytes + _FLOAT64_BYTES
         case _:
             return sum(
-                array.nbytes
-                for tree in trees(model)
-                for array in (tree.feature, tree.threshold, tree.left, tree.right, tree.value)
+                _ROOT_BYTES + len(tree.feature) * (_NODE_BYTES + tree.value.itemsize) for tree in trees(model)
             )
 
 

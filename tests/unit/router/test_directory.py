@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,9 +17,11 @@ from hocket.v1.package_pb2 import ModelFacts, OutputColumn, Package, Release, Tr
 from hocket.v1.registry_pb2 import Synced, WatchResponse, WorkerState
 from services.router import directory as module
 from services.router.directory import Directory
+from services.router.kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 ACTIVE, REVOKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_KEY_REVOKED
 
@@ -27,6 +29,7 @@ ACTIVE, REVOKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_KEY_REVO
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKOFF_SECONDS", (0.001,))
+    monkeypatch.setattr(module, "_KEEP_SECONDS", 0.0)
 
 
 class ScriptedRegistry:
@@ -74,15 +77,15 @@ def synced(revision: int = 1, epoch: str = "e1") -> WatchResponse:
 
 
 @asynccontextmanager
-async def following(registry: Any) -> AsyncIterator[Directory]:
-    directory = Directory(registry)
-    task = asyncio.create_task(directory.follow())
+async def following(registry: Any, kept: Kept | None = None) -> AsyncIterator[Directory]:
+    directory = Directory(registry, kept)
+    tasks = [asyncio.create_task(directory.follow()), asyncio.create_task(directory.keep())]
     try:
         yield directory
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def until(condition: Any) -> None:
@@ -151,22 +154,52 @@ async def test_a_broken_feed_is_taken_up_where_it_broke_and_serving_goes_on() ->
         assert set(directory.snapshot.packages) == {package(1).digest, package(2).digest}
 
 
-async def test_a_registry_from_a_backup_is_read_anew() -> None:
-    registry = ScriptedRegistry(
-        [event(package=package(1)), synced(7)],
+async def test_a_registry_from_a_backup_is_read_anew_and_nobody_notices_meanwhile() -> None:
+    gate = asyncio.Event()
+
+    class Slow(ScriptedRegistry):
+        async def watch(self, after_revision: int) -> AsyncIterator[WatchResponse]:
+            async for item in super().watch(after_revision):
+                yield item
+                if item.HasField("package") and item.epoch == "e2":
+                    await gate.wait()
+
+    registry = Slow(
+        [event(package=package(1)), event(package=package(2)), synced(7)],
         HocketError(Reason.REVISION_UNKNOWN, "ahead of this history"),
-        [event(2, "e2", package=package(2)), synced(2, "e2")],
+        [event(2, "e2", package=package(2)), event(2, "e2", package=package(3)), synced(2, "e2")],
     )
     async with following(registry) as directory:
+        await until(lambda: registry.asked == [0, 7, 0])
+        await asyncio.sleep(0.01)
+        assert set(directory.snapshot.packages) == {package(1).digest, package(2).digest}
+        gate.set()
         await until(lambda: revision_of(directory) == 2)
+        assert set(directory.snapshot.packages) == {package(2).digest, package(3).digest}
+
+
+async def test_another_life_of_the_registry_is_read_from_its_beginning() -> None:
+    second = [event(9, "e2", package=package(2)), synced(9, "e2")]
+    registry = ScriptedRegistry([event(package=package(1)), synced(7)], second, second)
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 9)
         assert registry.asked == [0, 7, 0]
         assert set(directory.snapshot.packages) == {package(2).digest}
 
 
-async def test_workers_come_and_go_and_outlive_a_restarted_registry_for_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_change_of_several_items_is_repeated_when_it_was_cut() -> None:
+    registry = ScriptedRegistry(
+        [synced(7), event(8, package=package(1))],
+        [event(8, package=package(1)), event(8, package=package(2)), synced(8)],
+    )
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 8 and len(directory.snapshot.packages) == 2)
+        assert registry.asked == [0, 7]
+
+
+async def test_workers_outlive_a_restarted_registry_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EPOCH_GRACE_SECONDS", 0.05)
+    second = [event(1, "e2", worker=WorkerState(worker="c")), synced(1, "e2")]
     registry = ScriptedRegistry(
         [
             event(worker=WorkerState(worker="a")),
@@ -174,12 +207,90 @@ async def test_workers_come_and_go_and_outlive_a_restarted_registry_for_a_while(
             synced(),
             event(worker_gone="b"),
         ],
-        [synced(1, "e2"), event(1, "e2", worker=WorkerState(worker="c"))],
+        second,
+        second,
     )
     async with following(registry) as directory:
         await asyncio.wait_for(directory.wait_for_worker(), 2)
         await until(lambda: {worker.name for worker in directory.snapshot.workers} == {"a", "c"})
         await until(lambda: {worker.name for worker in directory.snapshot.workers} == {"c"})
+
+
+async def test_a_worker_that_left_during_a_broken_feed_is_gone_when_it_is_back() -> None:
+    registry = ScriptedRegistry(
+        [event(worker=WorkerState(worker="a")), event(worker=WorkerState(worker="b")), synced()],
+        [event(worker=WorkerState(worker="a")), synced()],
+    )
+    async with following(registry) as directory:
+        await until(lambda: len(registry.asked) == 2)
+        await until(lambda: [worker.name for worker in directory.snapshot.workers] == ["a"])
+
+
+async def test_a_mixture_whose_body_cannot_be_had_now_is_not_lost() -> None:
+    low = package(1)
+    record = MixtureRecord("later", (ExpertId(low.digest),), FixedGate((1,)), 1)
+    refusals = [HocketError(Reason.UNREACHABLE, "a blip")]
+
+    class Blip(ScriptedRegistry):
+        async def fetch_mixture(self, mixture: str) -> FetchedMixture:
+            if refusals:
+                raise refusals.pop()
+            return await super().fetch_mixture(mixture)
+
+    registry = Blip()
+    message = registry.hold(record)
+    registry.feeds = [
+        [event(3, package=low), synced(3), event(5, mixture=message)],
+        [event(5, mixture=message), synced(5)],
+    ]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 5)
+        assert directory.snapshot.resolve("later").digest == record.digest
+        assert registry.asked == [0, 3]
+
+
+async def test_an_event_nobody_understands_does_not_end_the_following() -> None:
+    class Broken(ScriptedRegistry):
+        async def fetch_mixture(self, mixture: str) -> FetchedMixture:
+            raise KeyError(mixture)
+
+    registry = Broken()
+    message = registry.hold(MixtureRecord("x", (ExpertId(package(1).digest),), FixedGate((1,)), 1))
+    registry.feeds = [[event(1, mixture=message), synced(1)], [event(2, package=package(1)), synced(2)]]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 2)
+
+
+async def test_the_last_view_serves_before_the_registry_speaks(tmp_path: Path) -> None:
+    low = package(1, ("low", ACTIVE))
+    record = MixtureRecord("kept", (ExpertId(low.digest),), FixedGate((1,)), 1)
+    registry = ScriptedRegistry()
+    message = registry.hold(record)
+    worker = WorkerState(worker="a", address="a:1")
+    registry.feeds = [[event(4, package=low), event(4, mixture=message), event(4, worker=worker), synced(4)]]
+    kept = Kept(tmp_path / "router" / "router.view")
+    async with following(registry, kept) as directory:
+        await until(lambda: revision_of(directory) == 4)
+        await until((tmp_path / "router" / "router.view").exists)
+    silent = ScriptedRegistry(*[HocketError(Reason.UNREACHABLE, "down")] * 1000)
+    async with following(silent, kept) as directory:
+        await asyncio.wait_for(directory.wait_for_worker(), 2)
+        assert directory.snapshot.resolve("kept").digest == record.digest
+        assert directory.snapshot.resolve("acme/low@1").digest == low.digest
+        assert silent.asked[:1] in ([], [0])  # the feed will be read from its beginning
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"cut", b"flip"])
+async def test_a_damaged_copy_is_no_copy(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "router.view"
+    kept = Kept(path)
+    kept.write([WatchResponse(package=package(1)), synced(4)], [])
+    whole = path.read_bytes()
+    path.write_bytes({b"cut": whole[:-1], b"flip": whole[:40] + b"\xff" + whole[41:]}.get(damage, damage))
+    events, _ = kept.read()
+    assert events == []
+    path.write_bytes(whole)
+    assert len(kept.read()[0]) == 2
 
 
 async def test_a_mixture_that_is_not_what_was_announced_is_left_out() -> None:
@@ -214,7 +325,7 @@ async def test_a_mixture_waits_for_its_packages_and_goes_with_its_name() -> None
         assert registry.fetches == 1
 
 
-async def test_experts_behind_a_withdrawn_inner_mixture_are_missing_unless_reached_otherwise() -> None:
+async def test_the_weight_that_comes_through_a_withdrawn_inner_mixture_is_missing() -> None:
     low, high = package(1), package(2)
     inner = MixtureRecord("inner", (ExpertId(low.digest), ExpertId(high.digest)), FixedGate((1, 1)), 2)
     outer = MixtureRecord("outer", (MixtureRef(inner.digest), ExpertId(high.digest)), FixedGate((1, 1)), 2)
@@ -226,4 +337,6 @@ async def test_experts_behind_a_withdrawn_inner_mixture_are_missing_unless_reach
         await until(lambda: revision_of(directory) == 1)
         model = directory.snapshot.resolve("outer")
         model.check_servable()
-        assert [leaf.refusal for leaf in model.leaves] == [Reason.KEY_REVOKED, None]
+        leaves = [(leaf.expert.digest, leaf.refusal) for leaf in model.leaves]
+        assert leaves == [(low.digest, Reason.KEY_REVOKED), (high.digest, Reason.KEY_REVOKED), (high.digest, None)]
+        assert model.top.members[1] == 2  # the direct way to the second expert is open
