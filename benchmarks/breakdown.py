@@ -154,11 +154,11 @@ async def run(folder: Path, *, save: bool) -> None:
 
 
 async def _measure(router_app: RouterApp, channels: Channels, tensor: Any, digests: list[str], *, save: bool) -> None:  # noqa: ANN401 - a message
-    directory, loads = router_app.directory, Loads()
-    model = directory.snapshot.resolve("bench")
+    snapshot, loads = router_app.directory.snapshot, Loads()
+    model = snapshot.resolve("bench")
     rows = tensor_to_matrix(tensor)
     idle = Load(lambda _: 0, 256)
-    plan = decide(directory, loads, 256, "bench", tensor, None).plan
+    plan = decide(snapshot, loads, 256, "bench", tensor, None).plan
     nothing: Any = expert_worker_pb2_grpc.ExpertWorkerServiceStub(channels.get("local:nothing"))
     worker: Any = expert_worker_pb2_grpc.ExpertWorkerServiceStub(channels.get("local:worker"))
     aggregator: Any = aggregator_pb2_grpc.AggregatorServiceStub(channels.get("local:aggregator"))
@@ -175,9 +175,7 @@ async def _measure(router_app: RouterApp, channels: Channels, tensor: Any, diges
     gc.freeze()
     parts = {
         "gate and top-k": timed(lambda: select(model.top, rows, EXPERTS, idle)),
-        "decision: gate and top-k, placement, plan": timed(
-            lambda: decide(directory, loads, 256, "bench", tensor, None)
-        ),
+        "decision: gate and top-k, placement, plan": timed(lambda: decide(snapshot, loads, 256, "bench", tensor, None)),
         "a thread hop, nothing done (floor)": await thread_hop(),
         "a local unary call, nothing done (floor)": await timed_async(lambda: nothing.RunTensor(runs[0], timeout=30)),
         "RunTensor, one expert: call, thread hop, compute": await timed_async(

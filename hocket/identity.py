@@ -42,7 +42,7 @@ def key_bytes(text: str) -> bytes:
         HocketError: `BAD_REQUEST` if the text is not spelled as a key.
     """
     if _KEY.fullmatch(text) is None:
-        raise HocketError(Reason.BAD_REQUEST, f"{text!r} is not a public key (ed25519:<64 hex digits>)")
+        raise HocketError(Reason.BAD_REQUEST, f"{text[:80]!r} is not a public key (ed25519:<64 hex digits>)")
     return bytes.fromhex(text.removeprefix("ed25519:"))
 
 
@@ -63,7 +63,7 @@ def check_name(text: str, what: str = "name") -> str:
     if _NAME.fullmatch(text) is None or ".." in text:
         raise HocketError(
             Reason.BAD_REQUEST,
-            f"{text!r} is not a valid {what}: 1 to 64 of a-z 0-9 . _ - (letter or digit at both ends)",
+            f"{text[:80]!r} is not a valid {what}: 1 to 64 of a-z 0-9 . _ - (letter or digit at both ends)",
         )
     return text
 
@@ -75,7 +75,7 @@ def check_version(text: str) -> str:
         HocketError: `BAD_REQUEST` otherwise.
     """
     if _VERSION.fullmatch(text) is None:
-        raise HocketError(Reason.BAD_REQUEST, f"{text!r} is not a valid version: use letters, digits and . + -")
+        raise HocketError(Reason.BAD_REQUEST, f"{text[:80]!r} is not a valid version: use letters, digits and . + -")
     return text
 
 
@@ -98,7 +98,7 @@ class ExpertId:
         """
         match = _EXPERT.fullmatch(text)
         if match is None:
-            raise HocketError(Reason.BAD_REQUEST, f"{text!r} is not an expert (sha256:<64 hex digits>[#ordinal])")
+            raise HocketError(Reason.BAD_REQUEST, f"{text[:80]!r} is not an expert (sha256:<64 hex digits>[#ordinal])")
         return cls(match[1], int(match[2] or 0))
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class ReleaseName:
         publisher, slash, rest = text.partition("/")
         name, at, version = rest.partition("@")
         if not (slash and at):
-            raise HocketError(Reason.BAD_REQUEST, f"{text!r} is not a release (publisher/name@version)")
+            raise HocketError(Reason.BAD_REQUEST, f"{text[:80]!r} is not a release (publisher/name@version)")
         return cls(check_name(publisher, "publisher"), check_name(name), check_version(version))
 
     def __str__(self) -> str:

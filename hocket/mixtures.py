@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 MEMBERS_MAX: Final = 10_000
 FEATURES_MAX: Final = 2**21
+CAPACITY_FACTOR_MAX: Final = 1_000_000
+TEMPERATURE_MIN: Final = 1e-6
+"""Smallest temperature: with float32 weights and inputs, logits over it stay far inside float64."""
 LABELS_MAX: Final = 4096
 LABEL_LENGTH_MAX: Final = 256
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 BODY_BYTES_MAX: Final = 4 * 2**20
 """Largest body; it travels in one message."""
 GATE_BYTES_MAX: Final = 2**30
@@ -133,7 +137,7 @@ def parse_mixture(body: bytes) -> MixtureRecord:
         canonical = record.body()
     except HocketError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise _bad(f"the body is not a mixture record ({type(error).__name__})") from error
     if canonical != body:
         raise _bad("the body is not in canonical form (RFC 8785), or has keys that mean nothing here")
@@ -230,8 +234,9 @@ def _check(record: MixtureRecord) -> None:
             raise _bad(f"member {str(member.digest)[:80]!r} is not a digest: name mixtures by sha256:<64 hex digits>")
     if not _is_count(record.top_k, count):
         raise _bad(f"top_k must be 1 to {count}, the number of members")
-    if record.capacity_factor is not None and not (_is_number(record.capacity_factor) and record.capacity_factor >= 1):
-        raise _bad("capacity_factor must be a number of at least 1")
+    factor = record.capacity_factor
+    if factor is not None and not (_is_number(factor) and 1 <= factor <= CAPACITY_FACTOR_MAX):
+        raise _bad(f"capacity_factor must be a number of 1 to {CAPACITY_FACTOR_MAX}")
     if record.labels is not None:
         _check_labels(record.labels)
     _check_gate(record.gate, count)
@@ -248,8 +253,8 @@ def _check_gate(gate: SoftmaxGate | FixedGate, count: int) -> None:
     if isinstance(gate, FixedGate):
         if len(gate.weights) != count or not all(_is_number(weight) and weight >= 0 for weight in gate.weights):
             raise _bad(f"a fixed gate has one weight per member ({count}), none negative")
-        if sum(gate.weights) <= 0:
-            raise _bad("the weights of a fixed gate are all zero")
+        if not 0 < sum(gate.weights) < math.inf:
+            raise _bad("the weights of a fixed gate must have a sum above 0 and finite")
         return
     if gate.experts != count or not _is_count(gate.features, FEATURES_MAX):
         raise _bad(f"the gate must have 1 to {FEATURES_MAX} features and one column per member ({count})")
@@ -257,10 +262,10 @@ def _check_gate(gate: SoftmaxGate | FixedGate, count: int) -> None:
         raise _bad(f"the gate tensor would take {gate.tensor_bytes} bytes; at most {GATE_BYTES_MAX} are allowed")
     if not is_digest(gate.weights):
         raise _bad("gate.weights must be the digest of the gate tensor")
-    if not (_is_number(gate.temperature) and gate.temperature > 0):
-        raise _bad("gate.temperature must be a finite number above 0")
-    if gate.bias is not None and not (len(gate.bias) == count and all(map(_is_number, gate.bias))):
-        raise _bad(f"gate.bias must have one finite number per member ({count})")
+    if not (_is_number(gate.temperature) and TEMPERATURE_MIN <= gate.temperature <= _FLOAT32_MAX):
+        raise _bad(f"gate.temperature must be a number of at least {TEMPERATURE_MIN:g}")
+    if gate.bias is not None and not (len(gate.bias) == count and all(map(_is_float32, gate.bias))):
+        raise _bad(f"gate.bias must have one finite float32 number per member ({count})")
 
 
 def _is_label(value: object) -> bool:
@@ -269,6 +274,10 @@ def _is_label(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_float32(value: object) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and abs(value) <= _FLOAT32_MAX
 
 
 def _is_count(value: object, largest: int) -> bool:

@@ -8,8 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
 from hocket.client.registry import RegistryClient
 from hocket.client.router import RouterClient
 from hocket.errors import HocketError, Reason
@@ -33,6 +31,8 @@ from tests.signing import ACME_SEED, envelope_of, trusted
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    import grpc
 
     from hocket.mixtures import MixtureRecord
 
@@ -115,9 +115,10 @@ async def deployed(kind: str, folder: Path, **changes: dict[str, Any]) -> AsyncI
             router, registry = str(suite.router_address), str(suite.registry_address)
         else:
             router, registry = await _apart(settings, stack)
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(router))
-        to_registry = await stack.enter_async_context(grpc.aio.insecure_channel(registry))
-        yield Deployment(RouterClient(channel), RegistryClient(to_registry), channel, trust)
+        channels = Channels()
+        stack.push_async_callback(channels.close)
+        channel = channels.get(router)
+        yield Deployment(RouterClient(channel), RegistryClient(channels.get(registry)), channel, trust)
 
 
 async def _apart(settings: SuiteSettings, stack: AsyncExitStack) -> tuple[str, str]:

@@ -258,8 +258,8 @@ class PackageFacts:
         labels: One per output column of a classifier, None for a column to drop; None for regressors.
         output_range: Least and greatest value any output can take, where that is known.
         expert_count: 1, or the experts inside a mixture.
-        parameter_bytes: What a worker takes to hold the experts, exactly: their parameters laid out for computing, without
-            the gate. A model never fitted counts what it has.
+        parameter_bytes: What a worker takes from its budget to hold the experts, exactly: parameters laid out for
+            computing, without a gate. What was never fitted counts nothing.
         not_servable: Why the model cannot answer, for people; None when it can.
     """
 

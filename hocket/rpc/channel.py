@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
+from hocket.rpc.convert import MESSAGE_BYTES_MAX
 from hocket.rpc.local import LocalChannel
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 LOCAL: Final = "local:"
 """Addresses inside this process begin with this: `local:worker`."""
-
-MESSAGE_BYTES_MAX: Final = 16 * 2**20
-"""Largest message any service sends or takes; model bytes and gates travel in chunks."""
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),

@@ -13,8 +13,11 @@ from hocket.v1.tensor_pb2 import Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+MESSAGE_BYTES_MAX: Final = 16 * 2**20
+"""Largest message any service sends or takes; model bytes and gates travel in chunks."""
 ROWS_MAX: Final = 1024
 """Rows of one request (`PredictRequest.input`)."""
+_SECONDS_MAX: Final = 86_400
 VALUES_MAX: Final = 2**21
 """Values of one tensor."""
 COLUMNS_MAX: Final = 4096
@@ -81,3 +84,15 @@ def duration(seconds: float) -> Duration:
     """A span of time, not negative, as a message."""
     whole = int(seconds)
     return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def positive_seconds(span: Duration, field: str) -> float:
+    """A span of time from a request, in seconds.
+
+    Raises:
+        HocketError: `BAD_REQUEST` unless it is above 0 and at most a day.
+    """
+    seconds = span.seconds + span.nanos / 1e9
+    if not 0 < seconds <= _SECONDS_MAX:
+        raise HocketError(Reason.BAD_REQUEST, f"{field} must be above 0 and at most a day", field=field)
+    return seconds

@@ -19,7 +19,7 @@ import structlog
 from grpc.aio import AbortError
 
 from hocket.errors import HocketError, Reason, Situation
-from hocket.rpc.status import CODES, DETAILS_KEY, to_status
+from hocket.rpc.status import CODES, DETAILS_KEY, clip, to_status
 from hocket.telemetry import metrics
 from hocket.telemetry.context import REQUEST_ID_KEY, accept_request_id, request_id
 
@@ -227,7 +227,7 @@ class _Call:
         """End the call with the status of `error`. Always raises."""
         if isinstance(error, HocketError) and error.situation is not Situation.BUG:
             refusal = error
-            _log.info("refused", method=self._method.name, reason=refusal.reason, message=refusal.message)
+            _log.info("refused", method=self._method.name, reason=refusal.reason, message=clip(refusal.message))
         else:
             _log.error("bug", method=self._method.name, exc_info=error)
             refusal = HocketError(Reason.INTERNAL, f"internal error; quote {self._id} when you report it")
@@ -235,7 +235,7 @@ class _Call:
         status = to_status(refusal, self._id)
         await self._context.abort(
             CODES[refusal.situation],
-            refusal.message,
+            clip(refusal.message),
             ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, self._id)),
         )
 
@@ -256,7 +256,8 @@ def _answering(behaviour: Callable[..., Any], method: _Method, *, counting: bool
             response = await behaviour(_received(request, method, counting=counting), context)
             method.counts.sent += 1
             return response
-        except BaseException as error:
+        except BaseException as raised:
+            error = _told(raised)
             code = call.code_of(error)
             if isinstance(error, Exception) and not isinstance(error, AbortError):
                 await call.abort(error)  # raises: the one place where every bug ends
@@ -277,7 +278,8 @@ def _streaming(behaviour: Callable[..., Any], method: _Method, *, counting: bool
                 async for response in responses:
                     method.counts.sent += 1
                     yield response
-        except BaseException as error:
+        except BaseException as raised:
+            error = _told(raised)
             code = call.code_of(error)
             if isinstance(error, Exception) and not isinstance(error, AbortError):
                 await call.abort(error)  # raises: the one place where every bug ends
@@ -286,6 +288,19 @@ def _streaming(behaviour: Callable[..., Any], method: _Method, *, counting: bool
             call.end(code)
 
     return stream
+
+
+def _told(error: BaseException) -> BaseException:
+    """What a caller is told of: work that was cancelled on this side, not by the caller, is a refusal.
+
+    A transport would leave the caller waiting for its deadline instead.
+    """
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
+        return HocketError(
+            Reason.DRAINING, "this server has stopped working on the call: try again", retry_after_seconds=0.1
+        )
+    return error
 
 
 def _received(request: Any, method: _Method, *, counting: bool) -> Any:  # noqa: ANN401 - any message

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 from grpc.aio import AbortError, AioRpcError, Metadata
 
+from hocket.rpc.convert import MESSAGE_BYTES_MAX
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 
@@ -169,6 +171,7 @@ class _Call:
         self._writes: asyncio.Queue[Any] | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._timed_out = False
+        self._cancelled = False
         if handler is not None and handler.request_streaming and request is None:
             self._writes = asyncio.Queue(1)
             request = _drain(self._writes)
@@ -186,10 +189,12 @@ class _Call:
             if self._timed_out:
                 self._end(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
             else:
-                self._end(grpc.StatusCode.CANCELLED, "Locally cancelled by application!")
-                raise
+                self._end(grpc.StatusCode.CANCELLED, "the call was cancelled")
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # this runs in a task
+                    self._cancelled = True
+                    raise
         except Exception as error:  # noqa: BLE001 - as on the wire, a handler's exception is a status
-            self._end(_NO_CODE, f"Unexpected {type(error)}: {error}")
+            self._end(_NO_CODE, f"Unexpected {type(error).__name__}")
         else:
             self._end(self._context.code() or grpc.StatusCode.OK, self._context.details())
             return response
@@ -197,9 +202,13 @@ class _Call:
 
     async def _answer(self, handler: grpc.RpcMethodHandler[Any, Any], request: Any) -> Any:  # noqa: ANN401 - any message
         requests = _as_async(request) if handler.request_streaming else request
+        if not handler.request_streaming:
+            await self._check_size(request)
         if not handler.response_streaming:
             unary: Callable[..., Any] = handler.stream_unary if handler.request_streaming else handler.unary_unary  # type: ignore[assignment]  # grpc types handlers as synchronous
-            return await unary(requests, self._context)
+            response = await unary(requests, self._context)
+            await self._check_size(response)
+            return response
         streaming: Callable[..., Any] = handler.stream_stream if handler.request_streaming else handler.unary_stream  # type: ignore[assignment]  # grpc types handlers as synchronous
         responses = streaming(requests, self._context)
         try:
@@ -209,7 +218,14 @@ class _Call:
             await responses.aclose()
         return None
 
+    async def _check_size(self, message: Any) -> None:  # noqa: ANN401 - any message
+        """End the call as a transport would if a message is larger than it carries."""
+        if (size := message.ByteSize()) > MESSAGE_BYTES_MAX:
+            text = f"message larger than max ({size} vs. {MESSAGE_BYTES_MAX})"
+            await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
     async def _put(self, response: Any) -> None:  # noqa: ANN401 - any message
+        await self._check_size(response)
         while len(self._responses) >= _RESPONSES_AHEAD:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
@@ -265,7 +281,7 @@ class _Call:
             response = self._responses.popleft()
             _wake(self._room)
             return response
-        if self._code is grpc.StatusCode.CANCELLED:
+        if self._cancelled:
             raise asyncio.CancelledError
         if self._code is not grpc.StatusCode.OK:
             raise self._error()

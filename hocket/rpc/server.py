@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from hocket.rpc.channel import MESSAGE_BYTES_MAX
+from hocket.rpc.convert import MESSAGE_BYTES_MAX
 from hocket.rpc.health import SERVICE as HEALTH_SERVICE
 from hocket.rpc.health import HealthServicer
 from hocket.vendored import health_pb2_grpc
@@ -91,7 +91,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         if self._reflect:
             # The two protocol versions are identical on the wire; the library registers only the older one.
-            servicer = reflection.aio.ReflectionServicer((*names, *_REFLECTION_SERVICES))
+            # It is not listed either: tools ask for the descriptor of all that is listed, and there is none of v1.
+            servicer = reflection.aio.ReflectionServicer(names)
             for service in _REFLECTION_SERVICES:
                 method = grpc.stream_stream_rpc_method_handler(
                     servicer.ServerReflectionInfo,
@@ -103,7 +104,9 @@ class Server:
         try:
             port = self._server.add_insecure_port(str(self.address))
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {self.address}: {error}") from error
+            raise OSError(
+                f"cannot listen on {self.address}: is the port in use, by another `hocket up` perhaps? ({error})"
+            ) from error
         self.address = Address(self.address.host, port)
         await self._server.start()
 

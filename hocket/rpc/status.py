@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DOMAIN: Final = "hocket"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+_MESSAGE_LENGTH_MAX: Final = 800
+_VALUE_LENGTH_MAX: Final = 200
 
 CODES: Final[Mapping[Situation, grpc.StatusCode]] = {
     Situation.MALFORMED: grpc.StatusCode.INVALID_ARGUMENT,
@@ -39,6 +41,7 @@ CODES: Final[Mapping[Situation, grpc.StatusCode]] = {
 
 _BARE: Final[Mapping[grpc.StatusCode, Reason]] = {
     grpc.StatusCode.INVALID_ARGUMENT: Reason.BAD_REQUEST,
+    grpc.StatusCode.UNIMPLEMENTED: Reason.BAD_REQUEST,
     grpc.StatusCode.NOT_FOUND: Reason.UNKNOWN_MODEL,
     grpc.StatusCode.UNAUTHENTICATED: Reason.TOKEN_REQUIRED,
     grpc.StatusCode.PERMISSION_DENIED: Reason.TOKEN_NOT_ALLOWED,
@@ -51,18 +54,27 @@ _BARE: Final[Mapping[grpc.StatusCode, Reason]] = {
 
 
 def to_status(error: HocketError, request_id: str) -> status_pb2.Status:
-    """The rich status of a refusal; `request_id` joins the error info for support."""
-    status = status_pb2.Status(code=CODES[error.situation].value[0], message=error.message)
-    info = {**error.metadata, "request_id": request_id}
+    """The rich status of a refusal; `request_id` joins the error info for support.
+
+    Texts are clipped: a status travels in trailing metadata, which transports limit to a few KiB.
+    """
+    message = clip(error.message)
+    status = status_pb2.Status(code=CODES[error.situation].value[0], message=message)
+    info = {key: value[:_VALUE_LENGTH_MAX] for key, value in error.metadata.items()} | {"request_id": request_id}
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=info))
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_seconds is not None:
         pause = Duration()
         pause.FromMilliseconds(round(error.retry_after_seconds * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=pause))
     return status
+
+
+def clip(message: str) -> str:
+    """A message short enough for a status; hostile input is quoted in part only."""
+    return message if len(message) <= _MESSAGE_LENGTH_MAX else f"{message[:_MESSAGE_LENGTH_MAX]}..."
 
 
 def from_rpc_error(error: grpc.RpcError) -> HocketError:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.errors import HocketError, Reason
-from hocket.rpc.convert import duration, matrix_to_tensor, tensor_to_matrix_unchecked
+from hocket.rpc.convert import COLUMNS_MAX, duration, matrix_to_tensor, positive_seconds, tensor_to_matrix_unchecked
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.v1 import aggregator_pb2, aggregator_pb2_grpc, plan_pb2
 from services.aggregator.combine import Combined, Share, effective_weights
@@ -59,13 +59,15 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             min_coverage=request.min_coverage if request.HasField("min_coverage") else 0.0,
             pass_through=plan.mode == plan_pb2.MODE_PASS and insist,
         )
+        straggler = None
+        if request.HasField("straggler_timeout"):
+            straggler = positive_seconds(request.straggler_timeout, "straggler_timeout")
         deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
         loads: dict[ExpertWorkerClient, bytes] = {}
         asks = [
             self._ask(planned, share, request.input, rows, deadline, loads)
             for planned, share in zip(plan.experts, shares, strict=True)
         ]
-        straggler = request.straggler_timeout.ToTimedelta().total_seconds() if _has_straggler(request) else None
         sequence = 0
         async with aclosing(lineup.run(asks, every=request.partials, straggler_seconds=straggler)) as arrivals:
             async for _ in arrivals:
@@ -98,7 +100,10 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             response, load = await client.run_tensor(planned.expert, part, seconds)
             if load is not None:
                 loads[client] = load
-            return tensor_to_matrix_unchecked(response.output, "output")
+            try:
+                return tensor_to_matrix_unchecked(response.output, "output")
+            except HocketError as error:
+                raise HocketError(Reason.BAD_ANSWER, f"the expert's answer is malformed: {error.message}") from error
 
         if planned.unavailable_reason:
             return _unavailable(planned.unavailable_reason)
@@ -107,7 +112,11 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
     def _worker(self, address: str) -> ExpertWorkerClient:
         client = self._workers.get(address)
         if client is None:
-            client = self._workers[address] = ExpertWorkerClient(self._channels.get(address))
+            try:
+                channel = self._channels.get(address)
+            except KeyError:
+                raise HocketError(Reason.UNREACHABLE, "the plan names a worker of another process") from None
+            client = self._workers[address] = ExpertWorkerClient(channel)
         return client
 
 
@@ -116,21 +125,13 @@ async def _unavailable(reason: str) -> Reply:
     raise ExpertError(refusal, 0, 0.0)
 
 
-def _has_straggler(request: aggregator_pb2.CombineRequest) -> bool:
-    if not request.HasField("straggler_timeout"):
-        return False
-    if request.straggler_timeout.ToNanoseconds() <= 0:
-        raise HocketError(Reason.BAD_REQUEST, "straggler_timeout must be above 0", field="straggler_timeout")
-    return True
-
-
 def _shares(plan: plan_pb2.Plan, row_count: int) -> list[Share]:
     """The plan's shares, checked against the input: whatever a plan says, no index may leave the answer.
 
     Raises:
         HocketError: `BAD_REQUEST` if the plan does not fit its input or itself.
     """
-    if plan.row_count != row_count or not plan.experts or not 1 <= plan.column_count <= _COLUMNS_MAX:
+    if plan.row_count != row_count or not plan.experts or not 1 <= plan.column_count <= COLUMNS_MAX:
         raise HocketError(Reason.BAD_REQUEST, "the plan does not fit its input", field="plan")
     every_row, every_column = [*range(row_count)], [*range(plan.column_count)]
     total = np.zeros(row_count)
@@ -163,9 +164,6 @@ def _ascends(rows: list[int], row_count: int) -> bool:
 def _scatters(columns: list[int], column_count: int) -> bool:
     kept = [column for column in columns if column >= 0]
     return len(set(kept)) == len(kept) and all(column < column_count for column in kept)
-
-
-_COLUMNS_MAX: Final = 4096
 
 
 def _combination(sequence: int, plan: plan_pb2.Plan, lineup: Lineup, combined: Combined) -> plan_pb2.Combination:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from services.expert_worker.loader import Expert
 
 _log: Final = structlog.get_logger("worker")
-_LONG_WORK: Final = 2**20
+_LONG_WORK: Final = 2**18
 """Elementary operations from which a pass counts as long: about a millisecond on one core."""
 _SMALL_VALUES: Final = 2**13
 """Input values up to which a request shares its pass with other experts: beyond, it would only copy weights."""

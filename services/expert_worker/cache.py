@@ -133,6 +133,8 @@ class PackageCache:
         """Every entry, whole or not: when it was used, its digest, and what it takes on the disk."""
         found: dict[str, tuple[float, int]] = {}
         for path in self._folder.glob("sha256/??/*"):
+            if path.suffix == _DRAFT:
+                continue
             with contextlib.suppress(OSError):  # gone meanwhile
                 status = path.stat()
                 digest = f"sha256:{path.name.removesuffix(_RELEASES)}"

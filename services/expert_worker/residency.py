@@ -384,7 +384,15 @@ class Residency:
         if lasting or (error.reason is Reason.DEVICE_MEMORY and error.retry_after_seconds is None):
             if len(self._refusals) >= _REFUSALS_MAX:
                 self._refusals.clear()
-            self._refusals[digest] = error, standing, time.monotonic() + _REFUSAL_SECONDS
+            # A copy: the traceback of the error itself keeps the bytes of the package in memory.
+            kept = HocketError(
+                error.reason,
+                error.message,
+                field=error.field,
+                retry_after_seconds=error.retry_after_seconds,
+                **error.metadata,
+            )
+            self._refusals[digest] = kept, standing, time.monotonic() + _REFUSAL_SECONDS
 
     def _repeat_refusal(self, digest: str) -> None:
         if (remembered := self._refusals.get(digest)) is not None:

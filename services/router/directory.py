@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from hocket.client.registry import FetchedMixture, RegistryClient
     from hocket.v1.mixture_pb2 import Mixture
-    from hocket.v1.package_pb2 import Package
+    from hocket.v1.package_pb2 import Package, Release
     from hocket.v1.registry_pb2 import WorkerState
     from services.router.kept import Kept
 
@@ -134,6 +134,8 @@ class _View:
                 _log.warning("mixture lacks a part", mixture=mixture.name, missing=str(missing))
                 continue
             listed[mixture.name] = addresses[mixture.name] = addresses[mixture.digest] = model
+            if mixture.HasField("release"):
+                addresses[_release_name(mixture.release)] = model
             if mixture.package_digest:
                 of_package[mixture.package_digest] = model
         for digest, package in self.packages.items():
@@ -383,4 +385,8 @@ def _nested(body: Body) -> list[str]:
 
 
 def _release_names(package: Package) -> list[tuple[str, int]]:
-    return [(f"{r.publisher}/{r.name}@{r.version}", r.state) for r in package.releases]
+    return [(_release_name(release), release.state) for release in package.releases]
+
+
+def _release_name(release: Release) -> str:
+    return f"{release.publisher}/{release.name}@{release.version}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 Placed: TypeAlias = "Sequence[tuple[str, str | None]]"
 """Planned experts, as text, each with the name of its first replica if it has one."""
 
+REPORT_SECONDS: Final = 1.0
+"""How long a worker's word counts: an older one would keep requests away that could correct it."""
 REPLICAS_MAX: Final = 3
 """Replicas a plan lists per expert."""
 
@@ -47,11 +50,17 @@ class Loads:
 
     by_worker: dict[str, int] = field(default_factory=dict)
     by_expert: dict[str, int] = field(default_factory=dict)
-    reported: dict[str, int] = field(default_factory=dict)
+    _reported: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def note(self, worker: str, in_flight: int) -> None:
+        """Take a worker's own word for how busy it is."""
+        self._reported[worker] = (time.monotonic(), in_flight)
 
     def of_worker(self, name: str) -> int:
-        """Requests on a worker: ours, or its own last word if that is more."""
-        return max(self.by_worker.get(name, 0), self.reported.get(name, 0))
+        """Requests on a worker: ours, or its own last word if that is more and still fresh."""
+        said, count = self._reported.get(name, (0.0, 0))
+        fresh = count if time.monotonic() - said < REPORT_SECONDS else 0
+        return max(self.by_worker.get(name, 0), fresh)
 
     def reserve(self, placed: Placed) -> None:
         """Count experts, and the first replica of each, as running one more request."""
@@ -63,11 +72,15 @@ class Loads:
 
     def _change(self, placed: Placed, step: int) -> None:
         for expert, worker in placed:
-            self.by_expert[expert] = self.by_expert.get(expert, 0) + step
-            if not self.by_expert[expert]:
-                del self.by_expert[expert]
+            _add(self.by_expert, expert, step)
             if worker is not None:
-                self.by_worker[worker] = self.by_worker.get(worker, 0) + step
+                _add(self.by_worker, worker, step)
+
+
+def _add(counts: dict[str, int], key: str, step: int) -> None:
+    counts[key] = counts.get(key, 0) + step
+    if not counts[key]:
+        del counts[key]
 
 
 def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[Worker], loads: Loads) -> list[Worker]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from contextlib import aclosing
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from hocket.errors import HocketError, Reason
-from hocket.rpc.convert import duration
+from hocket.rpc.convert import duration, positive_seconds
 from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry.context import request_id
 from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from services.router.placement import Loads
     from services.router.settings import RouterSettings
 
+CANDIDATES_MAX: Final = 65_536
+"""Rows times experts that Route explains at once."""
+_INLINE_WORK_MAX: Final = 4 * 2**22
+"""Bytes of input times experts up to which a decision is made in the event loop: a few milliseconds."""
 _PAGE_DEFAULT: Final = 100
 _PAGE_MAX: Final = 1000
 
@@ -55,7 +60,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """The plan, partials if asked for, then exactly one final."""
         deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
         _check(request)
-        decision = self._decide(request)
+        decision = await self._decide(request)
         current = request_id.get()
         decision.count()
         self._loads.reserve(decision.placed)
@@ -81,7 +86,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Route(self, request: router_pb2.RouteRequest, context: Context) -> router_pb2.RouteResponse:
         """The decision alone, with every score."""
         del context
-        decision = self._decide(request)
+        decision = await self._decide(request)
+        if decision.selection.weights.size > CANDIDATES_MAX:
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                f"explaining {len(decision.rows)} rows of {len(decision.model.leaves)} experts is too long an answer: "
+                f"ask about at most {max(1, CANDIDATES_MAX // len(decision.model.leaves))} rows at once",
+                field="input.shape[0]",
+            )
         return router_pb2.RouteResponse(plan=decision.plan, rows=_explain(decision))
 
     async def ListMixtures(
@@ -110,19 +122,31 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         snapshot = self._directory.snapshot
         return _describe(snapshot.resolve(request.model), snapshot)
 
-    def _decide(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Decision:
+    async def _decide(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Decision:
+        """The decision; in a thread when the gate has so much to multiply that other calls would wait."""
         top_k = request.top_k if request.HasField("top_k") else None
-        return decide(self._directory, self._loads, self._settings.in_flight_max, request.model, request.input, top_k)
+        asked = (
+            self._directory.snapshot,
+            self._loads,
+            self._settings.in_flight_max,
+            request.model,
+            request.input,
+            top_k,
+        )
+        model = self._directory.snapshot.resolve(request.model)
+        if len(request.input.contents) * len(model.leaves) > _INLINE_WORK_MAX:
+            return await asyncio.to_thread(decide, *asked)
+        return decide(*asked)
 
     def _note(self, load: WorkerLoad) -> None:
-        self._loads.reported[load.worker] = load.in_flight_count
+        self._loads.note(load.worker, load.in_flight_count)
 
 
 def _check(request: router_pb2.PredictRequest) -> None:
     if request.HasField("min_coverage") and not 0.0 <= request.min_coverage <= 1.0:
         raise HocketError(Reason.BAD_REQUEST, "min_coverage must be 0 to 1", field="min_coverage")
-    if request.HasField("straggler_timeout") and request.straggler_timeout.ToNanoseconds() <= 0:
-        raise HocketError(Reason.BAD_REQUEST, "straggler_timeout must be above 0", field="straggler_timeout")
+    if request.HasField("straggler_timeout"):
+        positive_seconds(request.straggler_timeout, "straggler_timeout")
     if request.on_missing not in plan_pb2.OnMissing.values():
         raise HocketError(Reason.BAD_REQUEST, "on_missing must be FAIL or RENORMALISE", field="on_missing")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hocket.v1.tensor_pb2 import Tensor
-    from services.router.directory import Directory, Snapshot
+    from services.router.directory import Snapshot
     from services.router.placement import Placed, Worker
 
 
@@ -61,12 +61,12 @@ class Decision:
 
 
 def decide(
-    directory: Directory, loads: Loads, in_flight_max: int, address: str, tensor: Tensor, top_k: int | None
+    snapshot: Snapshot, loads: Loads, in_flight_max: int, address: str, tensor: Tensor, top_k: int | None
 ) -> Decision:
-    """Decide one request on the current snapshot. Nothing is reserved yet.
+    """Decide one request on a snapshot. Nothing is reserved yet.
 
     Args:
-        directory: Where the snapshot is.
+        snapshot: What the router knows.
         loads: What runs where.
         in_flight_max: Requests the whole router may run.
         address: As in `PredictRequest.model`.
@@ -77,7 +77,6 @@ def decide(
         HocketError: As the contract of Route says.
     """
     begin = time.perf_counter()
-    snapshot = directory.snapshot
     model = snapshot.resolve(address)
     model.check_servable()
     rows = tensor_to_matrix(tensor)

@@ -20,6 +20,7 @@ from hocket.settings import build, read_tables, read_token
 from hocket.telemetry.logs import configure_logs
 from services.aggregator.settings import AggregatorSettings
 from services.expert_worker.settings import WorkerSettings
+from services.registry.disk import StorageError
 from services.registry.settings import RegistrySettings
 from services.router.settings import RouterSettings
 from services.suite.app import Suite, SuiteSettings
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         settings = _settings(arguments, os.environ)
         uvloop.run(_run(settings, *_tokens(settings, insecure=arguments.insecure)))
-    except (HocketError, OSError) as error:
+    except (HocketError, StorageError, OSError) as error:
         message = error.message if isinstance(error, HocketError) else str(error)
         sys.stderr.write(f"hocket: {message}\n")
         sys.exit(_EXIT_REFUSED)

@@ -106,8 +106,11 @@ class Suite:
             await server.start()
             if self._metrics:
                 self._stop_metrics.append(serve_metrics(server.address.host, server.address.port + METRICS_PORT_OFFSET))
-        async with asyncio.timeout(_READY_SECONDS_MAX):
-            await self._router.directory.wait_for_worker()
+        try:
+            async with asyncio.timeout(_READY_SECONDS_MAX):
+                await self._router.directory.wait_for_worker()
+        except TimeoutError:
+            raise TimeoutError(f"the worker was not heard of in {_READY_SECONDS_MAX:g} seconds: see the log") from None
         for server, _ in self._servers:
             server.set_ready()
 

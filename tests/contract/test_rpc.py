@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 
 from hocket.errors import HocketError, Reason
 from hocket.rpc.channel import Channels
+from hocket.rpc.convert import MESSAGE_BYTES_MAX
 from hocket.rpc.handlers import Handlers, Tokens, add_trailing, remaining_seconds
 from hocket.rpc.server import Address, Server
 from hocket.rpc.status import from_rpc_error
@@ -50,8 +51,12 @@ class Echo(
                 raise HocketError(
                     Reason.BAD_TENSOR, "too wide", field="input.shape[1]", retry_after_seconds=1.5, width="9"
                 )
+            case "cancel":
+                raise asyncio.CancelledError
             case "bug":
                 raise ValueError("the secret is 42")
+            case "refuse at length":
+                raise HocketError(Reason.BAD_REQUEST, "x" * 100_000, field="y" * 10, fact="z" * 100_000)
             case "hang":
                 try:
                     await asyncio.sleep(60)
@@ -214,7 +219,7 @@ async def test_the_deadline_ends_the_call_and_stops_the_handler(stubs: Stubs) ->
 
 async def test_the_handler_knows_the_time_left_and_a_missing_deadline(stubs: Stubs) -> None:
     await stubs.worker.RunTensor(run("fine"), timeout=5)
-    assert 4.0 < stubs.servicer.seen["remaining"] <= 5.0
+    assert 4.0 < stubs.servicer.seen["remaining"] < 5.5  # the two ends have a clock each
     await stubs.worker.RunTensor(run("fine"))
     assert stubs.servicer.seen["remaining"] == 99.0
 
@@ -234,6 +239,25 @@ async def test_cancelling_a_stream_stops_its_handler(stubs: Stubs) -> None:
     call.cancel()
     await asyncio.wait_for(stubs.servicer.stopped.wait(), 1.0)
     assert await call.code() is grpc.StatusCode.CANCELLED
+
+
+async def test_work_that_its_own_side_cancels_is_a_refusal_not_a_cancellation(stubs: Stubs) -> None:
+    assert (await refusal_of(stubs.worker.RunTensor(run("cancel"), timeout=5))).reason is Reason.DRAINING
+
+
+async def test_a_message_over_the_limit_does_not_travel(stubs: Stubs) -> None:
+    request = run("fine")
+    request.input.contents = bytes(MESSAGE_BYTES_MAX - 100)
+    await stubs.worker.RunTensor(request, timeout=5)
+    request.input.contents = bytes(MESSAGE_BYTES_MAX)
+    with pytest.raises(grpc.RpcError) as caught:
+        await stubs.worker.RunTensor(request, timeout=5)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_long_text_in_a_refusal_is_clipped_and_keeps_its_reason(stubs: Stubs) -> None:
+    error = await refusal_of(stubs.worker.RunTensor(run("refuse at length"), timeout=5))
+    assert (error.reason, len(error.message)) == (Reason.BAD_REQUEST, 803)
 
 
 async def test_a_slow_reader_holds_the_handler_back() -> None:

@@ -353,6 +353,32 @@ class TestDeadlines:
                 await stub.RunTensor(request)
             release.set()
 
+    async def test_a_call_waits_for_room_until_its_own_deadline_not_the_servers(
+        self, local: Place, tmp_path: Path
+    ) -> None:
+        registry = WorkerRegistry()
+        TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
+        other = apr_bytes(linear(7, 7))
+        first, second = registry.publish(DATA, [RELEASE]), registry.publish(other, [envelope_of(other)])
+        address = await local.serve("registry", registry.handlers)
+        async with working(local, tmp_path, address, default_deadline_seconds=0.3, budget_bytes=16) as worker:
+            await worker.run(first)
+            running = worker.app.residency.get(first)
+            assert running is not None
+            waiting = asyncio.create_task(worker.run(second, seconds=5.0))
+            await asyncio.sleep(1.0)
+            worker.app.residency.release(running)
+            assert np.array_equal(values(await waiting), predict(linear(7, 7), ROWS))
+
+    async def test_a_call_that_waits_while_the_worker_stops_is_told_so(self, local: Place, tmp_path: Path) -> None:
+        registry = WorkerRegistry(hold=asyncio.Event())
+        TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
+        digest = registry.publish(DATA, [RELEASE])
+        async with working(local, tmp_path, await local.serve("registry", registry.handlers)) as worker:
+            waiting = asyncio.create_task(worker.refused(digest))
+            await until(lambda: registry.downloads)
+        assert (await waiting).reason is Reason.DRAINING
+
     async def test_a_cancelled_call_leaves_the_expert_idle(self, scripted: Scripted) -> None:
         worker, registry = scripted
         digest = registry.publish(DATA, [RELEASE])
@@ -410,6 +436,27 @@ class TestWithdrawal:
         TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
         await until(lambda: ACME_ID in worker.app._authority.standing.roots.keys)
         await worker.run(digest)
+
+    async def test_a_withdrawn_package_leaves_the_cache_too_at_once_or_at_the_next_start(
+        self, local: Place, tmp_path: Path
+    ) -> None:
+        registry = WorkerRegistry()
+        TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
+        address = await local.serve("registry", registry.handlers)
+        other = apr_bytes(linear(7, 7))
+        yanked, stays = registry.publish(DATA, [RELEASE]), registry.publish(other, [envelope_of(other)])
+        async with working(local, tmp_path, address) as worker:
+            await worker.run(yanked)
+            await worker.run(stays)
+            cache = worker.app._cache
+            assert cache.read(yanked) is not None
+            registry.yank(yanked)
+            await until(lambda: cache.read(yanked) is None)
+            await until(lambda: worker.app._revocations.read().digests)
+        cache.write(yanked, DATA, [RELEASE])
+        async with working(local, tmp_path, address):
+            await until(lambda: cache.read(yanked) is None)
+        assert cache.read(stays) is not None
 
     async def test_a_running_request_ends_well_though_its_expert_is_withdrawn(self, scripted: Scripted) -> None:
         worker, registry = scripted

@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+from google.protobuf.duration_pb2 import Duration
 
 from hocket.client.router import Answer, Partial, Planned
 from hocket.errors import HocketError, Reason
@@ -219,7 +220,10 @@ BAD_REQUESTS = [
     ("unknown digest", {"model": "sha256:" + "0" * 64}, Reason.UNKNOWN_MODEL),
     ("unknown member", {"model": f"{digest_of(A)}#7"}, Reason.UNKNOWN_MODEL),
     ("model as a path", {"model": "../../etc/passwd"}, Reason.UNKNOWN_MODEL),
-    ("bad member", {"model": "x#y"}, Reason.BAD_REQUEST),
+    ("bad member", {"model": "x#y"}, Reason.UNKNOWN_MODEL),
+    ("long model", {"model": "#" * 100_000}, Reason.UNKNOWN_MODEL),
+    ("endless patience", {"straggler_timeout": Duration(seconds=2**62)}, Reason.BAD_REQUEST),
+    ("no patience", {"straggler_timeout": Duration()}, Reason.BAD_REQUEST),
     ("top_k 0", {"top_k": 0}, Reason.TOP_K_OUT_OF_RANGE),
     ("top_k 3 of 2", {"top_k": 3}, Reason.TOP_K_OUT_OF_RANGE),
     ("min_coverage", {"min_coverage": 1.5}, Reason.BAD_REQUEST),
@@ -387,3 +391,20 @@ async def test_partials_arrive_while_experts_finish(suite: Deployment) -> None:
     await suite.put(fixed("slowly", A, busy, weights=(1, 3)))
     kinds = [type(event) async for event in suite.router.predict("slowly", rows, partials=True)]
     assert kinds == [Planned, Partial, Answer]
+
+
+async def test_an_explanation_too_long_to_send_is_refused_with_advice(suite: Deployment) -> None:
+    many = [linear(float(number), 1) for number in range(3, 68)]
+    await published(suite, *many)
+    await suite.put(fixed("wide", *many))
+    rows = np.zeros((1024, 2), np.float32)
+    with pytest.raises(HocketError, match="at most 1008 rows"):
+        await suite.router.route("wide", rows)
+    assert len((await suite.router.route("wide", rows[:1008])).rows) == 1008
+    assert (await suite.router.answer("wide", rows)).coverage.min() == 1.0
+
+
+async def test_a_mixture_answers_to_its_release_too(suite: Deployment) -> None:
+    await published(suite, A)
+    await suite.put(fixed("released", A))
+    assert (await suite.router.answer("acme/released@1", ROWS)).coverage.min() == 1.0

@@ -18,13 +18,14 @@ import pytest
 from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.client.router import Answer
 from hocket.errors import HocketError, Reason
-from hocket.identity import ExpertId, digest_of
+from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef, SoftmaxGate, gate_tensor
 from hocket.packages import apr
 from hocket.packages import model as m
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
 from hocket.trust_folder import TrustFolder
+from hocket.telemetry import metrics
 from hocket.v1 import plan_pb2
 from services.expert_worker.loader import prepare
 from services.expert_worker.residency import Residency
@@ -194,7 +195,9 @@ async def until(check: Callable[[], bool], what: Callable[[], Any], seconds: flo
 
 
 @pytest.mark.parametrize("kind", ["one process", "four servers"])
-async def test_a_suite_answers_right_while_everything_around_it_changes(kind: str, tmp_path: Path) -> None:
+async def test_a_suite_answers_right_while_everything_around_it_changes(
+    kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     world = World(random.Random(11), np.random.default_rng(11).standard_normal((POOL_ROWS, WIDTH)).astype(np.float32))
     lasting = [world.make(number) for number in range(12)]
     sizes = [prepare(opened(data)).size_bytes for data in lasting]
@@ -207,7 +210,7 @@ async def test_a_suite_answers_right_while_everything_around_it_changes(kind: st
         chaos = Chaos(world, suite, worker, [digest_of(data) for data in lasting])
         await _ask_all(world, suite, names, 200)  # connections, caches and thread pools are there from now on
         await _quiet()
-        before = task_names()
+        before, evictions = task_names(), metrics.EXPERT_EVICTIONS._value.get()
         resident_bytes = [psutil.Process().memory_info().rss]
         for number in range(ROUNDS):
             changing = asyncio.create_task(chaos.run(number))
@@ -223,10 +226,17 @@ async def test_a_suite_answers_right_while_everything_around_it_changes(kind: st
             assert residency.used_bytes <= residency.budget_bytes
             assert [package.digest for package in residency.packages if package.in_use_count] == []
         answered = world.outcomes["answered"]
-        print(kind, dict(world.outcomes), dict(chaos.done), [size >> 20 for size in resident_bytes])
+        evictions = metrics.EXPERT_EVICTIONS._value.get() - evictions
+        for name, measured in (
+            ("outcomes", {**world.outcomes}),
+            ("changes", {**chaos.done, "evict": evictions}),
+            ("resident_mib", [size >> 20 for size in resident_bytes]),
+        ):
+            record_property(name, measured)
         assert answered > 0.5 * sum(world.outcomes.values())
         assert world.outcomes["cancelled"] > 100
         assert all(chaos.done[what] for what in ("publish", "put", "yank", "revoke", "load", "unload")), chaos.done
+        assert evictions > 100
         assert resident_bytes[-1] - resident_bytes[2] < GROWTH_BYTES_MAX, resident_bytes
 
 
@@ -287,9 +297,7 @@ async def _ask(world: World, suite: Deployment, name: str) -> None:
     dice = world.dice
     rows = np.array([dice.randrange(POOL_ROWS) for _ in range(dice.choice([1, 1, 2, 7, 40]))])
     lenient = dice.random() < 0.5
-    top_k = dice.choice([None, None, 1, 2, 99])
-    if len(name) > 20:
-        top_k = None
+    top_k = None if is_digest(name) else dice.choice([None, None, 1, 2, 99])
     options: Any = {
         "top_k": top_k,
         "partials": dice.random() < 0.3,
@@ -314,16 +322,16 @@ async def _ask(world: World, suite: Deployment, name: str) -> None:
     try:
         answer = await task
     except asyncio.CancelledError:
-        world.outcomes["cancelled"] += 1
+        outcome = "cancelled"
     except HocketError as error:
         _documented(error, top_k, lenient=lenient)
-        world.outcomes[error.reason] += 1
+        outcome = error.reason
     else:
-        if answer is None:
-            world.outcomes["left early"] += 1
-            return
-        world.check(answer, rows, top_k, withdrawn_before)
-        world.outcomes["answered"] += 1
+        outcome = "left early"
+        if answer is not None:
+            world.check(answer, rows, top_k, withdrawn_before)
+            outcome = "answered"
+    world.outcomes[outcome] += 1
 
 
 def _documented(error: HocketError, top_k: int | None, *, lenient: bool) -> None:
@@ -362,7 +370,7 @@ class Chaos:
         self.world.dice.shuffle(changes)
         for change in changes:
             await change
-            await asyncio.sleep(self.world.dice.random() * 0.05)
+            await asyncio.sleep(self.world.dice.random() * 0.12)
 
     async def _publish(self, number: int) -> None:
         await self.suite.publish(self.world.make(number))

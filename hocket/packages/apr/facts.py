@@ -218,9 +218,7 @@ def parameter_bytes(model: m.Model) -> int:
         case m.LogisticRegression() | m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
             return 0 if model.coefficients is None else model.coefficients.nbytes + _FLOAT64_BYTES
         case _:
-            return sum(
-                _ROOT_BYTES + len(tree.feature) * (_NODE_BYTES + tree.value.itemsize) for tree in trees(model)
-            )
+            return sum(_ROOT_BYTES + len(tree.feature) * (_NODE_BYTES + tree.value.itemsize) for tree in trees(model))
 
 
 def trees(model: m.Model) -> list[m.Tree]:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
+from services.expert_worker.loader import prepare
 from tests import apr_oracle
-from tests.builders import chain, floats, grow, linear, mixture, models
+from tests.builders import apr_bytes, chain, floats, grow, linear, mixture, models
 from tests.worker_numerics import (
     RECORDED_MIN,
     answer,
@@ -27,6 +29,7 @@ from tests.worker_numerics import (
 )
 
 if TYPE_CHECKING:
+    from hocket.packages import Package
     from services.expert_worker.loader import Expert
 
 SMALL = st.floats(-8, 8, width=32)
@@ -175,3 +178,34 @@ def test_members_of_a_mixture_are_experts_of_one_package() -> None:
     rows = floats([1, 2], [3, 4])
     assert np.array_equal(answer(first, rows), apr_oracle.predict(model.experts[0], rows))
     assert np.array_equal(answer(second, rows), apr_oracle.predict(model.experts[1], rows))
+
+
+class TestSizes:
+    """The router compares what the facts say with what workers have: it must be what they take."""
+
+    @pytest.mark.parametrize("layout", [*models()])
+    def test_the_facts_of_every_layout_say_what_it_takes(self, layout: str) -> None:
+        assert_size_as_stated(opened(apr_bytes(models()[layout])))
+
+    def test_the_facts_of_larger_models_do_too(self) -> None:
+        for model in random_models(np.random.default_rng(3), 12):
+            assert_size_as_stated(opened(apr_bytes(model)))
+
+    def test_the_facts_of_the_reference_s_files_do_too(self) -> None:
+        counted = 0
+        for entry in recorded():
+            try:
+                package = opened(entry["data"])
+            except HocketError as error:
+                assert error.reason is Reason.ENCRYPTED  # noqa: PT017 - others are opened
+                continue
+            if package.facts.not_servable is None:
+                assert_size_as_stated(package)
+                counted += 1
+        assert counted >= RECORDED_MIN
+
+
+def assert_size_as_stated(package: Package) -> None:
+    prepared = prepare(package)
+    assert package.facts.parameter_bytes == prepared.size_bytes
+    assert prepared.size_bytes == sum(tensor.untyped_storage().nbytes() for tensor in prepared.tensors)

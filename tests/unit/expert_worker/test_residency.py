@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,9 +19,10 @@ from services.expert_worker.loader import Expert, Prepared
 from services.expert_worker.residency import Residency, ResidentPackage
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Report, Supplied
-from tests.signing import ACME_ID, ACME_SEED, envelope_of, trusted
+from tests.signing import ACME_ID, ACME_SEED, NOW, envelope_of, trusted
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from pathlib import Path
 
     from services.expert_worker.authority import Standing
@@ -66,7 +68,7 @@ class Shelf:
         if digest in self.failures:
             raise self.failures[digest]
         prepared = Prepared((torch.zeros(self.sizes.get(digest, 40), dtype=torch.uint8),), lambda _moved: ())
-        credentials = self.credentials.get(digest) or Credentials(subject_of(digest), (), None)
+        credentials = self.credentials.get(digest) or Credentials(subject_of(digest), (), None, NOW)
         return Supplied(prepared, credentials, standing.judge(credentials))
 
     async def place(self, prepared: Prepared) -> tuple[Expert, ...]:
@@ -94,9 +96,9 @@ def subject_of(digest: str) -> Subject:
     return Subject(Purpose.PACKAGE, digest, 9, "apr")
 
 
-def signed(digest: str) -> Credentials:
+def signed(digest: str, time: datetime = NOW) -> Credentials:
     """Credentials by a release of acme."""
-    return Credentials(subject_of(digest), (envelope_of(b"", digest=digest, size_bytes=9),), None)
+    return Credentials(subject_of(digest), (envelope_of(b"", digest=digest, size_bytes=9),), None, time)
 
 
 @pytest.fixture
@@ -177,6 +179,13 @@ class TestLoading:
         for _ in range(3):
             assert (await refused(shelf.use(A))).reason is Reason.UNSIGNED
         assert shelf.brought == [A]
+
+    async def test_a_remembered_refusal_keeps_nothing_of_the_package_in_memory(self, shelf: Shelf) -> None:
+        shelf.failures[A] = HocketError(Reason.BAD_PAYLOAD, "no", field="x", digest=A)
+        await refused(shelf.use(A))
+        ((remembered, _, _),) = shelf.residency._refusals.values()
+        assert (remembered.field, remembered.metadata) == ("x", {"digest": A})
+        assert (remembered.__traceback__, remembered.__context__) == (None, None)
 
     async def test_a_change_of_trust_or_a_new_release_is_worth_another_look(self, shelf: Shelf) -> None:
         shelf.failures[A] = HocketError(Reason.UNSIGNED, "no")
@@ -280,11 +289,36 @@ class TestBudget:
         assert (await refused(shelf.use(C, SOON))).reason is Reason.EXPERT_LOADING
         assert shelf.resident == [B, A]
 
-    async def test_a_load_that_never_finds_room_ends_too(self, tmp_path: Path) -> None:
+    async def test_a_request_waits_for_room_until_its_own_deadline(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, placing_seconds=SOON)
+        held = [await shelf.use(A), await shelf.use(B)]
+        waiting = asyncio.create_task(shelf.use(C, LATER))
+        await asyncio.sleep(5 * SOON)
+        shelf.residency.release(held[0])
+        assert (await waiting).digest == C
+
+    async def test_who_waits_longest_gets_room_first_however_long_that_takes(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, placing_seconds=SOON)
+        held = [await shelf.use(A), await shelf.use(B)]
+        first = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(SOON / 2)
+        second = asyncio.create_task(shelf.use(D))
+        await asyncio.sleep(4 * SOON)
+        shelf.residency.release(held[0])
+        assert (await first).digest == C
+        assert not second.done()
+        second.cancel()
+
+    async def test_a_load_that_no_request_waits_for_gives_up(self, tmp_path: Path) -> None:
         shelf = Shelf(tmp_path, placing_seconds=SOON)
         await shelf.use(A)
         held = await shelf.use(B)
-        assert (await refused(shelf.use(C))).reason is Reason.EXPERT_LOADING
+        assert (await refused(shelf.use(C, 3 * SOON))).reason is Reason.EXPERT_LOADING
+        async with asyncio.timeout(LATER):
+            with pytest.raises(HocketError) as refusal:
+                _ = [step async for step in shelf.residency.load(C)]
+        assert refusal.value.reason is Reason.EXPERT_LOADING
+        assert shelf.residency.digests == {A, B}
         shelf.residency.release(held)
         await shelf.load(C)
 
@@ -392,8 +426,31 @@ class TestLeaving:
         waiting = asyncio.create_task(shelf.use(A))
         await asyncio.sleep(0)
         await shelf.residency.stop()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+        assert (await refused(waiting)).reason is Reason.DRAINING
+
+    async def test_all_who_wait_for_a_load_that_stops_are_told_so(self, shelf: Shelf) -> None:
+        await shelf.use(A)
+        await shelf.use(B)
+
+        async def follow() -> None:
+            async for _ in shelf.residency.load(C):
+                pass
+
+        for_room = [asyncio.create_task(refused(shelf.use(C))), asyncio.create_task(refused(follow()))]
+        await asyncio.sleep(SOON)
+        shelf.hold = asyncio.Event()
+        just_begun = asyncio.create_task(refused(shelf.use(D)))
+        await asyncio.sleep(0)  # it has begun a load, whose first step is still to come
+        await shelf.residency.stop()
+        told = await asyncio.gather(*for_room, just_begun)
+        assert {refusal.reason for refusal in told} == {Reason.DRAINING}
+        assert shelf.residency.used_bytes == 80
+
+    async def test_nothing_is_loaded_after_the_stop(self, shelf: Shelf) -> None:
+        await shelf.load(A)
+        await shelf.residency.stop()
+        assert (await refused(shelf.use(B))).reason is Reason.DRAINING
+        assert (await shelf.use(A)).digest == A
 
 
 class TestTrust:
@@ -432,6 +489,18 @@ class TestTrust:
         await trusting.authority.read_folder()
         await trusting.residency.judge_again()
         assert trusting.residency.packages[1].proofs == (Proof("policy"),)
+
+    async def test_a_window_counts_as_of_the_load(self, shelf: Shelf) -> None:
+        for digest, time in ((A, NOW - timedelta(seconds=1)), (B, NOW)):
+            shelf.credentials[digest] = signed(digest, time)
+        TrustFolder(shelf.folder).add_key(trusted(ACME_SEED))
+        await shelf.authority.read_folder()
+        await shelf.load(A, B)
+        TrustFolder(shelf.folder).remove_key(ACME_ID)
+        TrustFolder(shelf.folder).add_key(trusted(ACME_SEED, not_after=NOW))  # long over by the clock
+        await shelf.authority.read_folder()
+        await shelf.residency.judge_again()
+        assert shelf.resident == [A]
 
     async def test_a_change_during_the_judgement_is_judged_too(self, trusting: Shelf) -> None:
         judging = asyncio.create_task(trusting.residency.judge_again())

@@ -41,6 +41,7 @@ def test_everything_may_come_as_text_from_the_environment() -> None:
         ("device", "cuda", "cuda:0"),
         ("budget_bytes", -1, 0),
         ("compute_threads", -1, 1),
+        ("cache_bytes", -1, 0),
         ("queue_max", 0, 1),
         ("loading_max", 0, 1),
         ("in_flight_max", 0, 1),

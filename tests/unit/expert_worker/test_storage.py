@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 DATA = b"some package"
 DIGEST = digest_of(DATA)
 RELEASES = (b"one \xff release", b"another")
+SIZE_BYTES_MAX = 10 * 8192
+"""Ten small entries: of two files, which take a block of 4096 bytes each."""
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> PackageCache:
-    return PackageCache(tmp_path / "cache")
+    return PackageCache(tmp_path / "cache", SIZE_BYTES_MAX)
 
 
 def path_of(tmp_path: Path, suffix: str = "") -> Path:
@@ -78,7 +80,7 @@ class TestCache:
 
     def test_a_cache_that_cannot_be_written_is_no_failure(self, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file where the folder should be")
-        cache = PackageCache(tmp_path / "cache")
+        cache = PackageCache(tmp_path / "cache", SIZE_BYTES_MAX)
         cache.write(DIGEST, DATA, RELEASES)
         assert cache.read(DIGEST) is None
 
@@ -90,6 +92,66 @@ class TestCache:
         cache.tidy()
         assert not draft.exists()
         assert cache.read(DIGEST) is not None
+
+
+class TestCacheSize:
+    """Entries are written in the order of their names, one second apart."""
+
+    @staticmethod
+    def fill(cache: PackageCache, folder: Path, *names: int, in_use: frozenset[str] = frozenset()) -> None:
+        for name in names:
+            digest = digest_of(b"%d" % name)
+            cache.write(digest, b"%d" % name, (), in_use)
+            TestCacheSize.used(folder, name, 1000 + name)
+
+    @staticmethod
+    def used(folder: Path, name: int, time: float) -> None:
+        for path in (folder / "cache").glob(f"sha256/??/{digest_of(b'%d' % name).removeprefix('sha256:')}*"):
+            os.utime(path, (time, time))
+
+    @staticmethod
+    def held(cache: PackageCache, names: range) -> list[int]:
+        return [name for name in names if cache.read(digest_of(b"%d" % name)) is not None]
+
+    def test_what_fits_stays(self, cache: PackageCache, tmp_path: Path) -> None:
+        self.fill(cache, tmp_path, *range(10))
+        assert self.held(cache, range(10)) == [*range(10)]
+
+    def test_what_was_used_longest_ago_makes_room_with_some_to_spare(self, cache: PackageCache, tmp_path: Path) -> None:
+        self.fill(cache, tmp_path, *range(11))
+        assert self.held(cache, range(11)) == [*range(2, 11)]
+        assert len(list((tmp_path / "cache").glob("sha256/??/*"))) == 18  # their releases went along
+
+    def test_reading_is_use(self, cache: PackageCache, tmp_path: Path) -> None:
+        self.fill(cache, tmp_path, *range(10))
+        assert self.held(cache, range(1)) == [0]
+        self.fill(cache, tmp_path, 10)
+        assert self.held(cache, range(11)) == [0, *range(3, 11)]
+
+    def test_what_is_in_use_stays_even_beyond_the_limit(self, cache: PackageCache, tmp_path: Path) -> None:
+        in_use = frozenset(digest_of(b"%d" % name) for name in range(12))
+        self.fill(cache, tmp_path, *range(12), in_use=in_use)
+        assert self.held(cache, range(12)) == [*range(12)]
+        self.fill(cache, tmp_path, 12, in_use=in_use)
+        assert self.held(cache, range(13)) == [*range(12)]
+
+    def test_writing_the_same_again_drops_nothing(self, cache: PackageCache, tmp_path: Path) -> None:
+        self.fill(cache, tmp_path, *range(10))
+        for _ in range(3):
+            self.fill(cache, tmp_path, 9)
+        assert self.held(cache, range(10)) == [*range(10)]
+
+    def test_a_start_counts_what_is_there_and_obeys_a_lower_limit(self, cache: PackageCache, tmp_path: Path) -> None:
+        self.fill(cache, tmp_path, *range(10))
+        again = PackageCache(tmp_path / "cache", SIZE_BYTES_MAX)
+        again.tidy()
+        assert self.held(again, range(1, 10)) == [*range(1, 10)]
+        for name in range(10):
+            self.used(tmp_path, name, 1000 + name)
+        self.fill(again, tmp_path, 10)
+        assert self.held(again, range(11)) == [*range(2, 11)]
+        PackageCache(tmp_path / "cache", 0).tidy()
+        assert self.held(again, range(11)) == []
 
 
 class TestDurableWrites:

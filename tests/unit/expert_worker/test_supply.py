@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
 from hocket.packages import Policy, TrustRoots
 from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_VERIFYING
 from services.expert_worker.authority import Standing
-from services.expert_worker.cache import PackageCache
+from services.expert_worker.cache import CachedPackage, PackageCache
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Supplied, Supply
 from tests.builders import apr_bytes, linear, signer
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 DATA = apr_bytes()
 RELEASE = envelope_of(DATA)
 TRUSTING = Standing(roots())
+AT_ONCE_MAX = 2
 
 
 @dataclass
@@ -32,10 +37,13 @@ class Setting:
     executor: ThreadPoolExecutor
     registry: WorkerRegistry = field(default_factory=WorkerRegistry)
     steps: list[tuple[int, int, int]] = field(default_factory=list)
+    in_use: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.supply = Supply(self.cache, self.registry.client(), self.executor, AT_ONCE_MAX, lambda: self.in_use)
 
     async def bring(self, digest: str, standing: Standing = TRUSTING) -> Supplied:
-        supply = Supply(self.cache, self.registry.client(), self.executor)
-        return await supply.bring(digest, standing, lambda *step: self.steps.append(step))
+        return await self.supply.bring(digest, standing, lambda *step: self.steps.append(step))
 
     async def refused(self, digest: str, standing: Standing = TRUSTING) -> HocketError:
         with pytest.raises(HocketError) as refusal:
@@ -51,7 +59,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
     with ThreadPoolExecutor(1) as executor:
-        yield Setting(PackageCache(tmp_path / "cache"), executor)
+        yield Setting(PackageCache(tmp_path / "cache", 2**20), executor)
 
 
 def revoking(*key_ids: str) -> Standing:
@@ -195,3 +203,70 @@ async def test_a_cached_file_that_is_no_package_is_not_fetched_again(setting: Se
     setting.cache.write(digest, data, [envelope_of(data)])
     assert (await setting.refused(digest)).reason is Reason.BAD_MAGIC
     assert setting.registry.downloads == []
+
+
+async def test_only_so_many_downloads_are_in_memory_at_once_and_they_hold_up_nothing_that_is_cached(
+    setting: Setting,
+) -> None:
+    cached = setting.registry.publish(DATA, [RELEASE])
+    await setting.bring(cached)
+    setting.registry.hold = asyncio.Event()
+    others = [apr_bytes(linear(n, n)) for n in range(1, 6)]
+    digests = [setting.registry.publish(data, [envelope_of(data)]) for data in others]
+    loads = [asyncio.create_task(setting.bring(digest)) for digest in digests]
+    await setting.registry.until(lambda: len(setting.registry.downloads) > AT_ONCE_MAX)
+    await asyncio.sleep(0.05)
+    assert len(setting.registry.downloads) == 1 + AT_ONCE_MAX
+    await setting.bring(cached)
+    setting.registry.hold.set()
+    assert len(await asyncio.gather(*loads)) == len(digests)
+
+
+async def test_only_so_many_packages_from_the_cache_are_in_memory_at_once(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    await setting.bring(digest)
+    reads, read = [], setting.cache.read
+    go_on = threading.Event()
+
+    def hold(which: str) -> CachedPackage | None:
+        reads.append(which)
+        go_on.wait(10)
+        return read(which)
+
+    monkeypatch.setattr(setting.cache, "read", hold)
+    with ThreadPoolExecutor(8) as executor:
+        setting.supply._executor = executor
+        loads = [asyncio.create_task(setting.bring(digest)) for _ in range(5)]
+        await setting.registry.until(lambda: len(reads) >= AT_ONCE_MAX)
+        await asyncio.sleep(0.05)
+        assert len(reads) == AT_ONCE_MAX
+        go_on.set()
+        await asyncio.gather(*loads)
+    assert len(reads) == 5
+
+
+async def test_a_full_cache_keeps_what_is_in_use(setting: Setting) -> None:
+    setting.cache = setting.supply._cache = PackageCache(setting.cache._folder, 0)
+    digest = setting.registry.publish(DATA, [RELEASE])
+    setting.in_use = frozenset({digest})
+    await setting.bring(digest)
+    assert setting.cache.read(digest) is not None
+    other = apr_bytes(linear(7, 7))
+    await setting.bring(setting.registry.publish(other, [envelope_of(other)]))
+    assert setting.cache.read(digest_of(other)) is None
+    assert setting.cache.read(digest) is not None
+
+
+async def test_what_was_loaded_while_a_key_was_valid_is_judged_as_of_then(setting: Setting) -> None:
+    digest = setting.registry.publish(DATA, [RELEASE])
+    before = datetime.now(UTC)
+    credentials = (await setting.bring(digest)).credentials
+    assert before <= credentials.time <= datetime.now(UTC)
+    over = Standing(roots(not_after=datetime.now(UTC)))
+    assert over.judge(credentials)
+    assert (await setting.refused(digest, over)).reason is Reason.KEY_EXPIRED
+    with pytest.raises(HocketError) as refusal:
+        Standing(roots(not_after=before)).judge(credentials)
+    assert refusal.value.reason is Reason.KEY_EXPIRED

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.mixtures import MixtureRecord, SoftmaxGate
 from hocket.packages import DEFAULT_LIMITS, Policy, Revocations, TrustRoots
+from hocket.packages.model import KMeans
+from hocket.rpc.convert import COLUMNS_MAX
 from services.registry.admission import (
     AdmittedMixture,
     AdmittedPackage,
@@ -133,6 +136,19 @@ class TestPackages:
 
         assert refusal_of(admit, idle, envelope_of(idle)) is Reason.NOT_SERVABLE
         assert refusal_of(admit, unfitted, envelope_of(unfitted)) is Reason.NOT_SERVABLE
+
+    def test_more_columns_than_an_answer_has_are_not_taken(self) -> None:
+        for count in (COLUMNS_MAX, COLUMNS_MAX + 1, 5000):
+            model = KMeans(count, np.arange(count, dtype=np.float32).reshape(-1, 1))
+            data = apr_bytes(model)
+            shown = apr_bytes(model, labels=[*range(COLUMNS_MAX), *[None] * (count - COLUMNS_MAX)])
+            assert admit(shown, envelope_of(shown)).facts.output_columns == count
+            if count == COLUMNS_MAX:
+                assert admit(data, envelope_of(data)).facts.output_columns == COLUMNS_MAX
+                continue
+            with pytest.raises(HocketError, match="fewer classes or clusters") as refusal:
+                admit(data, envelope_of(data))
+            assert refusal.value.reason is Reason.NOT_SERVABLE
 
     def test_sizes_have_limits(self) -> None:
         small = replace(DEFAULT_LIMITS, package_bytes=len(DATA) - 1)

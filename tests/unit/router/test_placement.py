@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from services.router import placement as module
 from services.router.placement import REPLICAS_MAX, Loads, Worker, place
 
 
@@ -29,8 +30,16 @@ def test_the_less_busy_of_two_residents_comes_first() -> None:
 
 
 def test_a_workers_own_report_counts_when_it_is_more() -> None:
-    loads = Loads(reported={"a": 9})
+    loads = Loads()
+    loads.note("a", 9)
     assert names("d", [worker("a", holds="d"), worker("b", holds="d")], loads)[0] == "b"
+
+
+def test_an_old_report_counts_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = Loads()
+    loads.note("a", 9)
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0.0)
+    assert loads.of_worker("a") == 0
 
 
 @pytest.mark.parametrize(
@@ -75,4 +84,4 @@ def test_a_released_load_leaves_nothing_behind() -> None:
     loads.reserve(placed)
     assert (loads.of_worker("a"), loads.by_expert) == (1, {"d": 1, "e": 1})
     loads.release(placed)
-    assert (loads.of_worker("a"), loads.by_expert) == (0, {})
+    assert (loads.by_worker, loads.by_expert) == ({}, {})
