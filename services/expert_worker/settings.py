@@ -52,7 +52,7 @@ class WorkerSettings:
     allow_unsigned: bool = False
     preload: tuple[str, ...] = ()
     queue_max: int = 512
-    loading_max: int = 64
+    loading_max: int = 1024
     in_flight_max: int = 1024
     default_deadline_seconds: float = 30.0
     drain_grace_seconds: float = 10.0

@@ -24,8 +24,8 @@ from hocket.packages import apr
 from hocket.packages import model as m
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
-from hocket.trust_folder import TrustFolder
 from hocket.telemetry import metrics
+from hocket.trust_folder import TrustFolder
 from hocket.v1 import plan_pb2
 from services.expert_worker.loader import prepare
 from services.expert_worker.residency import Residency
