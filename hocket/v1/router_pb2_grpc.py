@@ -87,7 +87,8 @@ class RouterServiceServicer(object):
     def Route(self, request, context):
         """Decides without running anything: the plan, and every score behind it.
 
-        Fails as Predict does up to the point where experts would be asked.
+        Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+        `BAD_REQUEST` for more than 65,536 rows times experts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,8 @@ class RouterServiceStub:
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]
     """Decides without running anything: the plan, and every score behind it.
 
-    Fails as Predict does up to the point where experts would be asked.
+    Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+    `BAD_REQUEST` for more than 65,536 rows times experts.
     """
     ListMixtures: _grpc.UnaryUnaryMultiCallable[_router_pb2.ListMixturesRequest, _router_pb2.ListMixturesResponse]
     """Lists what can be addressed: mixtures, mixtures made from packages, and lone experts.
@@ -89,7 +90,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides without running anything: the plan, and every score behind it.
 
-    Fails as Predict does up to the point where experts would be asked.
+    Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+    `BAD_REQUEST` for more than 65,536 rows times experts.
     """
     ListMixtures: _aio.UnaryUnaryMultiCallable[_router_pb2.ListMixturesRequest, _router_pb2.ListMixturesResponse]  # type: ignore[assignment]
     """Lists what can be addressed: mixtures, mixtures made from packages, and lone experts.
@@ -135,7 +137,8 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_router_pb2.RouteResponse, _abc.Awaitable[_router_pb2.RouteResponse]]:
         """Decides without running anything: the plan, and every score behind it.
 
-        Fails as Predict does up to the point where experts would be asked.
+        Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+        `BAD_REQUEST` for more than 65,536 rows times experts.
         """
 
     @_abc_1.abstractmethod

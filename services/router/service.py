@@ -125,6 +125,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def _decide(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Decision:
         """The decision; in a thread when the gate has so much to multiply that other calls would wait."""
         top_k = request.top_k if request.HasField("top_k") else None
+        if not request.model:
+            raise HocketError(Reason.BAD_REQUEST, "model is missing: name what should answer", field="model")
+        if not request.HasField("input"):
+            raise HocketError(Reason.BAD_REQUEST, "input is missing: send rows as an FP32 tensor", field="input")
         asked = (
             self._directory.snapshot,
             self._loads,
