@@ -61,7 +61,7 @@ def gated(name: str, *members: bytes, features: int = 2, **changes: Any) -> tupl
 
 def mixture_release(record: MixtureRecord, seed: bytes = ACME_SEED, name: str = "") -> bytes:
     """A release of a mixture, by default under acme's and its own name."""
-    signed = name or f"acme/{record.name}@1.0.0"
+    signed = name or f"acme/{record.name}@{record.digest[7:19]}"
     return envelope_of(record.body(), seed, signed, purpose=Purpose.MIXTURE, format="mixture")
 
 

@@ -66,6 +66,11 @@ def state_of(state: TrustState.ValueType) -> str:
     return TrustState.Name(state).removeprefix("TRUST_STATE_").lower().replace("_", " ")
 
 
+def standing_of(package: Package) -> str:
+    """The state of a package, and `UNSIGNED` where only the registry's policy admits it."""
+    return state_of(package.state) + (", UNSIGNED" if package.unsigned_by_policy else "")
+
+
 def signers_of(package: Package) -> str:
     """Who vouches for a package: publishers with their keys, the signature inside, or nobody."""
     signers = [f"{release.publisher} ({output.short(release.key_id)})" for release in package.releases]

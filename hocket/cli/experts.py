@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import difflib
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from hocket.cli import describe, output, servers
-from hocket.errors import HocketError
+from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
+    from hocket.client.blocking import RegistryClient
     from hocket.v1.package_pb2 import Package
 
 app = typer.Typer(name="experts", help="List the packages of a registry, or show one.", no_args_is_help=True)
+
+_MEANT_SHOWN: Final = 3
 
 
 @app.command("list")
@@ -34,17 +38,15 @@ def list_packages(
     rows = [
         (
             describe.package_name(package),
-            output.short(package.digest),
             describe.kind_of(package.model),
             package.model.feature_count or None,
             describe.columns_of(package.model),
-            describe.state_of(package.state),
-            describe.signers_of(package),
+            describe.standing_of(package),
         )
         for package in sorted(packages, key=describe.package_name)
     ]
-    columns = ("name", "digest", "kind", "features>", "answers", "state", "signed by")
-    output.print_table(columns, rows, "No packages yet: `hocket publish`")
+    empty = f"No packages released by {publisher}" if publisher else "No packages yet: `hocket publish`"
+    output.print_table(("name", "kind~", "features>", "answers~", "state~"), rows, empty)
 
 
 @app.command()
@@ -60,12 +62,32 @@ def show(
     $ hocket experts show acme/iris@1.0.0
     """
     with servers.registry(registry) as client:
-        found = client.get_package(package)
+        found = find_package(client, package)
     workers = _resident_workers(router, found.digest)
     if json:
         output.emit({**output.message_json(found), "resident_workers": workers})
     else:
         _print_card(found, workers)
+
+
+def find_package(client: RegistryClient, package: str) -> Package:
+    """One package by digest or name.
+
+    Raises:
+        HocketError: As `get_package`; of a name that is not known it says which one may be meant.
+    """
+    try:
+        return client.get_package(package)
+    except HocketError as error:
+        if error.reason not in {Reason.UNKNOWN_PACKAGE, Reason.BAD_REQUEST}:
+            raise
+        names = [describe.release_name(release) for known in client.list_packages() for release in known.releases]
+        meant = [name for name in names if package in name] or difflib.get_close_matches(package, names)
+        if not meant:
+            raise
+        raise HocketError(
+            error.reason, f"{error.message}; did you mean {' or '.join(sorted(meant)[:_MEANT_SHOWN])}?"
+        ) from error
 
 
 def _resident_workers(router: str, digest: str) -> list[str] | None:

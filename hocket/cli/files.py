@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -12,7 +13,7 @@ import typer
 from hocket import paths
 from hocket.cli import output
 from hocket.errors import HocketError, Reason
-from hocket.identity import key_bytes
+from hocket.identity import key_bytes, key_id_of
 from hocket.keyring import load_key
 from hocket.packages.keys import public_key_of
 from hocket.packages.limits import DEFAULT_LIMITS
@@ -21,6 +22,8 @@ from hocket.telemetry.logs import configure_logs
 from hocket.trust_folder import TrustFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from hocket.packages import TrustRoots
 
 Trust = Annotated[
@@ -29,7 +32,19 @@ Trust = Annotated[
 ]
 """Option: the trust folder."""
 
+KeyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="KEY",
+        help="The public key, its id or the first 12 digits or more of that, or a key file of your own.",
+        show_default=False,
+    ),
+]
+"""Argument: a key that is known already."""
+
 _RELEASE_SUFFIX: Final = ".release.json"
+_KEY_ID: Final = re.compile(r"[0-9a-f]{12,64}")
+_KEY_ID_DIGITS: Final = 64
 
 
 def read_file(path: Path, bytes_max: int) -> bytes:
@@ -73,6 +88,38 @@ def public_key(text: str) -> bytes:
     if text.startswith("ed25519:"):
         return key_bytes(text)
     return public_key_of(load_key(Path(text).expanduser()))
+
+
+def find_key_id(text: str, known: Callable[[], Iterable[str]], where: str) -> str:
+    """The id of the key that is meant by `KeyName`.
+
+    Args:
+        text: What was written.
+        known: The key ids among which the beginning of one must tell which; asked only then.
+        where: What those are, for people.
+
+    Raises:
+        HocketError: `SIGNER_NOT_TRUSTED` if no key there begins so, `BAD_REQUEST` if several do, or the text is none
+            of these; `BAD_KEY_FILE` if it is a file without a private key.
+    """
+    if text.startswith("ed25519:"):
+        return key_id_of(key_bytes(text))
+    if _KEY_ID.fullmatch(text) is None:
+        if not Path(text).expanduser().exists():
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                f"{text!r} is neither a public key (ed25519:<64 hex digits>), nor a key id or the first 12 digits or "
+                "more of one, nor a key file",
+            )
+        return key_id_of(public_key(text))
+    if len(text) == _KEY_ID_DIGITS:
+        return text
+    found = sorted({key_id for key_id in known() if key_id.startswith(text)})
+    if not found:
+        raise HocketError(Reason.SIGNER_NOT_TRUSTED, f"no key id in {where} begins with {text}: give the whole key")
+    if len(found) > 1:
+        raise HocketError(Reason.BAD_REQUEST, f"several key ids begin with {text}: {', '.join(found)}")
+    return found[0]
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -10,10 +10,11 @@ from rich.live import Live
 
 from hocket.cli import describe, output, rows, servers
 from hocket.client import Answer, Partial, Planned
+from hocket.errors import HocketError, Reason
 from hocket.v1.plan_pb2 import CONTRIBUTION_STATE_ARRIVED, ContributionState, Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -84,7 +85,7 @@ def predict(
             straggler_timeout_seconds=straggler_timeout,
             on_missing="renormalise" if renormalise else "fail",
         )
-        with board or nullcontext():
+        with board or nullcontext(), _flag_named():
             for event in events:
                 if board is None:
                     output.emit(_event_json(event))
@@ -119,6 +120,18 @@ def route(
         output.emit(output.message_json(decision))
     else:
         _print_decision(decision, names)
+
+
+@contextmanager
+def _flag_named() -> Iterator[None]:
+    """Have a refusal of an incomplete answer name the option that accepts it."""
+    try:
+        yield
+    except HocketError as error:
+        if error.reason is not Reason.COVERAGE:
+            raise
+        advice = "--renormalise answers without what is missing, --min-coverage says how much of it may be"
+        raise HocketError(error.reason, f"{error.message} ({advice})", **error.metadata) from error
 
 
 class _Board:
@@ -174,7 +187,7 @@ class _Board:
                 )
             )
         lines.append(("coverage", output.plain(output.bar(coverage), "green"), f"{coverage:.3f}", *" " * 4))
-        columns = ("expert", "weight", ">", "rows>", "state", "time>", "worker")
+        columns = ("expert", "mean weight", ">", "rows>", "state~", "time>", "worker~")
         return output.table(
             columns, lines, title=f"{plan.model} ({Mode.Name(plan.mode).removeprefix('MODE_').lower()})"
         )

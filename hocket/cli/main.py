@@ -1,12 +1,13 @@
 """`hocket`: the overview of all verbs, and the one place where their failures end.
 
 A verb's module is imported when the verb is used: `hocket --help` needs neither grpc nor numpy. Exit status: 0 done,
-2 refused (and wrong usage), 1 for a bug of ours; `hocket health` has its own.
+2 refused (and wrong usage, and output that cannot be written), 1 for a bug of ours; `hocket health` has its own.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
@@ -17,13 +18,17 @@ from typer.main import get_command
 
 from hocket import __version__
 from hocket.cli import output
-from hocket.errors import HocketError
+from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _REFUSED: Final = 2
 _BUG: Final = 1
+_NOBODY_READS: Final = 141  # as shells report SIGPIPE
+_USAGE_ERROR: Final[Any] = typer.BadParameter.__base__  # click's UsageError, which is private to typer
+_JSON_WRITTEN: Final = "hocket.json_written"
+"""Whether `--json` is on the command line, which may be wrong before any option is read."""
 
 
 class _Verb(NamedTuple):
@@ -70,6 +75,7 @@ class _Overview(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 - click's types are private to typer
         """The verb itself, in place of its line of help."""
+        ctx.meta[_JSON_WRITTEN] = "--json" in args
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None:
             command = _load(name)
@@ -81,6 +87,14 @@ class _Overview(TyperGroup):
             return super().invoke(ctx)
         except HocketError as error:
             output.refuse(error, as_json=output.wants_json(ctx))
+            raise typer.Exit(_REFUSED) from error
+        except BrokenPipeError as error:
+            _give_up_output()
+            raise typer.Exit(_NOBODY_READS) from error
+        except _USAGE_ERROR as error:
+            if not ctx.meta.get(_JSON_WRITTEN):
+                raise
+            output.refuse(HocketError(Reason.BAD_REQUEST, error.format_message()), as_json=True)
             raise typer.Exit(_REFUSED) from error
 
 
@@ -117,8 +131,17 @@ def _options(
 
 def main() -> None:
     """Run the command line; no traceback for people unless they ask for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
     try:
         app()
+    except OSError as error:
+        if os.environ.get("HOCKET_DEBUG"):
+            raise
+        _give_up_output()
+        output.say(f"hocket cannot go on: {error.strerror or error}", stderr=True)
+        sys.exit(_REFUSED)
     except Exception as error:  # what click and `_Overview` let through is a bug of ours
         if os.environ.get("HOCKET_DEBUG"):
             raise
@@ -128,6 +151,11 @@ def main() -> None:
             stderr=True,
         )
         sys.exit(_BUG)
+
+
+def _give_up_output() -> None:
+    """Have what is still buffered for a full disk go nowhere: flushing it at exit would fail as well."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def put(
         release_name = ReleaseName(check_name(publisher, "publisher"), check_name(draft.name), check_version(version))
         seed = load_key(key)
 
+    @servers.explained(registry, "registry")
     async def put_it() -> Mixture:
         async with client.connect_registry(registry, servers.read_token(token_file)) as client_of_registry:
             record, gate = await resolve(draft, client_of_registry)
@@ -157,7 +158,7 @@ def _print_card(found: GetMixtureResponse) -> None:
             ("digest", summary.digest),
             ("state", describe.state_of(summary.state)),
             ("release", describe.release_name(found.release) if found.HasField("release") else None),
-            ("gate", f"{found.gate}, {found.top_k} of {summary.expert_count} answer per row"),
+            ("gate", f"{found.gate}, {found.top_k} of the members below answer a row" if TODO else None),
             ("capacity", f"{found.capacity_factor:g}" if found.HasField("capacity_factor") else None),
             ("takes", f"{summary.feature_count} features"),
             ("answers", describe.labels_text(found.labels)),
@@ -168,14 +169,12 @@ def _print_card(found: GetMixtureResponse) -> None:
     rows = [
         (
             names[member.expert],
-            output.short(member.expert),
             describe.kind_of(member.package.model),
             describe.columns_of(member.package.model),
-            describe.state_of(member.package.state),
-            describe.signers_of(member.package),
+            describe.standing_of(member.package),
             ", ".join(member.resident_workers),
         )
         for member in found.members
     ]
-    columns = ("member", "expert", "kind", "answers", "state", "signed by", "in memory of")
+    columns = ("expert", "kind~", "answers~", "state~", "in memory of~")
     output.print_table(columns, rows, "It has no members")

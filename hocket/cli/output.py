@@ -1,7 +1,7 @@
 """What commands print: a table or a card for people, or one line of JSON for programs.
 
 With `--json` standard output carries JSON objects alone, one a line, and a refusal is `{"error": {"reason",
-"message"}}`. What describes messages of the contract is their proto3 JSON, with the field names of `proto/hocket/v1`.
+"message"}}`, with `"file"` where one of several is to blame. What describes messages of the contract is their proto3 JSON, with the field names of `proto/hocket/v1`.
 Everything for people that is not the answer itself goes to standard error.
 """
 
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
     from hocket.errors import HocketError
 
-_PIPE_COLUMNS: Final = 200
+_PIPE_COLUMNS: Final = 1000
 _AS_JSON: Final = "hocket.json"
 _SHORT_HEX: Final = 12
+BLAMED_FILE: Final = "file"
+"""In a refusal's metadata: which of several files it is about."""
 
 
 def _remember(context: typer.Context, *, value: bool) -> bool:
@@ -75,10 +77,16 @@ def say(text: str, *, stderr: bool = False) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
-    """A table; a column whose name ends with `>` is aligned to the right. Cells are text or renderables."""
+    """A table. Cells are text or renderables.
+
+    A column whose name ends with `>` is aligned to the right; one whose name ends with `~` takes several lines where
+    the terminal is narrow.
+    """
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        grid.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+        right, wraps = column.endswith(">"), column.endswith("~")
+        name = column.rstrip(">~")
+        grid.add_column(name, justify="right" if right else "left", no_wrap=not wraps, overflow="ellipsis")
     for row in rows:
         grid.add_row(*map(_cell, row))
     return grid
@@ -123,8 +131,11 @@ def size(size_bytes: int) -> str:
 
 
 def bar(share: float, width: int = 20) -> str:
-    """A share between 0 and 1 as a bar of `width` characters."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    """A share between 0 and 1 as a bar of `width` characters; of `#` where there is no Unicode."""
+    share = max(0.0, min(1.0, share))
+    if not sys.stdout.encoding.lower().startswith("utf"):
+        return ("#" * round(share * width)).ljust(width)
+    eighths = round(share * width * 8)
     partial = " ▏▎▍▌▋▊▉"[eighths % 8].strip()
     return ("█" * (eighths // 8) + partial).ljust(width)
 
@@ -132,7 +143,8 @@ def bar(share: float, width: int = 20) -> str:
 def refuse(error: HocketError, *, as_json: bool) -> None:
     """Print a refusal: for programs on standard output, for people on standard error."""
     if as_json:
-        emit({"error": {"reason": str(error.reason), "message": error.message}})
+        blamed = {key: value for key, value in error.metadata.items() if key == BLAMED_FILE}
+        emit({"error": {"reason": str(error.reason), "message": error.message, **blamed}})
         return
     out = console(stderr=True)
     out.print(Text.assemble((f"{error.reason} ", "bold red"), plain(error.message)), soft_wrap=True)

@@ -11,11 +11,15 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from hocket.cli import files, output, servers
+from hocket.cli.experts import find_package
+from hocket.client.calls import GRPC_STATUS
+from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from hocket.v1.package_pb2 import Package
     from hocket.v1.registry_pb2 import PublishPackageResponse
 
 app = typer.Typer()
@@ -42,11 +46,12 @@ def publish(
     $ hocket publish *.apr --registry registry.example:50052 --token-file admin.token
     """
     with servers.registry(registry, token_file) as client:
-        for path in paths:
-            data = files.read_package(path)
-            release = next(iter(files.read_releases(path)), b"")
-            with upload_progress(path.name, shown=not json) as on_progress:
-                response = client.publish(data, release, on_progress=on_progress)
+        for place, path in enumerate(paths):
+            with _blame(path, paths[place + 1 :]):
+                data = files.read_package(path)
+                release = next(iter(files.read_releases(path)), b"")
+                with upload_progress(path.name, shown=not json) as on_progress:
+                    response = client.publish(data, release, on_progress=on_progress)
             if json:
                 output.emit({"file": str(path), **output.message_json(response)})
             else:
@@ -66,13 +71,14 @@ def yank(
     """Withdraw a package for good.
 
     No new answer uses it, and workers drop it. There is no way back: the
-    same bytes cannot be published again.
+    same bytes cannot be published again. A terminal asks whether that is
+    meant; scripts say --yes.
 
     $ hocket yank acme/iris@1.0.0 --explanation "trained on the wrong labels"
     """
     with servers.registry(registry, token_file) as client:
-        digest = package if is_digest(package) else client.get_package(package).digest
-        _ask(f"Withdraw {package} for good?", yes=yes or json)
+        digest = package if is_digest(package) else find_package(client, package).digest
+        _ask(f"Withdraw {package} for good?", yes=yes)
         gone = client.yank(digest, explanation)
     if json:
         output.emit(output.message_json(gone))
@@ -82,7 +88,7 @@ def yank(
 
 @app.command("revoke-key")
 def revoke_key(
-    key: Annotated[str, typer.Argument(help="The public key, or its id.", show_default=False)],
+    key: files.KeyName,
     *,
     explanation: Explanation = "",
     registry: servers.Registry = servers.REGISTRY_ADDRESS,
@@ -93,19 +99,24 @@ def revoke_key(
     """Withdraw everything a key has signed, for good.
 
     For a key that is lost or stolen. What other keys have signed as well
-    goes on serving.
+    goes on serving. A terminal asks whether that is meant; scripts say
+    --yes. The registry and its workers know it then, trust folders do not:
+    remove the key there, too.
 
     $ hocket revoke-key ed25519:207a... --explanation "laptop stolen"
     """
-    _ask(f"Withdraw everything that rests on {key} for good?", yes=yes or json)
     with servers.registry(registry, token_file) as client:
-        response = client.revoke_key(key, explanation)
+        key_id = files.find_key_id(key, lambda: _signers(client.list_packages()), "the packages of the registry")
+        _ask(f"Withdraw everything that rests on key {key_id} for good?", yes=yes)
+        response = client.revoke_key(key_id, explanation)
     if json:
         output.emit(output.message_json(response))
         return
     output.say(f"Key {response.key_id} is revoked")
     for digest in response.withdrawn_digests:
         output.say(f"  {digest} has no other proof and is withdrawn")
+    output.say("Trust folders still list it where you have trusted it: remove it there, too:")
+    output.say(f"  hocket trust remove {response.key_id}")
 
 
 @contextmanager
@@ -128,7 +139,39 @@ def _published(path: Path, response: PublishPackageResponse) -> str:
     return f"{path} {done}: {names or 'addressable by digest only'}, {package.digest}{unsigned}"
 
 
+@contextmanager
+def _blame(path: Path, later: Sequence[Path]) -> Iterator[None]:
+    """Say which file was refused, and which ones were not tried any more."""
+    try:
+        yield
+    except HocketError as error:
+        if GRPC_STATUS in error.metadata:  # the connection is to blame
+            raise
+        left = f" (not tried: {', '.join(map(str, later))})" if later else ""
+        raise HocketError(
+            error.reason,
+            f"{path}: {error.message.removeprefix(f'{path}: ')}{left}",
+            field=error.field,
+            retry_after_seconds=error.retry_after_seconds,
+            **{**error.metadata, output.BLAMED_FILE: str(path)},
+        ) from error
+
+
+def _signers(packages: Iterable[Package]) -> set[str]:
+    """The ids of all keys that have signed some of the packages."""
+    found = set()
+    for package in packages:
+        found.update(release.key_id for release in package.releases)
+        if package.HasField("embedded_signature"):
+            found.add(package.embedded_signature.key_id)
+    return found
+
+
 def _ask(question: str, *, yes: bool) -> None:
-    """Have a person at a terminal confirm what cannot be undone; a script means what it says."""
-    if not yes and sys.stdin.isatty():
-        typer.confirm(question, abort=True)
+    """Have a person at a terminal confirm what cannot be undone; a script says so beforehand."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise HocketError(Reason.BAD_REQUEST, "this cannot be undone, and nobody is there to be asked: add --yes")
+    if not typer.confirm(question, err=True):
+        raise HocketError(Reason.BAD_REQUEST, "nothing was changed")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import numpy as np
 import typer
 
-from hocket.cli import files
+from hocket.cli import files, output
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ Rows = Annotated[
 
 _FILE_BYTES_MAX: Final = 128 * 2**20
 _STDIN: Final = Path("-")
+_NPY_MAGIC: Final = b"\x93NUMPY"
+_OTHER_SEPARATORS: Final = ";\t| "
 
 
 def read_rows(path: Path | None, written: list[str] | None) -> NDArray[np.float32]:
@@ -46,9 +48,13 @@ def read_rows(path: Path | None, written: list[str] | None) -> NDArray[np.float3
         return _matrix([_fields(row.split(","), f"--row {row}") for row in written])
     assert path is not None  # noqa: S101 - for the type checker: one of the two was given
     if path == _STDIN:
+        if sys.stdin.isatty():
+            output.say("reading rows from the terminal: end with Ctrl-D", stderr=True)
         data = sys.stdin.buffer.read(_FILE_BYTES_MAX + 1)
         if len(data) > _FILE_BYTES_MAX:
             raise HocketError(Reason.TOO_LARGE, f"standard input has more than {_FILE_BYTES_MAX} bytes")
+        if data.startswith(_NPY_MAGIC):
+            raise HocketError(Reason.BAD_REQUEST, "standard input is .npy: save it, and give --input FILE.npy")
         return _read_json(data) if data.lstrip()[:1] in (b"[", b"{") else _read_csv(data)
     match path.suffix:
         case ".npy":
@@ -78,11 +84,16 @@ def _read_csv(data: bytes) -> NDArray[np.float32]:
 
 
 def _read_json(data: bytes) -> NDArray[np.float32]:
-    """A list of rows, or one row."""
+    """A list of rows, one row, or an object with such a list as `rows`."""
     try:
-        return _matrix(json.loads(_text(data)))
+        document = json.loads(_text(data))
     except (ValueError, RecursionError) as error:
         raise HocketError(Reason.BAD_TENSOR, f"the rows are not JSON: {error}") from error
+    if isinstance(document, dict):
+        if "rows" not in document:
+            raise HocketError(Reason.BAD_TENSOR, 'JSON rows are [[1, 2], [3, 4]] or {"rows": [[1, 2], [3, 4]]}')
+        document = document["rows"]
+    return _matrix(document)
 
 
 def _text(data: bytes) -> str:
@@ -96,7 +107,9 @@ def _fields(texts: list[str], where: str) -> list[float]:
     try:
         return [float(text) for text in texts]
     except ValueError as error:
-        raise HocketError(Reason.BAD_TENSOR, f"{where}: {error}") from error
+        separated = any(separator in text.strip() for text in texts for separator in _OTHER_SEPARATORS)
+        hint = "; separate numbers by commas" if separated else ""
+        raise HocketError(Reason.BAD_TENSOR, f"{where}: {error}{hint}") from error
 
 
 def _is_number(text: str) -> bool:
@@ -110,11 +123,20 @@ def _is_number(text: str) -> bool:
 def _matrix(rows: Any) -> NDArray[np.float32]:  # noqa: ANN401 - whatever was in the file
     try:
         matrix = np.atleast_2d(np.asarray(rows))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise HocketError(Reason.BAD_TENSOR, "the rows are not equally long") from error
-    if matrix.ndim != 2 or matrix.dtype.kind not in "fiub" or matrix.size == 0:  # noqa: PLR2004 - rows and columns
+    if matrix.size == 0:
+        raise HocketError(Reason.BAD_TENSOR, "there are no rows")
+    if matrix.ndim != 2 or matrix.dtype.kind not in "fiub":  # noqa: PLR2004 - rows and columns
         raise HocketError(
             Reason.BAD_TENSOR, f"rows are numbers [rows, features], not {matrix.dtype} {list(matrix.shape)}"
         )
-    with np.errstate(over="ignore"):  # the router refuses what becomes infinite
-        return matrix.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = matrix.astype(np.float32)
+    beyond = np.argwhere(np.isfinite(matrix) & ~np.isfinite(narrow))
+    if len(beyond):
+        row, column = beyond[0]
+        raise HocketError(
+            Reason.BAD_TENSOR, f"row {row}, column {column}: {matrix[row, column]:g} is beyond float32 (about 3.4e38)"
+        )
+    return narrow

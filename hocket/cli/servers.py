@@ -1,17 +1,20 @@
-"""Where commands find the router and the registry."""
+"""Where commands find the router and the registry, and what they say when they do not."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hocket.client import REGISTRY_ADDRESS, ROUTER_ADDRESS, blocking
+from hocket.client.calls import GRPC_STATUS
+from hocket.errors import HocketError, Reason
 from hocket.settings import read_token
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator
 
 Router = Annotated[
     str, typer.Option("--router", metavar="HOST:PORT", envvar="HOCKET_ROUTER", help="Address of the router.")
@@ -29,14 +32,51 @@ TokenFile = Annotated[
 ]
 """Option: what allows to change the registry."""
 
-__all__ = ["REGISTRY_ADDRESS", "ROUTER_ADDRESS", "Registry", "Router", "TokenFile", "read_token", "registry", "router"]
+__all__ = [
+    "REGISTRY_ADDRESS",
+    "ROUTER_ADDRESS",
+    "Registry",
+    "Router",
+    "TokenFile",
+    "explained",
+    "read_token",
+    "registry",
+    "router",
+]
 
 
-def router(address: str) -> AbstractContextManager[blocking.RouterClient]:
-    """A connection to the router."""
-    return blocking.connect(address)
+@contextmanager
+def router(address: str) -> Iterator[blocking.RouterClient]:
+    """A connection to the router; failures of the connection are explained."""
+    with explained(address, "router"), blocking.connect(address) as client:
+        yield client
 
 
-def registry(address: str, token_file: Path | None = None) -> AbstractContextManager[blocking.RegistryClient]:
-    """A connection to the registry."""
-    return blocking.connect_registry(address, read_token(token_file))
+@contextmanager
+def registry(address: str, token_file: Path | None = None) -> Iterator[blocking.RegistryClient]:
+    """A connection to the registry; failures of the connection are explained."""
+    token = read_token(token_file)
+    with explained(address, "registry"), blocking.connect_registry(address, token) as client:
+        yield client
+
+
+@contextmanager
+def explained(address: str, server: str) -> Iterator[None]:
+    """Say what to do when nobody answers at the address of the `router` or `registry`, or somebody else does."""
+    try:
+        yield
+    except HocketError as error:
+        if error.metadata.keys() != {GRPC_STATUS}:  # a service of ours has refused
+            raise
+        match error.metadata[GRPC_STATUS]:
+            case "UNAVAILABLE":
+                advice = f"nobody answers at {address}: start a suite with `hocket up`, or give --{server} HOST:PORT"
+                raise HocketError(Reason.UNREACHABLE, advice) from error
+            case "UNIMPLEMENTED":
+                other = "registry" if server == "router" else "router"
+                advice = (
+                    f"{address} does not serve hocket.v1.{server.capitalize()}Service: is it the {other}'s port? "
+                    f"Give --{server} HOST:PORT"
+                )
+                raise HocketError(Reason.BAD_REQUEST, advice) from error
+        raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
+from hocket.errors import HocketError
 from hocket.rpc.status import from_rpc_error
 from hocket.telemetry.context import REQUEST_ID_KEY, request_id
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES: Final = 512 * 1024
 """Size of a chunk that we send; services take up to 1 MiB."""
+GRPC_STATUS: Final = "grpc_status"
+"""In a refusal's metadata: the status of a failed call that no service of ours has refused."""
 
 
 def call_metadata(token: str | None = None) -> tuple[tuple[str, str], ...]:
@@ -29,11 +32,17 @@ def call_metadata(token: str | None = None) -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Raise the failure of a call as the `HocketError` that the server raised."""
+    """Raise the failure of a call as the `HocketError` that the server raised.
+
+    One that the transport or another program has made names its status in the metadata, under `GRPC_STATUS`.
+    """
     try:
         yield
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+        refusal = from_rpc_error(error)
+        if not refusal.metadata:
+            raise HocketError(refusal.reason, refusal.message, **{GRPC_STATUS: error.code().name}) from None
+        raise refusal from None
 
 
 def chunks_of(data: bytes | memoryview) -> Iterator[bytes]:

@@ -87,7 +87,8 @@ class RegistryServiceStub:
     NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
     FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
     `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
-    ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.
+    ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
+    for another body under the version that the name stands for now.
     ABORTED: `ETAG_STALE`.
     """
     FetchMixture: _grpc.UnaryStreamMultiCallable[_registry_pb2.FetchMixtureRequest, _registry_pb2.FetchMixtureResponse]
@@ -173,7 +174,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
     FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
     `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
-    ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.
+    ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
+    for another body under the version that the name stands for now.
     ABORTED: `ETAG_STALE`.
     """
     FetchMixture: _aio.UnaryStreamMultiCallable[_registry_pb2.FetchMixtureRequest, _registry_pb2.FetchMixtureResponse]  # type: ignore[assignment]
@@ -298,7 +300,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT`, `UNKNOWN_MIXTURE` for a member that is not here.
         FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
         `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
-        ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture.
+        ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
+        for another body under the version that the name stands for now.
         ABORTED: `ETAG_STALE`.
         """
 

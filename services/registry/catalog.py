@@ -302,7 +302,7 @@ class Catalog:
             etag: Digest of the mixture it replaces; empty for whatever is there.
 
         Raises:
-            HocketError: `NAME_TAKEN`, `ETAG_STALE`, or a refusal of `prove` or of `members.shape_of`.
+            HocketError: `NAME_TAKEN`, `VERSION_TAKEN`, `ETAG_STALE`, or a refusal of `prove` or of `members.shape_of`.
         """
         record, now = admitted.record, datetime.now(UTC)
         with self._store.begin() as tx:
@@ -311,6 +311,7 @@ class Catalog:
             name = tx.name(record.name)
             current = _current(tx, name)
             _check_owner(current, proof)
+            _check_version(current, admitted, proof)
             if name is None or current is None or not _is_same(current, admitted):
                 if etag and (current is None or current.digest != etag):
                     raise _stale(record.name)
@@ -543,6 +544,19 @@ def _check_owner(current: MixtureRow | None, proof: Proof) -> None:
     if current is not None and current.publisher != (proof.publisher or ""):
         owner = current.publisher or "somebody unsigned"
         raise HocketError(Reason.NAME_TAKEN, f"the mixture {current.name} belongs to {owner}: choose another name")
+
+
+def _check_version(current: MixtureRow | None, admitted: AdmittedMixture, proof: Proof) -> None:
+    if (
+        current is not None
+        and proof.release is not None
+        and current.version == proof.release.version
+        and current.digest != admitted.subject.digest
+    ):
+        raise HocketError(
+            Reason.VERSION_TAKEN,
+            f"{proof.release} is {current.digest}: what was signed under a version stays; sign this as a new version",
+        )
 
 
 def _gate_digest(record: MixtureRecord) -> str | None:

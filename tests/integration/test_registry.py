@@ -585,6 +585,17 @@ class TestMixtures:
             assert await refusal_of(put) is reason
         assert await refusal_of(client.put_mixture(body, loose)) is Reason.BAD_MIXTURE
 
+    async def test_a_version_stays_what_was_signed_under_it(self, registry: Running) -> None:
+        await registry.publish(DATA)
+        await registry.publish(OTHER, "acme/other@1")
+        first, second = fixed("digits", DATA), fixed("digits", OTHER)
+        client = registry.client()
+        await client.put_mixture(first.body(), mixture_release(first, name="acme/digits@1"))
+        await client.put_mixture(first.body(), mixture_release(first, name="acme/digits@1"))
+        again = client.put_mixture(second.body(), mixture_release(second, name="acme/digits@1"))
+        assert await refusal_of(again) is Reason.VERSION_TAKEN
+        await client.put_mixture(second.body(), mixture_release(second, name="acme/digits@2"))
+
     async def test_an_etag_says_what_is_replaced(self, registry: Running) -> None:
         await registry.publish(DATA)
         await registry.publish(OTHER, "acme/other@1")
