@@ -8,18 +8,32 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
 
 from hocket.vendored import health_pb2, health_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
 _READY_SECONDS_MAX: Final = 60.0
 _STOP_SECONDS_MAX: Final = 15.0
+
+
+_INTERRUPTED: Final = 130
+
+T = TypeVar("T")
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run an example; Ctrl-C ends it, and its suite, with one line."""
+    try:
+        return asyncio.run(coroutine)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(_INTERRUPTED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,8 @@ def read_draft(path: Path) -> Draft:
     """Read a TOML file, and the gate tensor and local packages that it names.
 
     Raises:
-        HocketError: `BAD_MIXTURE` for a file that cannot be read or does not say what a mixture needs; it names the
-            place and says what belongs there.
+        HocketError: `BAD_REQUEST` for a file that cannot be read; `BAD_MIXTURE` for one that does not say what a
+            mixture needs: it names the place and says what belongs there.
     """
     try:
         with path.open("rb") as file:
@@ -108,7 +108,7 @@ def read_draft(path: Path) -> Draft:
             raise _bad(f"{path} is larger than {_DRAFT_BYTES_MAX} bytes")
         document = tomllib.loads(text.decode())
     except OSError as error:
-        raise _bad(f"cannot read {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise _bad(f"{path} is not TOML: {error}") from error
     return parse_draft(document, path.parent)
@@ -122,7 +122,7 @@ def parse_draft(document: Mapping[str, Any], folder: Path) -> Draft:
         folder: What relative paths in it start from.
 
     Raises:
-        HocketError: `BAD_MIXTURE`, as there.
+        HocketError: As there.
     """
     _only(document, _DRAFT_KEYS, "a mixture")
     members = tuple(_member(member, folder) for member in _need(document, "members", list, "a mixture"))
@@ -153,20 +153,26 @@ async def resolve(draft: Draft, registry: RegistryClient) -> tuple[MixtureRecord
         HocketError: `UNKNOWN_PACKAGE` or `UNKNOWN_MIXTURE` for a name that the registry does not know; `BAD_MIXTURE`
             for a record that is not sound, such as a gate with another number of members.
     """
+    gate, tensor = _sealed(draft.gate, len(draft.members))
     members = tuple([await _resolved(member, registry) for member in draft.members])
-    gate, tensor = _sealed(draft.gate)
     top_k = draft.top_k
     if top_k is None:
         top_k = 1 if isinstance(gate, SoftmaxGate) else len(members)
     return MixtureRecord(draft.name, members, gate, top_k, draft.labels, draft.capacity_factor), tensor
 
 
-def _sealed(gate: DraftSoftmax | FixedGate) -> tuple[SoftmaxGate | FixedGate, bytes]:
+def _sealed(gate: DraftSoftmax | FixedGate, member_count: int) -> tuple[SoftmaxGate | FixedGate, bytes]:
     """The gate as it is recorded, and its tensor."""
     if isinstance(gate, FixedGate):
         return gate, b""
-    tensor = gate_tensor(gate.weights)
     features, experts = gate.weights.shape
+    if experts != member_count:
+        advice = "transpose it" if features == member_count else "it needs a column for each member"
+        raise _bad(
+            f"gate.weights is [features, members], here [{features}, {experts}], and there are {member_count} members: "
+            + advice
+        )
+    tensor = gate_tensor(gate.weights)
     return SoftmaxGate(features, experts, digest_of(tensor), gate.temperature, gate.bias), tensor
 
 
@@ -185,7 +191,10 @@ def _member(document: object, folder: Path) -> DraftMember:
         raise _bad('each [[members]] has one line: expert = "..." or mixture = "..."')
     _only(document, _MEMBER_KEYS, "a member")
     if "mixture" in document:
-        return DraftMember("mixture", _need(document, "mixture", str, "a member"))
+        mixture = _need(document, "mixture", str, "a member")
+        if "/" in mixture:
+            raise _bad(f'mixture = "{mixture}" is not the name or digest of a mixture; packages are expert = "..."')
+        return DraftMember("mixture", mixture)
     expert = _need(document, "expert", str, "a member")
     if expert.endswith(".apr"):
         return DraftMember("expert", _file_digest(folder / expert))
@@ -253,7 +262,9 @@ def _read_npy(path: Path) -> NDArray[Any]:
     """Mapped, so that a header that claims more than the file holds is refused before memory is taken."""
     try:
         weights: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, EOFError) as error:
         raise _bad(f"gate.weights {path} cannot be read as .npy: {error}") from error
     return weights
 
@@ -263,7 +274,9 @@ def _read_safetensors(path: Path) -> NDArray[Any]:
         if path.stat().st_size > 2 * GATE_BYTES_MAX:
             raise _bad(f"gate.weights {path} is larger than {2 * GATE_BYTES_MAX} bytes")
         tensors = load_safetensors(path.read_bytes())
-    except (OSError, SafetensorError, KeyError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, KeyError) as error:
         raise _bad(f"gate.weights {path} cannot be read as .safetensors: {error}") from error
     if len(tensors) == 1:
         return next(iter(tensors.values()))
@@ -277,7 +290,7 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
-        raise _bad(f"member {path} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
 
 
 def _only(document: Mapping[str, Any], known: Collection[str], what: str) -> None:
@@ -302,6 +315,10 @@ _EXAMPLES: Final = {
     "expert": '"publisher/name@version"',
     "mixture": '"name"',
 }
+
+
+def _unreadable(path: Path, error: OSError) -> HocketError:
+    return HocketError(Reason.BAD_REQUEST, f"cannot read {path}: {error.strerror or error}")
 
 
 def _bad(message: str) -> HocketError:

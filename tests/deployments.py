@@ -45,6 +45,7 @@ class Deployment:
         router: Asks the router over a real socket.
         registry: Asks the registry over a real socket.
         channel: To the router, for raw stubs.
+        registry_channel: To the registry, likewise.
         trust: The trust folder of registry and worker; it trusts `acme`.
         extra: Services of the test's own, by local name.
     """
@@ -52,6 +53,7 @@ class Deployment:
     router: RouterClient
     registry: RegistryClient
     channel: grpc.aio.Channel
+    registry_channel: grpc.aio.Channel
     trust: TrustFolder
     extra: dict[str, Handlers] = field(default_factory=dict)
 
@@ -117,8 +119,8 @@ async def deployed(kind: str, folder: Path, **changes: dict[str, Any]) -> AsyncI
             router, registry = await _apart(settings, stack)
         channels = Channels()
         stack.push_async_callback(channels.close)
-        channel = channels.get(router)
-        yield Deployment(RouterClient(channel), RegistryClient(channels.get(registry)), channel, trust)
+        channel, to_registry = channels.get(router), channels.get(registry)
+        yield Deployment(RouterClient(channel), RegistryClient(to_registry), channel, to_registry, trust)
 
 
 async def _apart(settings: SuiteSettings, stack: AsyncExitStack) -> tuple[str, str]:

@@ -145,7 +145,9 @@ async def process_in(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Pro
     """A registry in a process of its own, and a client of it."""
     program = (
         "import asyncio, sys, pathlib\n"
+        "from hocket.telemetry.logs import configure_logs\n"
         "from tests.registries import running\n"
+        "configure_logs('error')\n"  # nobody reads the pipe any further than the address
         "async def main():\n"
         "    async with running(pathlib.Path(sys.argv[1]), 'socket') as registry:\n"
         "        print(registry.address, flush=True)\n"

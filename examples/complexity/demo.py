@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from sklearn.linear_model import Ridge as RidgeEstimator
 
 from examples.complexity.requests import KINDS, Request, features, make_requests
 from examples.publishing import Publisher, known
-from examples.running import suite
+from examples.running import run, suite
 from hocket.client import connect, connect_registry
 from hocket.packages import apr
 from hocket.packages import model as m
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from hocket.client import RouterClient
 
 _ALPHA: Final = 1.0
+_LEAST_SHOWN: Final = 0.0005
 _SHOWN: Final = (
     "please reset my account",
     "please compare the invoice with figures per region",
@@ -65,6 +65,7 @@ async def error(router: RouterClient, model: str, requests: Sequence[Request]) -
 
 async def demo(console: Console, folder: Path) -> dict[str, float]:
     """Everything; returns the error of each model on held-out requests, in minutes."""
+    console.print("How long will a request take? A gate over 768 features asks specialists.\n")
     past, held_out = make_requests(2000, seed=1), make_requests(500, seed=2)
     mixture = train(past)
     everything = ridge(features([r.text for r in past]), np.array([r.minutes for r in past]))
@@ -81,7 +82,8 @@ async def demo(console: Console, folder: Path) -> dict[str, float]:
         errors = {kind: await error(router, f"{digest}#{place}", held_out) for place, kind in enumerate(KINDS)}
         errors["one-for-all"] = await error(router, "help-desk/one-for-all@1.0.0", held_out)
         errors["mixture"] = await error(router, model, held_out)
-        table = Table(title=f"Error on {len(held_out)} held-out requests, minutes (RMSE)", title_justify="left")
+        console.print(f"Error on {len(held_out)} held-out requests, minutes (RMSE)", style="italic")
+        table = Table()
         table.add_column("model")
         table.add_column("error", justify="right")
         for name, value in errors.items():
@@ -98,8 +100,13 @@ async def _explain(console: Console, router: RouterClient, model: str) -> None:
         console.print(f"\n'{text}': {value:.1f} minutes", highlight=False)
         for candidate in row.candidates:
             kind = KINDS[int(candidate.expert.partition("#")[2] or 0)]
-            mark = f"[green]chosen, weight {candidate.weight:.3f}[/]" if candidate.chosen else "[dim]not chosen[/]"
-            console.print(f"    {kind:<7} gate {candidate.gate_weight:.3f}  {mark}", highlight=False)
+            mark = f"[green]chosen, weight {shown(candidate.weight)}[/]" if candidate.chosen else "[dim]not chosen[/]"
+            console.print(f"    {kind:<7} gate {shown(candidate.gate_weight):>6}  {mark}", highlight=False)
+
+
+def shown(weight: float) -> str:
+    """A weight in three decimals; `<0.001` for what would look like nothing."""
+    return "<0.001" if 0 < weight < _LEAST_SHOWN else f"{weight:.3f}"
 
 
 def main() -> None:
@@ -108,7 +115,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the errors as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hocket-complexity-") as folder:
-        errors = asyncio.run(demo(Console(quiet=arguments.json), Path(folder)))
+        errors = run(demo(Console(quiet=arguments.json), Path(folder)))
     if arguments.json:
         print(json.dumps(errors))
 

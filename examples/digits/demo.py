@@ -7,7 +7,6 @@ verifies and serves them over gRPC, and every number below comes out of that sui
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import tempfile
 import time
@@ -22,7 +21,7 @@ from rich.table import Table
 from examples.digits.export import to_apr
 from examples.digits.train import Member, Split, splits, train_gate, train_members
 from examples.publishing import Publisher, known, softmax_mixture, uniform_mixture
-from examples.running import suite
+from examples.running import run, suite
 from hocket.client import Answer, Planned, connect, connect_registry
 from hocket.packages import apr
 from hocket.v1 import plan_pb2
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 LABELS: Final = tuple(str(digit) for digit in range(10))
 _SHADES: Final = " .:-=+*#%@"
-_BAR_WIDTH: Final = 24
+_BAR_WIDTH: Final = 20
 _SHOWN: Final = 7
 
 
@@ -94,7 +93,7 @@ async def watch_all(console: Console, router: RouterClient, data: Split, expert_
         covered = "=" * round(float(event.coverage.mean()) * _BAR_WIDTH)
         kind = "final" if isinstance(event, Answer) else "partial"
         console.print(
-            f"    {(time.perf_counter() - begin) * 1e3:6.1f} ms  {kind:<7} {arrived} of {expert_count} experts, weight "
+            f"  {(time.perf_counter() - begin) * 1e3:6.1f} ms  {kind:<7} {arrived} of {expert_count}, weight "
             f"{event.coverage.mean():.3f} [green]{covered:<{_BAR_WIDTH}}[/] accuracy {right:.1%}",
             highlight=False,
         )
@@ -159,7 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(quiet=arguments.json)
     with tempfile.TemporaryDirectory(prefix="hocket-digits-") as folder:
-        scores = asyncio.run(demo(console, Path(folder)))
+        scores = run(demo(console, Path(folder)))
     if arguments.json:
         print(json.dumps(scores))
     console.print("\nYour own suite: [bold]make up[/], then [bold].venv/bin/hocket --help[/]")

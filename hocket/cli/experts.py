@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="experts", help="List the packages of a registry, or show one.", no_args_is_help=True)
 
 _MEANT_SHOWN: Final = 3
+_MEANT_LIKENESS: Final = 0.8
 
 
 @app.command("list")
@@ -46,7 +47,7 @@ def list_packages(
         for package in sorted(packages, key=describe.package_name)
     ]
     empty = f"No packages released by {publisher}" if publisher else "No packages yet: `hocket publish`"
-    output.print_table(("name", "kind~", "features>", "answers~", "state~"), rows, empty)
+    output.print_table(("name", "kind", "features>", "answers~", "state~"), rows, empty)
 
 
 @app.command()
@@ -82,11 +83,12 @@ def find_package(client: RegistryClient, package: str) -> Package:
         if error.reason not in {Reason.UNKNOWN_PACKAGE, Reason.BAD_REQUEST}:
             raise
         names = [describe.release_name(release) for known in client.list_packages() for release in known.releases]
-        meant = [name for name in names if package in name] or difflib.get_close_matches(package, names)
+        meant = sorted(name for name in names if package in name)
+        meant = meant or difflib.get_close_matches(package, names, cutoff=_MEANT_LIKENESS)
         if not meant:
             raise
         raise HocketError(
-            error.reason, f"{error.message}; did you mean {' or '.join(sorted(meant)[:_MEANT_SHOWN])}?"
+            error.reason, f"{error.message}; did you mean {' or '.join(meant[:_MEANT_SHOWN])}?"
         ) from error
 
 

@@ -32,6 +32,7 @@ TopK = Annotated[
     int | None, typer.Option(metavar="N", min=1, max=1_000_000, help="Experts per row, not the mixture's own number.")
 ]
 
+_BAR_WIDTH: Final = 12
 _ROWS_SHOWN: Final = 20
 _SCORES_SHOWN: Final = 10
 _CANDIDATES_SHOWN: Final = 12
@@ -131,7 +132,13 @@ def _flag_named() -> Iterator[None]:
         if error.reason is not Reason.COVERAGE:
             raise
         advice = "--renormalise answers without what is missing, --min-coverage says how much of it may be"
-        raise HocketError(error.reason, f"{error.message} ({advice})", **error.metadata) from error
+        raise HocketError(
+            error.reason,
+            f"{error.message} ({advice})",
+            field=error.field,
+            retry_after_seconds=error.retry_after_seconds,
+            **error.metadata,
+        ) from error
 
 
 class _Board:
@@ -178,7 +185,7 @@ class _Board:
             lines.append(
                 (
                     self.names.get(expert.expert, output.short(expert.expert)),
-                    output.plain(output.bar(weight), "cyan"),
+                    output.plain(output.bar(weight, _BAR_WIDTH), "cyan"),
                     f"{weight:.3f}",
                     f"{len(expert.rows)}",
                     _state_text(contribution),
@@ -186,7 +193,7 @@ class _Board:
                     " " if contribution is None else contribution.worker,
                 )
             )
-        lines.append(("coverage", output.plain(output.bar(coverage), "green"), f"{coverage:.3f}", *" " * 4))
+        lines.append(("coverage", output.plain(output.bar(coverage, _BAR_WIDTH), "green"), f"{coverage:.3f}", *" " * 4))
         columns = ("expert", "mean weight", ">", "rows>", "state~", "time>", "worker~")
         return output.table(
             columns, lines, title=f"{plan.model} ({Mode.Name(plan.mode).removeprefix('MODE_').lower()})"
@@ -237,7 +244,7 @@ def _print_decision(decision: RouteResponse, names: Mapping[str, str]) -> None:
                 (
                     str(row) if place == 0 else " ",
                     names.get(candidate.expert, output.short(candidate.expert)),
-                    output.plain(output.bar(candidate.gate_weight), "cyan"),
+                    output.plain(output.bar(candidate.gate_weight, _BAR_WIDTH), "cyan"),
                     f"{candidate.gate_weight:.4f}",
                     output.plain("chosen", "green") if candidate.chosen else " ",
                     f"{candidate.weight:.4f}" if candidate.chosen else " ",

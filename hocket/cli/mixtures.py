@@ -106,7 +106,6 @@ def put(
         release_name = ReleaseName(check_name(publisher, "publisher"), check_name(draft.name), check_version(version))
         seed = load_key(key)
 
-    @servers.explained(registry, "registry")
     async def put_it() -> Mixture:
         async with client.connect_registry(registry, servers.read_token(token_file)) as client_of_registry:
             record, gate = await resolve(draft, client_of_registry)
@@ -116,7 +115,8 @@ def put(
                     record.body(), release, gate, etag=etag, on_progress=on_progress
                 )
 
-    mixture = asyncio.run(put_it())
+    with servers.explained(registry, "registry"):
+        mixture = asyncio.run(put_it())
     if json:
         output.emit(output.message_json(mixture))
     else:
@@ -152,13 +152,17 @@ def _release(name: ReleaseName, record: MixtureRecord) -> Release:
 
 def _print_card(found: GetMixtureResponse) -> None:
     summary = found.summary
+    gate = "none: one expert on its own"
+    if found.gate != "none":
+        gate = f"{found.gate}, {found.top_k} of the members it weighs answer a row"
     output.card(
         summary.name,
         [
             ("digest", summary.digest),
             ("state", describe.state_of(summary.state)),
             ("release", describe.release_name(found.release) if found.HasField("release") else None),
-            ("gate", f"{found.gate}, {found.top_k} of the members below answer a row" if TODO else None),
+            ("gate", gate),
+            ("experts", f"{summary.expert_count}, those of inner mixtures included"),
             ("capacity", f"{found.capacity_factor:g}" if found.HasField("capacity_factor") else None),
             ("takes", f"{summary.feature_count} features"),
             ("answers", describe.labels_text(found.labels)),
@@ -176,5 +180,5 @@ def _print_card(found: GetMixtureResponse) -> None:
         )
         for member in found.members
     ]
-    columns = ("expert", "kind~", "answers~", "state~", "in memory of~")
+    columns = ("expert", "kind", "answers~", "state~", "in memory of~")
     output.print_table(columns, rows, "It has no members")

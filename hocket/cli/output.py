@@ -1,7 +1,8 @@
 """What commands print: a table or a card for people, or one line of JSON for programs.
 
 With `--json` standard output carries JSON objects alone, one a line, and a refusal is `{"error": {"reason",
-"message"}}`, with `"file"` where one of several is to blame. What describes messages of the contract is their proto3 JSON, with the field names of `proto/hocket/v1`.
+"message"}}`, with `"file"` where one of several is to blame. What describes messages of the contract is their proto3
+JSON, with the field names of `proto/hocket/v1`.
 Everything for people that is not the answer itself goes to standard error.
 """
 
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from google.protobuf.message import Message
-    from rich.console import RenderableType
 
     from hocket.errors import HocketError
 
@@ -77,7 +76,7 @@ def say(text: str, *, stderr: bool = False) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
-    """A table. Cells are text or renderables.
+    """A table. Cells are values, or text with a style.
 
     A column whose name ends with `>` is aligned to the right; one whose name ends with `~` takes several lines where
     the terminal is narrow.
@@ -86,23 +85,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     for column in columns:
         right, wraps = column.endswith(">"), column.endswith("~")
         name = column.rstrip(">~")
-        grid.add_column(name, justify="right" if right else "left", no_wrap=not wraps, overflow="ellipsis")
+        grid.add_column(
+            name, justify="right" if right else "left", no_wrap=not wraps, overflow="fold" if wraps else "ellipsis"
+        )
     for row in rows:
         grid.add_row(*map(_cell, row))
     return grid
 
 
 def card(title: str, pairs: Iterable[tuple[str, object]]) -> None:
-    """Print a headline and a list of facts under it; those that are None are left out."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in pairs:
-        if value is not None:
-            grid.add_row(name, _cell(value))
+    """Print a headline and a list of facts under it, a line each; those that are None are left out."""
+    facts = [(name, _cell(value)) for name, value in pairs if value is not None]
+    width = max(len(name) for name, _ in facts)
     out = console()
     out.print(plain(title, "bold"))
-    out.print(Padding(grid, (0, 0, 0, 2), expand=False))
+    for name, value in facts:  # not wrapped: a digest that a terminal breaks is still copied as one word
+        out.print(Text.assemble("  ", (name.ljust(width), "dim"), "  ", value), soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
@@ -133,7 +131,7 @@ def size(size_bytes: int) -> str:
 def bar(share: float, width: int = 20) -> str:
     """A share between 0 and 1 as a bar of `width` characters; of `#` where there is no Unicode."""
     share = max(0.0, min(1.0, share))
-    if not sys.stdout.encoding.lower().startswith("utf"):
+    if not (sys.stdout.encoding or "utf-8").lower().startswith("utf"):
         return ("#" * round(share * width)).ljust(width)
     eighths = round(share * width * 8)
     partial = " ▏▎▍▌▋▊▉"[eighths % 8].strip()
@@ -152,9 +150,9 @@ def refuse(error: HocketError, *, as_json: bool) -> None:
         out.print(f"It may work again in {error.retry_after_seconds:g} s.", style="dim")
 
 
-def _cell(value: object) -> RenderableType:
-    if isinstance(value, Text | Table):
+def _cell(value: object) -> Text:
+    if isinstance(value, Text):
         return value
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return plain("yes" if value else "no")
     return plain("-" if value is None or value == "" else value)

@@ -23,6 +23,7 @@ from hocket.packages import (
     inspect_package,
     open_package,
     public_key_of,
+    read_release,
     sign_release,
 )
 
@@ -39,6 +40,7 @@ Key = Annotated[
 ]
 
 _DEFAULT_KEY: Final = "default.key"
+_TRUSTED: Final = "trusted by this trust folder"
 
 
 def load_key(chosen: Path | None) -> bytes:
@@ -61,15 +63,17 @@ def inspect(file: File, *, trust: files.Trust = None, json: output.Json = False)
     Nothing is refused for want of trust, and nothing is believed: the
     card says whose signatures are there, whether they verify, and whether
     you trust them. Only a file that is damaged or cannot be read at all
-    is refused.
+    is refused. Trust is that of your trust folder: what a registry has
+    revoked or withdrawn is not known here.
 
     $ hocket inspect iris.apr
     $ hocket inspect iris.apr --json | jq .signature
     """
     data = files.read_package(file)
-    shown = inspect_package(data, files.read_releases(file), trust=files.read_trust(trust), now=datetime.now(UTC))
+    releases, problem = _release_beside(file)
+    shown = inspect_package(data, releases, trust=files.read_trust(trust), now=datetime.now(UTC))
     facts = shown.facts if shown.facts.encrypted else apr.decode(apr.split(data), shown.facts.digest)[0]
-    release = shown.releases[0] if shown.releases else None
+    release = shown.releases[0] if shown.releases else problem
     if json:
         output.emit(_document(facts, shown.embedded, release))
     else:
@@ -89,7 +93,8 @@ def verify(
     """Check that a package file may serve, and say why.
 
     Opens the file as a worker would: hash, release and signature against
-    the trust folder, and only then the content.
+    the trust folder, and only then the content. Only your trust folder is
+    asked: what a registry has revoked or withdrawn is not known here.
 
     $ hocket verify iris.apr
     """
@@ -106,7 +111,9 @@ def verify(
     if json:
         output.emit({"digest": package.facts.digest, "proofs": [_proof_json(proof) for proof in proofs]})
         return
+    folder = files.trust_folder(trust).path
     output.say(f"{file} may serve: {package.facts.digest}")
+    output.say(f"  by the trust folder {folder}; what a registry has revoked is not known here")
     for proof in proofs:
         output.say(f"  {_proof_text(proof)}")
 
@@ -128,7 +135,9 @@ def keygen(
     $ hocket keygen
     $ hocket keygen ~/.config/hocket/keys/acme.key
     """
-    where = path or _default_key()
+    where = _default_key() if path is None else path
+    if where.is_dir():
+        raise HocketError(Reason.BAD_REQUEST, f"{where} is a folder: name the file that shall hold the key")
     public_key = keyring.create_key(where)
     key_id = key_id_of(key_bytes(public_key))
     if json:
@@ -163,6 +172,8 @@ def sign(
     beside = files.release_path(file)
     release = Release(release_name, Subject.of(Purpose.PACKAGE, data, facts.format))
     files.write_file(beside, sign_release(release, seed))
+    if (why := _cannot_serve(data, facts)) is not None:
+        output.say(f"warning: {file} is signed, but cannot serve: {why}", stderr=True)
     public_key = public_key_of(seed)
     if json:
         output.emit(
@@ -178,7 +189,29 @@ def sign(
     output.card(f"{file} is {release_name}", facts_shown)
 
 
-def _document(facts: PackageFacts, embedded: EmbeddedFacts, release: ReleaseFacts | None) -> dict[str, Any]:
+def _release_beside(path: Path) -> tuple[tuple[bytes, ...], HocketError | None]:
+    """The release beside a file if it can be read, or else what is wrong with it."""
+    try:
+        releases = files.read_releases(path)
+        for envelope in releases:
+            read_release(envelope)
+    except HocketError as error:
+        return (), error
+    return releases, None
+
+
+def _cannot_serve(data: bytes, facts: PackageFacts) -> str | None:
+    if facts.encrypted:
+        return "it is encrypted"
+    try:
+        return apr.decode(apr.split(data), facts.digest)[0].not_servable
+    except HocketError as error:
+        return error.message
+
+
+def _document(
+    facts: PackageFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None
+) -> dict[str, Any]:
     return {
         "format": facts.format,
         "digest": facts.digest,
@@ -211,7 +244,10 @@ def _model_json(facts: PackageFacts) -> dict[str, Any]:
     }
 
 
-def _release_json(release: ReleaseFacts) -> dict[str, Any]:
+def _release_json(release: ReleaseFacts | HocketError) -> dict[str, Any]:
+    if isinstance(release, HocketError):
+        nothing = dict.fromkeys(("publisher", "name", "version", "key_id"))
+        return {**nothing, "trusted": False, "refused": release.reason}
     name = release.claim.release.name
     return {
         "publisher": name.publisher,
@@ -223,7 +259,9 @@ def _release_json(release: ReleaseFacts) -> dict[str, Any]:
     }
 
 
-def _print_card(path: Path, facts: PackageFacts, embedded: EmbeddedFacts, release: ReleaseFacts | None) -> None:
+def _print_card(
+    path: Path, facts: PackageFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None
+) -> None:
     labels = None if facts.labels is None else ", ".join("(dropped)" if name is None else name for name in facts.labels)
     kind = facts.layout or facts.model_type
     output.card(
@@ -249,11 +287,13 @@ def _signature_text(embedded: EmbeddedFacts) -> str:
         return "none in the file"
     if not embedded.verified:
         return f"DOES NOT VERIFY: these are not the bytes that key {output.short(embedded.key_id)} signed"
-    return f"verifies, key {output.short(embedded.key_id)} ({'trusted' if embedded.trusted else 'not trusted here'})"
+    return f"verifies, key {output.short(embedded.key_id)} ({_TRUSTED if embedded.trusted else 'not trusted here'})"
 
 
-def _release_text(release: ReleaseFacts) -> str:
-    judged = "trusted" if release.refused is None else f"proves nothing here: {release.refused}"
+def _release_text(release: ReleaseFacts | HocketError) -> str:
+    if isinstance(release, HocketError):
+        return f"cannot be used ({release.reason}): {release.message}"
+    judged = _TRUSTED if release.refused is None else f"proves nothing here: {release.refused}"
     return f"{release.claim.release.name}, key {output.short(release.claim.key_id)} ({judged})"
 
 

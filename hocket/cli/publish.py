@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_INTERRUPTED: Final = 130
+
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Package files.", show_default=False)]
-Explanation = Annotated[str, typer.Option(metavar="TEXT", help="Why, for people.", show_default=False)]
+Explanation = Annotated[
+    str, typer.Option(metavar="TEXT", help="Why, for people; the registry keeps and logs it.", show_default=False)
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask whether this is meant.")]
 
 
@@ -159,7 +163,7 @@ def _blame(path: Path, later: Sequence[Path]) -> Iterator[None]:
 
 def _signers(packages: Iterable[Package]) -> set[str]:
     """The ids of all keys that have signed some of the packages."""
-    found = set()
+    found: set[str] = set()
     for package in packages:
         found.update(release.key_id for release in package.releases)
         if package.HasField("embedded_signature"):
@@ -173,5 +177,9 @@ def _ask(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise HocketError(Reason.BAD_REQUEST, "this cannot be undone, and nobody is there to be asked: add --yes")
-    if not typer.confirm(question, err=True):
+    try:
+        meant = typer.confirm(question, err=True)
+    except typer.Abort as error:
+        raise typer.Exit(_INTERRUPTED) from error
+    if not meant:
         raise HocketError(Reason.BAD_REQUEST, "nothing was changed")

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from hocket.cli import output
-from hocket.client import ROUTER_ADDRESS, connect_health
+from hocket.cli import output, servers
+from hocket.client import connect_health
+from hocket.client.calls import GRPC_STATUS
 from hocket.client.health import Health
 from hocket.errors import HocketError, Reason, Situation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
+
+    _Question = Callable[..., Coroutine[object, object, "Exit"]]
 
 app = typer.Typer()
 
+_REGISTRY_SERVICE: Final = "hocket.v1.RegistryService"
 _NEEDED: Final = ("grpc_reflection", "sqlalchemy", "torch", "uvloop")
 
 Config = Annotated[
@@ -95,7 +99,10 @@ def up(
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise HocketError(Reason.BAD_REQUEST, f"a suite needs {', '.join(missing)} as well: pip install 'hocket[all]'")
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"a suite needs {', '.join(missing)} as well: pip install -e '.[all]' in a clone of Hocket",
+        )
     chosen = {
         "registry.data_dir": data,
         "worker.data_dir": data,
@@ -122,8 +129,11 @@ def up(
 def health(
     *,
     address: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Any of our servers.", envvar="HOCKET_ROUTER")
-    ] = ROUTER_ADDRESS,
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Any of our servers.", show_default="router and registry"),
+    ] = None,
+    router: servers.Router = servers.ROUTER_ADDRESS,
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
     service: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="One service, such as hocket.v1.RouterService.", show_default="all of them"),
@@ -134,6 +144,9 @@ def health(
 ) -> None:
     """Ask a server whether it serves.
 
+    Without --address the router and the registry are asked; a watch is
+    of one server, by default the router.
+
     Exit status: 0 every service asked about is serving; 1 one is not;
     2 nobody answers at the address; 3 the server does not know the
     service, or refuses the question.
@@ -142,14 +155,26 @@ def health(
     $ hocket health --address 127.0.0.1:50052 --service hocket.v1.RegistryService
     $ hocket health --watch
     """
+    if address is not None:
+        asked = [address]
+    elif service is None and not watch:
+        asked = [router, registry]
+    else:
+        asked = [registry if service == _REGISTRY_SERVICE else router]
     question = _watch if watch else _ask
+    raise typer.Exit(max(_answered(question, server, service, timeout, as_json=json) for server in asked))
+
+
+def _answered(question: _Question, address: str, service: str | None, timeout: float, *, as_json: bool) -> Exit:
+    """The exit status of a question to one server; a refusal is printed."""
     try:
-        status = asyncio.run(question(address, service, timeout, as_json=json))
+        return asyncio.run(question(address, service, timeout, as_json=as_json))
     except HocketError as error:
-        output.refuse(error, as_json=json)
         unreachable = error.situation in {Situation.UNAVAILABLE, Situation.TIMED_OUT}
-        status = Exit.UNREACHABLE if unreachable else Exit.FAILED
-    raise typer.Exit(status)
+        bare = error.metadata.keys() == {GRPC_STATUS}
+        said = HocketError(error.reason, f"nobody answers at {address}") if unreachable and bare else error
+        output.refuse(said, as_json=as_json)
+        return Exit.UNREACHABLE if unreachable else Exit.FAILED
 
 
 async def _ask(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
@@ -159,10 +184,10 @@ async def _ask(address: str, service: str | None, timeout_seconds: float, *, as_
         else:
             states = {service: await client.check(service)}
     if as_json:
-        output.emit({"services": states})
+        output.emit({"address": address, "services": states})
     else:
         rows = [(name or "(process)", _coloured(state)) for name, state in states.items()]
-        output.print_table(("service", "state"), rows, "The server has no services")
+        output.print_table((f"service at {address}", "state"), rows, "The server has no services")
     return _exit_of(states)
 
 
@@ -171,12 +196,16 @@ async def _watch(address: str, service: str | None, timeout_seconds: float, *, a
     name = service or ""
     async with connect_health(address, timeout_seconds=timeout_seconds) as client:
         await client.check(name)  # a watch alone would wait for a server that is not there
-        async for state in client.watch(name):
-            if as_json:
-                output.emit({"service": name, "state": state})
-            else:
-                output.console().print(name or "(process)", _coloured(state))
-    raise HocketError(Reason.UNREACHABLE, f"the server at {address} has ended the watch")
+        try:
+            async for state in client.watch(name):
+                if as_json:
+                    output.emit({"service": name, "state": state})
+                else:
+                    output.console().print(name or "(process)", _coloured(state))
+        except HocketError as error:
+            if error.situation is not Situation.UNAVAILABLE:
+                raise
+    raise HocketError(Reason.UNREACHABLE, f"the server at {address} has stopped")
 
 
 def _exit_of(states: Mapping[str, Health]) -> Exit:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from hocket.cli import files, output
-from hocket.identity import key_bytes, key_id_of, key_text
+from hocket.errors import HocketError, Reason
+from hocket.identity import key_text
 from hocket.packages.trust import TrustedKey
 
 app = typer.Typer(
@@ -52,33 +53,40 @@ def add(
     trusted = TrustedKey(files.public_key(key), publisher, tuple(names or ("*",)), _utc(not_before), _utc(not_after))
     folder = files.trust_folder(trust)
     folder.add_key(trusted)
+    if trusted.not_after is not None and trusted.not_after <= datetime.now(UTC):
+        output.say(f"warning: --not-after {_day(trusted.not_after)} is past: the key counts for nothing", stderr=True)
     if json:
         output.emit(_json(trusted))
         return
     output.say(f"{publisher} may release {', '.join(trusted.names)} with key {trusted.key_id} ({folder.path})")
+    if not_before is not None or not_after is not None:
+        output.say(f"It counts from: {_day(trusted.not_before)}, until: {_day(trusted.not_after)} (UTC)")
     output.say("A running suite takes that up within 5 seconds.")
 
 
 @app.command("list")
 def list_keys(*, trust: files.Trust = None, json: output.Json = False) -> None:
-    """List the trusted keys."""
+    """List the trusted keys.
+
+    With --json each with its whole id and public key.
+    """
     roots = files.read_trust(trust)
     keys = sorted(roots.keys.values(), key=lambda key: (key.publisher, key.key_id))
     if json:
         output.emit({"keys": [_json(key) for key in keys]})
         return
     rows = [
-        (key.publisher, ", ".join(key.names), _day(key.not_before), _day(key.not_after), key_text(key.public_key))
+        (key.publisher, output.short(key.key_id), ", ".join(key.names), _day(key.not_before), _day(key.not_after))
         for key in keys
     ]
     output.print_table(
-        ("publisher", "may release", "from", "until", "public key"), rows, "Nobody is trusted yet: `hocket trust add`"
+        ("publisher", "key id", "may release~", "from", "until"), rows, "Nobody is trusted yet: `hocket trust add`"
     )
 
 
 @app.command()
 def remove(
-    key: Annotated[str, typer.Argument(help="The public key, or its id.", show_default=False)],
+    key: files.KeyName,
     *,
     trust: files.Trust = None,
     json: output.Json = False,
@@ -86,9 +94,16 @@ def remove(
     """Stop trusting a key: what rests on it alone stops serving.
 
     $ hocket trust remove ed25519:207a...
+    $ hocket trust remove 9f86d081884c
     """
-    key_id = key_id_of(key_bytes(key)) if ":" in key else key
-    removed = files.trust_folder(trust).remove_key(key_id)
+    folder = files.trust_folder(trust)
+    key_id = files.find_key_id(key, lambda: folder.read().keys, f"{folder.path}")
+    try:
+        removed = folder.remove_key(key_id)
+    except HocketError as error:
+        if error.reason is not Reason.SIGNER_NOT_TRUSTED:
+            raise
+        raise HocketError(error.reason, f"{error.message}: `hocket trust list` shows those there are") from error
     if json:
         output.emit({"keys": [_json(gone) for gone in removed]})
     else:

@@ -41,7 +41,7 @@ def refusals() -> Iterator[None]:
     except grpc.RpcError as error:
         refusal = from_rpc_error(error)
         if not refusal.metadata:
-            raise HocketError(refusal.reason, refusal.message, **{GRPC_STATUS: error.code().name}) from None
+            raise HocketError(refusal.reason, refusal.message, grpc_status=error.code().name) from None
         raise refusal from None
 
 

@@ -105,7 +105,7 @@ class Server:
             port = self._server.add_insecure_port(str(self.address))
         except RuntimeError as error:
             raise OSError(
-                f"cannot listen on {self.address}: is the port in use, by another `hocket up` perhaps? ({error})"
+                f"cannot listen on {self.address}: is the port in use, by another `hocket up` perhaps? Choose another port. ({error})"
             ) from error
         self.address = Address(self.address.host, port)
         await self._server.start()

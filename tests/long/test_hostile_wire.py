@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
 from hocket.client.router import RouterClient
 from hocket.errors import Reason
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.long
 
-MESSAGES = 5000
+MESSAGES = 20_000
 AT_ONCE = 16
 ENDLESS = {"Watch", "Announce"}
 ENDLESS_SECONDS = 0.05
@@ -70,6 +71,14 @@ class Rpc:
         """The multi-callable that sends and gives bytes as they are."""
         shape = f"{'stream' if self.takes_stream else 'unary'}_{'stream' if self.gives_stream else 'unary'}"
         return getattr(channel, shape)(f"/hocket.v1.{self.service}/{self.method}")
+
+    def understands(self, request: bytes) -> bool:
+        """Whether these bytes are a message of this rpc at all."""
+        try:
+            type(self.good[0]).FromString(request)
+        except DecodeError:
+            return False
+        return True
 
 
 def rpcs(plan: plan_pb2.Plan) -> list[Rpc]:
@@ -127,9 +136,7 @@ def rpcs(plan: plan_pb2.Plan) -> list[Rpc]:
         ),
         Rpc(registry, "FetchMixture", [registry_pb2.FetchMixtureRequest(mixture="wired")], gives_stream=True),
         Rpc(registry, "DeleteMixture", [registry_pb2.DeleteMixtureRequest(name="another", etag=UNKNOWN)]),
-        Rpc(
-            registry, "Announce", [registry_pb2.AnnounceRequest(worker=state)], takes_stream=True, gives_stream=True
-        ),
+        Rpc(registry, "Announce", [registry_pb2.AnnounceRequest(worker=state)], takes_stream=True, gives_stream=True),
         Rpc(registry, "Watch", [registry_pb2.WatchRequest(after_revision=1)], gives_stream=True),
     ]
 
@@ -148,10 +155,10 @@ class Mutator:
         """A stream like `good`, in which at least one message is not what it was, or messages are lost or repeated."""
         sent = [message.SerializeToString() for message in good]
         place = self.dice.randrange(len(sent))
-        change = self.dice.choice([self._noise, self._flipped, self._cut, self._spliced, self._foreign, self._fields])
-        if change == self._fields:
+        if self.dice.random() < 0.3:
             sent[place] = self._fields(good[place])
         else:
+            change = self.dice.choice([self._noise, self._flipped, self._cut, self._spliced, self._foreign])
             sent[place] = change(sent[place])
         if len(good) > 1 and self.dice.random() < 0.3:
             sent = self.dice.choices(sent, k=self.dice.randrange(4))
@@ -198,9 +205,7 @@ class Mutator:
         if not fields:
             return
         chosen = self.dice.choice(fields)
-        repeated = isinstance(getattr(message, chosen.name), type(getattr(plan_pb2.Plan(), "experts"))) or hasattr(
-            getattr(message, chosen.name), "append"
-        )
+        repeated = chosen.is_repeated
         if chosen.message_type is not None:
             below = getattr(message, chosen.name)
             if repeated:
@@ -210,6 +215,8 @@ class Mutator:
             self._set(below)
             return
         value = self.dice.choice(_EXTREMES[chosen.cpp_type])
+        if chosen.type == chosen.TYPE_BYTES:
+            value = value.encode()
         if not repeated:
             setattr(message, chosen.name, value)
             return
@@ -228,7 +235,18 @@ def _varint(number: int) -> bytes:
     return bytes([*out, number])
 
 
-_TEXTS = ["", "\0", "../../etc/passwd", "a" * 70_000, "\u202e\U0001f600", "sha256:" + "f" * 64, "x#1", "#", "a/b@c", "%s{}"]
+_TEXTS = [
+    "",
+    "\0",
+    "../../etc/passwd",
+    "a" * 70_000,
+    "\u202e\U0001f600",
+    "sha256:" + "f" * 64,
+    "x#1",
+    "#",
+    "a/b@c",
+    "%s{}",
+]
 _REALS = [0.0, -0.0, -1.0, 2.0, 1e308, 5e-324, float("nan"), float("inf"), float("-inf")]
 _EXTREMES: dict[int, list[Any]] = {  # by FieldDescriptor.CPPTYPE_*
     1: [-(2**31), -1, 0, 1, 2**31 - 1],
@@ -239,8 +257,7 @@ _EXTREMES: dict[int, list[Any]] = {  # by FieldDescriptor.CPPTYPE_*
     6: [0.0, -1.0, 3e38, float("nan"), float("inf")],
     7: [False, True],
     8: [0, 1, 2, 9, -1, 2**31 - 1],
-    9: _TEXTS,
-    10: _TEXTS,
+    9: _TEXTS,  # and bytes
 }
 
 
@@ -250,7 +267,7 @@ class Probe:
 
     channels: dict[str, grpc.aio.Channel]
     codes: Counter[str] = field(default_factory=Counter)
-    wrong: list[tuple[str, str, str, list[bytes]]] = field(default_factory=list)
+    wrong: list[tuple[str, str, str, str, list[bytes]]] = field(default_factory=list)
 
     async def send(self, rpc: Rpc, requests: list[bytes]) -> None:
         seconds = ENDLESS_SECONDS if rpc.method in ENDLESS else SECONDS_MAX
@@ -263,7 +280,8 @@ class Probe:
             code = status.name
             ours = CODES[refusal.situation] is status and refusal.reason is not Reason.INTERNAL
             if not ours or (status is grpc.StatusCode.DEADLINE_EXCEEDED and rpc.method not in ENDLESS):
-                self.wrong.append((rpc.method, code, str(refusal), requests))
+                parsed = all(map(rpc.understands, requests))
+                self.wrong.append((rpc.method, code, "parsed" if parsed else "not parsed", str(refusal), requests))
         self.codes[code] += 1
         assert asyncio.get_running_loop().time() - begin < SECONDS_MAX + 2
 
@@ -280,7 +298,7 @@ class Probe:
             await call
 
 
-async def test_five_thousand_hostile_messages_are_answered_by_name_and_stop_nobody(
+async def test_twenty_thousand_hostile_messages_are_answered_by_name_and_stop_nobody(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     async with deployed("four servers", tmp_path) as suite, AsyncExitStack() as stack:
@@ -304,10 +322,10 @@ async def test_five_thousand_hostile_messages_are_answered_by_name_and_stop_nobo
 
         async with asyncio.timeout(120):
             await asyncio.gather(*[client() for _ in range(AT_ONCE)])
-        record_property("sound", sound)
-        record_property("codes", {**probe.codes})
-        seen = Counter((method, code, text[:90]) for method, code, text, _ in probe.wrong)
-        assert probe.wrong == [], (seen.most_common(20), probe.wrong[0])
+        record_property("sound", str(sound))
+        record_property("codes", str(dict(probe.codes)))
+        kinds = Counter(wrong[:3] for wrong in probe.wrong).most_common()
+        assert not kinds, (kinds, probe.wrong[0])
 
         fresh = apr_bytes(linear(5, 6))
         answer = await suite.router.answer(await suite.publish(fresh), ROWS)

@@ -34,13 +34,15 @@ class Acknowledged:
 
     Attributes:
         packages: Bytes by digest.
-        yanked: Digests withdrawn.
+        doomed: Digests that are to be withdrawn.
+        yanked: Those that were.
         mixtures: Bodies by name.
         keys: Key ids revoked.
         revision: The latest one seen.
     """
 
     packages: dict[str, bytes] = field(default_factory=dict)
+    doomed: set[str] = field(default_factory=set)
     yanked: set[str] = field(default_factory=set)
     mixtures: dict[str, bytes] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
@@ -54,14 +56,16 @@ class Acknowledged:
             key_id = f"{number:064x}"
             await client.revoke_key(key_id)
             self.keys.add(key_id)
-        elif choice < 0.25 and self.packages:
-            member = dice.choice(sorted(self.packages.keys() - self.yanked))
+        elif choice < 0.25 and self.packages.keys() - self.doomed:
+            member = dice.choice(sorted(self.packages.keys() - self.doomed))
             record = fixed(f"m{number}", f"{member}")
             mixture = await client.put_mixture(record.body(), mixture_release(record))
             self.mixtures[record.name] = record.body()
             self.revision = max(self.revision, mixture.revision)
         else:
             data = numbers(number, features=dice.choice([2, 2, 2, 4000]))
+            if choice > 0.9:
+                self.doomed.add(digest_of(data))
             await client.publish(data, envelope_of(data, name=f"acme/n@{number}"))
             self.packages[digest_of(data)] = data
             if choice > 0.9:

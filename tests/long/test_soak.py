@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -20,7 +21,7 @@ from hocket.client.router import Answer
 from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef, SoftmaxGate, gate_tensor
-from hocket.packages import apr
+from hocket.packages import Purpose, apr
 from hocket.packages import model as m
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
@@ -33,7 +34,7 @@ from services.router.placement import Loads
 from tests.apr_oracle import predict, tolerance
 from tests.builders import grow
 from tests.deployments import Deployment, deployed
-from tests.signing import ZETA_ID, ZETA_SEED, trusted
+from tests.signing import ACME_SEED, ZETA_ID, ZETA_SEED, envelope_of, trusted
 from tests.worker_numerics import opened
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ async def test_a_suite_answers_right_while_everything_around_it_changes(
             ("changes", {**chaos.done, "evict": evictions}),
             ("resident_mib", [size >> 20 for size in resident_bytes]),
         ):
-            record_property(name, measured)
+            record_property(name, str(measured))
         assert answered > 0.5 * sum(world.outcomes.values())
         assert world.outcomes["cancelled"] > 100
         assert all(chaos.done[what] for what in ("publish", "put", "yank", "revoke", "load", "unload")), chaos.done
@@ -357,19 +358,19 @@ class Chaos:
     async def run(self, number: int) -> None:
         """The changes of one round, in any order."""
         doomed = list(dict.fromkeys(self.world.experts))[16:24]
-        changes: list[Awaitable[None]] = [
-            *[self._publish(1000 + 50 * number + step) for step in range(15)],
-            *[self._move() for _ in range(15)],
-            *[self._load() for _ in range(25)],
-            *[self._unload() for _ in range(25)],
+        changes: list[Callable[[], Awaitable[None]]] = [
+            *[partial(self._publish, 1000 + 50 * number + step) for step in range(15)],
+            *[self._move] * 15,
+            *[self._load] * 25,
+            *[self._unload] * 25,
         ]
         if number in {1, 2}:
-            changes.append(self._yank(doomed[number]))
+            changes.append(partial(self._yank, doomed[number]))
         if number == ROUNDS - 1:
-            changes.append(self._revoke(doomed[4:]))
+            changes.append(partial(self._revoke, doomed[4:]))
         self.world.dice.shuffle(changes)
         for change in changes:
-            await change
+            await change()
             await asyncio.sleep(self.world.dice.random() * 0.12)
 
     async def _publish(self, number: int) -> None:
@@ -380,7 +381,10 @@ class Chaos:
         """Put a new version under a name that requests ask for."""
         members = [self.world.experts[digest].data for digest in self.world.dice.sample(self.lasting, 4)]
         record, _ = self.world.record("moving", *members)
-        await self.suite.put(record)
+        version = f"acme/moving@2.{self.done['put']}"
+        release = envelope_of(record.body(), ACME_SEED, version, purpose=Purpose.MIXTURE, format="mixture")
+        await self.suite.registry.put_mixture(record.body(), release)
+        await self.suite.known(record.digest)
         self.done["put"] += 1
 
     async def _load(self) -> None:

@@ -152,7 +152,7 @@ def test_a_gate_can_be_a_safetensors_file(write: Any, tmp_path: Path, names: tup
         (f'expert = "{A}"', "expert = 3", 'a member needs expert = "publisher/name@version"'),
         (f'expert = "{A}"', 'expert = "acme/low"', "neither publisher/name@version"),
         (f'expert = "{A}"', 'expert = "sha256:12"', "neither publisher/name@version"),
-        (f'expert = "{A}"', 'expert = "none.apr"', "none.apr cannot be read"),
+        (f'expert = "{A}"', 'mixture = "acme/el@1.0.0"', 'packages are expert = "..."'),
         (f'expert = "{A}"', "mixture = 3", 'a member needs mixture = "name"'),
         ('kind = "fixed"', "", "gate.kind must be one of softmax, fixed"),
         ('kind = "fixed"', 'kind = "rules"', "gate.kind must be one of softmax, fixed"),
@@ -206,9 +206,9 @@ def test_a_gate_is_a_finite_matrix(write: Any, tmp_path: Path, array: Any, advic
     ("name", "content", "advice"),
     [
         ("gate.npy", b"PK\x03\x04", "cannot be read as .npy"),
-        ("gate.npy", None, "cannot be read as .npy"),
+        ("gate.npy", None, "cannot read .*gate.npy"),
         ("gate.safetensors", b"\xff" * 64, "cannot be read as .safetensors"),
-        ("gate.safetensors", None, "cannot be read as .safetensors"),
+        ("gate.safetensors", None, "cannot read .*gate.safetensors"),
         ("gate.txt", b"1 2", "must be an .npy or a .safetensors file"),
     ],
 )
@@ -257,11 +257,33 @@ def test_several_tensors_need_one_called_weights(write: Any, tmp_path: Path) -> 
         read_draft(path)
 
 
-def test_a_file_that_is_not_there_or_too_large_is_refused(
-    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [((2, 3), r"here \[2, 3\], and there are 2 members: transpose it"), ((4, 3), "a column for each member")],
+)
+async def test_a_gate_of_another_shape_is_refused_with_advice(
+    write: Any, tmp_path: Path, shape: tuple[int, int], advice: str
 ) -> None:
-    with pytest.raises(HocketError, match="cannot read"):
-        read_draft(tmp_path / "none.toml")
+    path = write(SOFTMAX)
+    np.save(tmp_path / "gate.npy", np.zeros(shape))
+
+    with pytest.raises(HocketError, match=advice) as refused:
+        await resolve(read_draft(path), NOBODY)
+    assert refused.value.reason is Reason.BAD_MIXTURE
+
+
+@pytest.mark.parametrize("missing", ["none.toml", "member", "gate"])
+def test_a_file_that_cannot_be_read_is_a_bad_request(write: Any, tmp_path: Path, missing: str) -> None:
+    path = write(SOFTMAX.replace(A, "none.apr") if missing == "member" else SOFTMAX)
+    if missing == "gate":
+        (tmp_path / "gate.npy").unlink()
+
+    with pytest.raises(HocketError, match="cannot read") as refused:
+        read_draft(tmp_path / "none.toml" if missing == "none.toml" else path)
+    assert refused.value.reason is Reason.BAD_REQUEST
+
+
+def test_a_file_that_is_too_large_is_refused(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(FIXED)
     monkeypatch.setattr("hocket.authoring._DRAFT_BYTES_MAX", 10)
     with pytest.raises(HocketError, match="larger than 10 bytes"):

@@ -15,7 +15,7 @@ from hocket.identity import ExpertId, ReleaseName, check_name, check_version, ke
 from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
 from hocket.rpc.server import Address
 from hocket.rpc.status import CODES, from_rpc_error
-from hocket.settings import build, read_tables
+from hocket.settings import build, read_tables, read_token
 from hocket.telemetry.context import accept_request_id
 from hocket.v1.tensor_pb2 import Tensor
 
@@ -153,6 +153,39 @@ def test_an_unknown_table_or_file_stops_the_start(tmp_path: Path) -> None:
         read_tables(None, {"HOCKET_TYPO__KEY": "1"}, frozenset({"sample"}))
     with pytest.raises(HocketError, match="cannot read"):
         read_tables(tmp_path / "none.toml", {}, frozenset())
+
+
+def test_a_token_is_one_line_of_a_secret_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("  0123456789abcdef\n")
+    assert read_token(file) == "0123456789abcdef"
+    assert read_token(None) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b" \n",
+        b"0123456789abcde\n",
+        b"0123456789abcdef\nsecond line\n",
+        "0123456789abcd\u00e9f".encode(),
+        b"\xff" * 32,
+    ],
+)
+def test_what_is_no_token_stops_the_start_and_is_not_shown(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(HocketError, match="token") as caught:
+        read_token(file)
+    assert caught.value.reason is Reason.BAD_REQUEST
+    assert "0123456789" not in caught.value.message
+
+
+def test_a_token_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(HocketError, match="cannot read the token file"):
+            read_token(path)
 
 
 @pytest.mark.parametrize(

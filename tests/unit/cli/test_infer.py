@@ -9,7 +9,8 @@ from rich.console import Console
 from hocket.cli import infer, output
 from hocket.client import Answer, blocking
 from hocket.errors import HocketError, Reason
-from tests.fakes import HIGH, LOW, MIXTURE, ScriptedRouter
+from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
+from tests.fakes import HIGH, LOW, MIXTURE, ScriptedRegistry, ScriptedRouter, serving
 
 pytestmark = pytest.mark.usefixtures("router_address")
 
@@ -123,3 +124,36 @@ def test_an_unknown_model_is_refused(hocket: Any) -> None:
 
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("UNKNOWN_MODEL")
+
+
+def test_a_port_of_another_service_is_recognised(hocket: Any, router_address: str) -> None:
+    with serving(add_RegistryServiceServicer_to_server, ScriptedRegistry()) as registry:
+        outcome = hocket("predict", "digits", *ROWS, "--router", registry.address)
+    assert outcome.code == 2
+    assert "does not serve hocket.v1.RouterService: is it the registry's port?" in outcome.err
+
+    outcome = hocket("experts", "list", "--registry", router_address)
+    assert "does not serve hocket.v1.RegistryService: is it the router's port?" in outcome.err
+
+
+def test_a_suite_that_does_not_run_is_said_so(hocket: Any) -> None:
+    outcome = hocket("predict", "digits", *ROWS, "--router", "127.0.0.1:1", "--json")
+
+    assert outcome.document == {
+        "error": {
+            "reason": "UNREACHABLE",
+            "message": "nobody answers at 127.0.0.1:1: start a suite with `hocket up`, or give --router HOST:PORT",
+        }
+    }
+
+
+def test_what_a_service_cannot_reach_is_left_as_it_says(hocket: Any, router: ScriptedRouter) -> None:
+    router.refusal = HocketError(Reason.UNREACHABLE, "no aggregator", grpc_status="UNAVAILABLE")
+
+    assert "UNREACHABLE no aggregator" in hocket("predict", "digits", *ROWS).err
+
+
+def test_an_incomplete_answer_names_the_option_that_takes_it(hocket: Any, router: ScriptedRouter) -> None:
+    router.refusal = HocketError(Reason.COVERAGE, "expert low is missing")
+
+    assert "--renormalise" in hocket("predict", "digits", *ROWS, "--json").document["error"]["message"]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,9 @@ import pytest
 from hocket import __version__
 from hocket.cli import main
 from hocket.cli.main import VERBS
+from tests.builders import apr_bytes
+
+PACKAGE = Path(__file__).parents[2] / "vectors" / "reference-0.11.0" / "linear.plain.apr"
 
 
 def test_the_overview_names_every_verb(hocket: Any) -> None:
@@ -86,3 +91,44 @@ def test_a_bug_is_a_sentence_unless_the_traceback_is_asked_for(
     monkeypatch.setenv("HOCKET_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main.main()
+
+
+def test_wrong_usage_is_json_where_that_is_asked_for(hocket: Any) -> None:
+    outcome = hocket("sign", "some.apr", "--json", "--no-such-option")
+
+    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
+    assert "--no-such-option" in outcome.document["error"]["message"]
+    outcome = hocket("sign", "some.apr", "--no-such-option")
+    assert (outcome.code, outcome.out) == (2, "")
+
+
+def run_as_program(arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m hocket.cli.main {arguments}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_full_disk_is_said_and_is_no_bug() -> None:
+    done = run_as_program(f"inspect {PACKAGE} --json > /dev/full")
+
+    assert (done.returncode, done.stderr) == (2, "hocket cannot go on: No space left on device\n")
+
+
+def test_nobody_reading_the_output_is_silent() -> None:
+    done = run_as_program(f"inspect {PACKAGE} --json | true")
+
+    assert done.returncode in {0, 141}  # 0 if the other end was quick to read and slow to leave
+    assert done.stderr == ""
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "name.apr"
+    path.write_bytes(apr_bytes(name="h\u00e4user"))
+    done = run_as_program(f"inspect {path}", PYTHONIOENCODING="ascii")
+
+    assert done.returncode == 0, done.stderr
+    assert "h?user" in done.stdout

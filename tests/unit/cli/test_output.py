@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from hocket.cli import output
 
@@ -15,6 +18,23 @@ def test_sizes_are_for_people(size_bytes: int, text: str) -> None:
 @pytest.mark.parametrize(("share", "text"), [(0, "    "), (1, "████"), (0.5, "██  "), (0.53, "██▏ "), (7, "████")])
 def test_a_bar_fills_with_the_share(share: float, text: str) -> None:
     assert output.bar(share, width=4) == text
+
+
+def test_without_unicode_a_bar_is_made_of_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+
+    assert output.bar(0.5, width=4) == "##  "
+
+
+def test_in_a_narrow_terminal_only_the_columns_that_may_wrap_do() -> None:
+    screen = io.StringIO()
+    grid = output.table(("name", "answers~"), [("acme/a-long-name@1.0.0", "yes, no, perhaps")])
+    Console(file=screen, width=32).print(grid)
+
+    lines = [line.rstrip() for line in screen.getvalue().splitlines()]
+    assert lines[0].split() == ["name", "answers"]
+    assert lines[1].startswith("acme/a-long-name@1.0.0  yes,")
+    assert len(lines) > 2
 
 
 @pytest.mark.parametrize(

@@ -152,9 +152,19 @@ def test_inspect_refuses_what_it_cannot_read(hocket: Any, package: Path) -> None
     outcome = hocket("inspect", package.with_name("missing.apr"), "--json")
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
 
-    release_of(package).write_bytes(b"x" * 20_000)
+
+@pytest.mark.parametrize(("release", "reason"), [(b"x" * 20_000, "TOO_LARGE"), (b"{}", "BAD_RELEASE")])
+def test_inspect_shows_a_sound_file_beside_a_broken_release(
+    hocket: Any, package: Path, release: bytes, reason: str
+) -> None:
+    release_of(package).write_bytes(release)
     outcome = hocket("inspect", package, "--json")
-    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "TOO_LARGE")
+
+    assert outcome.code == 0
+    assert outcome.document["release"] == {
+        "publisher": None, "name": None, "version": None, "key_id": None, "trusted": False, "refused": reason,
+    }  # fmt: skip
+    assert f"cannot be used ({reason})" in hocket("inspect", package).out
 
 
 def test_inspect_prints_a_card_for_people(hocket: Any, package: Path) -> None:
@@ -201,7 +211,9 @@ def test_verify_says_which_proofs_hold(hocket: Any, package: Path) -> None:
         "digest": digest_of(package.read_bytes()),
         "proofs": [{"kind": "release", "key_id": ACME_ID, "publisher": "acme", "release": "acme/iris@1.0.0"}],
     }
-    assert "released as acme/iris@1.0.0" in hocket("verify", package).out
+    out = hocket("verify", package).out
+    assert "released as acme/iris@1.0.0" in out
+    assert "what a registry has revoked is not known here" in out
 
 
 def test_verify_takes_an_embedded_signature_and_the_operator_s_word(hocket: Any, tmp_path: Path) -> None:
@@ -261,6 +273,34 @@ def test_sign_writes_the_release_beside_the_file(hocket: Any, package: Path, key
     assert claimed.release.subject.digest == digest_of(package.read_bytes())
     hocket("trust", "add", "acme", "--key", ACME_KEY)
     assert hocket("verify", package).code == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (raw_apr(b"x" * 64, flags=1), "it is encrypted"),
+        (apr_bytes(mixture(top_k=0)), "top_k"),
+        (raw_apr(b"\x02"), "payload"),
+        (apr_bytes(), None),
+    ],
+)
+def test_sign_warns_of_what_cannot_serve(hocket: Any, package: Path, key: Path, data: bytes, why: str | None) -> None:
+    package.write_bytes(data)
+    outcome = hocket("sign", package, "--publisher", "a", "--name", "b", "--version", "1", "--key", key, "--json")
+
+    assert outcome.code == 0
+    if why is None:
+        assert outcome.err == ""
+    else:
+        assert "cannot serve" in outcome.err
+        assert why in outcome.err
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_keygen_wants_the_name_of_a_file(hocket: Any, path: str) -> None:
+    outcome = hocket("keygen", path, "--json")
+
+    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
 
 
 def test_sign_uses_the_default_key(hocket: Any, package: Path) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from hocket.cli import publish
+from hocket.errors import HocketError
 from hocket.identity import digest_of
 from hocket.mixtures import parse_mixture
 from hocket.packages import Purpose, read_release
 from tests.builders import apr_bytes, linear
 from tests.fakes import HIGH, LOW, ScriptedRegistry, expert_package
-from tests.signing import ACME_SEED, envelope_of
+from tests.signing import ACME_ID, ACME_SEED, envelope_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +100,19 @@ def test_a_registry_that_is_not_there_is_said_so(hocket: Any, packages: list[Pat
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "UNREACHABLE")
 
 
+def test_publish_says_which_file_failed_and_which_were_not_tried(
+    hocket: Any, packages: list[Path], tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing.apr"
+    outcome = hocket("publish", packages[0], missing, packages[1], "--json")
+
+    assert outcome.code == 2
+    assert outcome.lines[0]["file"] == str(packages[0])
+    error = outcome.lines[1]["error"]
+    assert (error["reason"], error["file"]) == ("BAD_REQUEST", str(missing))
+    assert f"not tried: {packages[1]}" in error["message"]
+
+
 def test_uploads_have_a_progress_bar_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with publish.upload_progress("x", shown=True) as on_progress:
         assert on_progress is None
@@ -121,10 +135,12 @@ def test_experts_are_listed(hocket: Any, registry: ScriptedRegistry) -> None:
     registry.packages[HIGH] = many
 
     listed = hocket("experts", "list").out
-    for text in ("acme/low@1.0.0", "LogisticRegression", "0, 1", "active", "acme (abababababab)"):
+    for text in ("acme/low@1.0.0", "LogisticRegression", "0, 1", "active"):
         assert text in listed
-    for text in ("sha256:222222222222", "4 x Ridge", "one number", "inside (cdcdcdcdcdcd, not trusted)", "NOBODY"):
+    for text in ("sha256:222222222222", "4 x Ridge", "one number", "active, UNSIGNED"):
         assert text in listed
+    card = hocket("experts", "show", HIGH, "--router", "127.0.0.1:1").out
+    assert "inside (cdcdcdcdcdcd, not trusted), NOBODY (policy)" in card
     outcome = hocket("experts", "list", "--publisher", "acme", "--json")
     assert [package["digest"] for package in outcome.document["packages"]] == [LOW]
 
@@ -153,28 +169,75 @@ def test_without_a_router_an_expert_is_shown_all_the_same(hocket: Any, registry:
 def test_yank_withdraws_by_digest_or_name(hocket: Any, registry: ScriptedRegistry) -> None:
     registry.packages[HIGH] = expert_package(HIGH, "high")
 
-    assert hocket("yank", LOW, "--json").document["state"] == "TRUST_STATE_YANKED"
-    assert f"{HIGH} is withdrawn" in hocket("yank", "acme/high@1.0.0", "--explanation", "wrong").out
+    assert hocket("yank", LOW, "--yes", "--json").document["state"] == "TRUST_STATE_YANKED"
+    assert f"{HIGH} is withdrawn" in hocket("yank", "acme/high@1.0.0", "--yes", "--explanation", "wrong").out
     assert registry.withdrawn == {LOW: "", HIGH: "wrong"}
     assert hocket("yank", "acme/none@1.0.0", "--json").document["error"]["reason"] == "UNKNOWN_PACKAGE"
 
 
 def test_revoke_key_names_what_it_withdrew(hocket: Any, registry: ScriptedRegistry) -> None:
-    assert f"{LOW} has no other proof" in hocket("revoke-key", "ab" * 32, "--explanation", "stolen").out
-    assert hocket("revoke-key", "ab" * 32, "--json").document["withdrawn_digests"] == [LOW]
+    out = hocket("revoke-key", "ab" * 32, "--yes", "--explanation", "stolen").out
+    assert f"{LOW} has no other proof" in out
+    assert f"hocket trust remove {'ab' * 32}" in out
+    assert hocket("revoke-key", "ab" * 32, "--yes", "--json").document["withdrawn_digests"] == [LOW]
     assert list(registry.withdrawn) == ["ab" * 32]
+
+
+def test_revoke_key_takes_what_is_printed_of_a_key_id(hocket: Any, registry: ScriptedRegistry, key: Path) -> None:
+    registry.packages[LOW] = expert_package(LOW, "low")
+    registry.packages[HIGH] = expert_package(HIGH, "high")
+    registry.packages[HIGH].embedded_signature.key_id = "cd" * 32
+    for written in ("ab" * 6, "cd" * 10, key):
+        assert hocket("revoke-key", written, "--yes").code == 0
+    assert list(registry.withdrawn) == ["ab" * 32, "cd" * 32, ACME_ID]
+
+    outcome = hocket("revoke-key", "ef" * 6, "--yes", "--json")
+    assert outcome.document["error"]["reason"] == "SIGNER_NOT_TRUSTED"
+    registry.packages[HIGH].embedded_signature.key_id = "ab" * 31 + "ff"
+    outcome = hocket("revoke-key", "ab" * 6, "--yes", "--json")
+    assert "several key ids begin with" in outcome.document["error"]["message"]
+
+
+@pytest.mark.parametrize("arguments", [("yank", LOW), ("revoke-key", "ab" * 32)])
+def test_a_script_says_yes_before_anything_final(
+    hocket: Any, registry: ScriptedRegistry, arguments: tuple[str, ...]
+) -> None:
+    for options in ((), ("--json",)):
+        outcome = hocket(*arguments, *options)
+        assert outcome.code == 2
+        assert "add --yes" in outcome.err + outcome.out
+    assert registry.withdrawn == {}
+
+
+def test_a_name_that_is_nearly_right_gets_a_suggestion(hocket: Any, registry: ScriptedRegistry) -> None:
+    registry.packages[HIGH] = expert_package(HIGH, "high")
+    for written in ("acme/hihg@1.0.0", "high"):
+        for verb in (("experts", "show"), ("yank", "--yes")):
+            assert "did you mean acme/high@1.0.0?" in hocket(*verb, written).err
+    assert "did you mean" not in hocket("experts", "show", "zeta/other@3").err
+
+
+def test_nothing_of_a_publisher_is_said_so(hocket: Any) -> None:
+    assert "No packages released by nobody" in hocket("experts", "list", "--publisher", "nobody").out
 
 
 def test_a_person_at_a_terminal_is_asked_before_anything_final(monkeypatch: pytest.MonkeyPatch) -> None:
     questions: list[str] = []
-    monkeypatch.setattr("typer.confirm", lambda question, **_options: questions.append(question))
-    publish._ask("Sure?", yes=False)
+    answers = iter([True, False])
+
+    def confirm(question: str, **_options: Any) -> bool:
+        questions.append(question)
+        return next(answers)
+
+    monkeypatch.setattr("typer.confirm", confirm)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     publish._ask("Sure?", yes=True)
     assert questions == []
 
     publish._ask("Sure?", yes=False)
     assert questions == ["Sure?"]
+    with pytest.raises(HocketError, match="nothing was changed"):
+        publish._ask("Sure?", yes=False)
 
 
 def test_a_mixture_is_resolved_signed_and_put(
@@ -233,7 +296,14 @@ def test_mixtures_are_listed_and_shown(hocket: Any) -> None:
     assert names == ["digits", "fruit"]
 
     card = hocket("mixtures", "show", "digits").out
-    for text in ("softmax, 2 of 2 answer per row", "1.5", "acme/digits@1.0.0", "acme/low@1.0.0", "worker-a", "0 to 1"):
+    for text in (
+        "softmax, 2 of the members it weighs answer a row",
+        "1.5",
+        "acme/digits@1.0.0",
+        "acme/low@1.0.0",
+        "worker-a",
+        "0 to 1",
+    ):
         assert text in card
     shown = hocket("mixtures", "show", "digits", "--json").document
     assert [member["expert"] for member in shown["members"]] == [LOW, HIGH]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,7 @@ def test_rows_are_written_as_options() -> None:
         ("rows.csv", "0.5,1.5\n2,-1\n"),
         ("rows.csv", "\ufeffwidth,height\r\n0.5,1.5\r\n\r\n2,-1\r\n"),
         ("rows.json", json.dumps(MATRIX)),
+        ("rows.json", json.dumps({"rows": MATRIX})),
     ],
 )
 def test_rows_are_read_from_text(tmp_path: Path, name: str, text: str) -> None:
@@ -87,6 +90,47 @@ def test_what_is_no_matrix_of_numbers_is_refused(tmp_path: Path, name: str, cont
         rows.read_rows(path, None)
 
     assert refused.value.reason is reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("rows.csv", b"1;2\n3;4\n", "separate numbers by commas"),
+        ("rows.csv", b"1\t2\n3\t4\n", "separate numbers by commas"),
+        ("rows.csv", b"", "there are no rows"),
+        ("rows.json", b"[]", "there are no rows"),
+        ("rows.json", b"{}", '{"rows": [[1, 2], [3, 4]]}'),
+        ("rows.csv", b"1,2\n3,1e50\n", "row 1, column 1: 1e+50 is beyond float32"),
+    ],
+)
+def test_a_refusal_says_how_rows_are_written(tmp_path: Path, name: str, content: bytes, advice: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    with pytest.raises(HocketError, match=re.escape(advice)) as refused:
+        rows.read_rows(path, None)
+    assert refused.value.reason is Reason.BAD_TENSOR
+
+
+def test_infinity_is_left_to_the_router() -> None:
+    assert rows.read_rows(None, ["inf,1"]).tolist() == [[float("inf"), 1]]
+
+
+def test_numpy_files_do_not_come_by_standard_input(hocket: Any) -> None:
+    outcome = hocket("predict", "digits", "--input", "-", "--json", stdin=b"\x93NUMPY\x01\x00")
+
+    assert "give --input FILE.npy" in outcome.document["error"]["message"]
+
+
+def test_a_person_at_a_terminal_is_told_how_to_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(b"1,2\n"))
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+
+    assert rows.read_rows(rows._STDIN, None).tolist() == [[1, 2]]
+    assert "Ctrl-D" in capsys.readouterr().err
 
 
 def test_pickled_objects_are_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_health_is_0_when_everything_serves(hocket: Any, server: ThreadedServer)
     outcome = hocket("health", "--address", server.address, "--json")
 
     assert outcome.code == 0
-    assert outcome.document["services"] == {"": "SERVING", ROUTER: "SERVING"}
+    assert outcome.document == {"address": server.address, "services": {"": "SERVING", ROUTER: "SERVING"}}
     assert "(process)" in hocket("health", "--address", server.address).out
 
 
@@ -49,7 +49,7 @@ def test_health_is_1_when_something_does_not_serve(hocket: Any, server: Threaded
     server.set_ready(ready=False)
 
     outcome = hocket("health", "--address", server.address, "--service", ROUTER, "--json")
-    assert (outcome.code, outcome.document) == (1, {"services": {ROUTER: "NOT_SERVING"}})
+    assert (outcome.code, outcome.document) == (1, {"address": server.address, "services": {ROUTER: "NOT_SERVING"}})
     assert hocket("health", "--address", server.address).code == 1
 
 
@@ -57,6 +57,24 @@ def test_health_is_2_when_nobody_answers(hocket: Any) -> None:
     outcome = hocket("health", "--address", "127.0.0.1:1", "--timeout", 1, "--json")
 
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "UNREACHABLE")
+
+
+def test_health_asks_router_and_registry_and_the_worse_decides(hocket: Any, server: ThreadedServer) -> None:
+    both = ("--router", server.address, "--registry", server.address)
+    outcome = hocket("health", *both, "--json")
+    assert (outcome.code, len(outcome.lines)) == (0, 2)
+
+    outcome = hocket("health", "--router", server.address, "--registry", "127.0.0.1:1")
+    assert outcome.code == 2
+    assert f"service at {server.address}" in outcome.out
+    assert outcome.err == "UNREACHABLE nobody answers at 127.0.0.1:1\n"
+
+
+@pytest.mark.parametrize(("service", "port"), [(ROUTER, 1), ("hocket.v1.RegistryService", 2)])
+def test_health_asks_for_a_service_where_it_is(hocket: Any, service: str, port: int) -> None:
+    outcome = hocket("health", "--service", service, "--router", "127.0.0.1:1", "--registry", "127.0.0.1:2")
+
+    assert outcome.err == f"UNREACHABLE nobody answers at 127.0.0.1:{port}\n"
 
 
 def test_health_is_3_when_the_server_does_not_know_the_service(hocket: Any, server: ThreadedServer) -> None:
@@ -91,7 +109,9 @@ def test_a_watch_prints_every_change_until_the_server_ends(hocket: Any, *, as_js
     assert outcome.code == 2
     if as_json:
         assert outcome.lines[:2] == [{"service": ROUTER, "state": state} for state in ("SERVING", "NOT_SERVING")]
-        assert outcome.lines[2]["error"]["reason"] == "UNREACHABLE"
+        assert outcome.lines[2]["error"] == {
+            "reason": "UNREACHABLE", "message": f"the server at {server.address} has stopped",
+        }  # fmt: skip
     else:
         assert outcome.out.splitlines() == [f"{ROUTER} serving", f"{ROUTER} not serving"]
 
@@ -132,5 +152,5 @@ def test_up_says_what_has_to_be_installed(hocket: Any, monkeypatch: pytest.Monke
     outcome = hocket("up")
 
     assert outcome.code == 2
-    assert "a suite needs torch as well: pip install 'hocket[all]'" in outcome.err
+    assert "a suite needs torch as well: pip install -e '.[all]'" in outcome.err
     assert started == []
