@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc.aio import AbortError
 
 from hocket.errors import HocketError, Reason, Situation
@@ -244,7 +245,29 @@ def _wrap(handler: grpc.RpcMethodHandler[Any, Any], method: _Method) -> grpc.Rpc
     shape = _SHAPES[_shape(handler)]
     surround = _streaming if handler.response_streaming else _answering
     behaviour = surround(getattr(handler, shape.attribute), method, counting=bool(handler.request_streaming))
-    return shape.make(behaviour, handler.request_deserializer, handler.response_serializer)
+    return shape.make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+
+
+_UNREADABLE: Final = object()
+"""Stands for bytes that are no message of the rpc's type, until the call is there to be refused."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """A deserializer that leaves refusing to the handler: the transport would answer with the exception's text."""
+
+    def read(data: bytes) -> Any:  # noqa: ANN401 - any message
+        try:
+            return data if deserialize is None else deserialize(data)
+        except DecodeError:
+            return _UNREADABLE
+
+    return read
+
+
+def _readable(request: Any) -> Any:  # noqa: ANN401 - any message
+    if request is _UNREADABLE:
+        raise HocketError(Reason.BAD_REQUEST, "the request is not a message of this rpc")
+    return request
 
 
 def _answering(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., Awaitable[Any]]:
@@ -306,14 +329,14 @@ def _told(error: BaseException) -> BaseException:
 def _received(request: Any, method: _Method, *, counting: bool) -> Any:  # noqa: ANN401 - any message
     if not counting:
         method.counts.received += 1
-        return request
+        return _readable(request)
     return _counted(request, method)
 
 
 async def _counted(requests: AsyncIterator[Any], method: _Method) -> AsyncIterator[Any]:
     async for request in requests:
         method.counts.received += 1
-        yield request
+        yield _readable(request)
 
 
 def add_trailing(context: Context, key: str, value: str | bytes) -> None:

@@ -105,7 +105,8 @@ class Server:
             port = self._server.add_insecure_port(str(self.address))
         except RuntimeError as error:
             raise OSError(
-                f"cannot listen on {self.address}: is the port in use, by another `hocket up` perhaps? Choose another port. ({error})"
+                f"cannot listen on {self.address}: is the port in use, by another `hocket up` perhaps? "
+                f"Choose another one. ({error})"
             ) from error
         self.address = Address(self.address.host, port)
         await self._server.start()

@@ -350,3 +350,26 @@ async def test_an_unknown_method_is_unimplemented(kind: str) -> None:
 
 async def _await(call: Any) -> Any:
     return await call
+
+
+async def test_bytes_that_are_no_message_are_a_bad_request_in_every_shape() -> None:
+    handlers = Handlers()
+    servicer = Echo()
+    handlers.add(expert_worker_pb2_grpc.add_ExpertWorkerServiceServicer_to_server, servicer)
+    handlers.add(aggregator_pb2_grpc.add_AggregatorServiceServicer_to_server, servicer)
+    handlers.add(registry_pb2_grpc.add_RegistryServiceServicer_to_server, servicer)
+    server = Server(handlers, Address("127.0.0.1", 0))
+    await server.start()
+    async with grpc.aio.insecure_channel(str(server.address)) as channel:
+        raw: Any = channel
+        path = "/hocket.v1."
+        calls = [
+            raw.unary_unary(f"{path}ExpertWorkerService/RunTensor")(b"!", timeout=5),
+            raw.unary_stream(f"{path}AggregatorService/Combine")(b"!", timeout=5).read(),
+            raw.stream_unary(f"{path}RegistryService/PublishPackage")(iter([b"!"]), timeout=5),
+            raw.stream_stream(f"{path}RegistryService/Announce")(iter([b"!"]), timeout=5).read(),
+        ]
+        for call in calls:
+            error = await refusal_of(call)
+            assert (error.reason, error.metadata["request_id"] != "") == (Reason.BAD_REQUEST, True)
+    await server.drain(0)
