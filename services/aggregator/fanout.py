@@ -106,9 +106,12 @@ def hand_down(remaining_seconds: float) -> float:
 
 
 async def cancel_all(tasks: Sequence[asyncio.Task[Reply]]) -> None:
-    """Cancel what still runs, and wait until it has stopped."""
+    """Cancel what still runs, wait until it has stopped, and take note of every end: nobody else will."""
     running = [task for task in tasks if not task.done()]
     for task in running:
         task.cancel()
     if running:
         await asyncio.wait(running)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
