@@ -41,6 +41,8 @@ _log: Final = structlog.get_logger("router")
 _BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 _EPOCH_GRACE_SECONDS: Final = 15.0
 """How long workers known from a registry's former life stay listed until they announce themselves again."""
+_SWAP_SECONDS: Final = 0.01
+"""How long changes are gathered before the next snapshot."""
 _KEEP_SECONDS: Final = 1.0
 """Least time between two copies on disk."""
 _ADDRESS_LENGTH_MAX: Final = 256
@@ -175,6 +177,8 @@ class Directory:
         self._changed = asyncio.Event()
         self._unkept = asyncio.Event()
         self._failures = 0
+        self._due: asyncio.TimerHandle | None = None
+        self._models_due = False
 
     @property
     def snapshot(self) -> Snapshot:
@@ -197,10 +201,12 @@ class Directory:
 
     async def follow(self) -> None:
         """Follow the feed for ever, reconnecting with growing pauses; the copy on disk serves until it speaks."""
-        if self._kept is not None:
-            await self._recall(self._kept)
+        recalled = self._kept is None
         while True:
             try:
+                if not recalled and self._kept is not None:
+                    recalled = True
+                    await self._recall(self._kept)
                 if await self._read_feed():
                     continue
             except HocketError as error:
@@ -253,7 +259,7 @@ class Directory:
                             # One change of the registry may be several items; a break between them repeats it.
                             self._revision, self._resume_after = event.revision, event.revision - 1
                 if synced:
-                    self._swap(models=kind in {"package", "mixture"})
+                    self._swap_soon(models=kind in {"package", "mixture"})
         return False
 
     def _fresh_view(self) -> _View:
@@ -320,6 +326,16 @@ class Directory:
         self._unconfirmed.clear()
         self._swap(models=False)
 
+    def _swap_soon(self, *, models: bool) -> None:
+        """Swap once for all that arrives in a moment: a revoked key may change thousands of packages."""
+        self._models_due |= models
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(_SWAP_SECONDS, self._swap_now)
+
+    def _swap_now(self) -> None:
+        self._due = None
+        self._swap(models=self._models_due)
+
     def _swap(self, *, models: bool) -> None:
         workers = tuple(
             Worker(
@@ -337,6 +353,9 @@ class Directory:
             listed, addresses, withdrawn = self._view.index()
             packages = dict(self._view.packages)
             self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers)
+            self._models_due = False
+            if self._kept is None:
+                self._view.fetched.clear()  # only the copy on disk needs them
         else:
             self._snapshot = replace(self._snapshot, revision=self._revision, workers=workers)
         metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)

@@ -197,6 +197,26 @@ async def test_a_change_of_several_items_is_repeated_when_it_was_cut() -> None:
         assert registry.asked == [0, 7]
 
 
+async def test_a_flood_of_changes_makes_few_snapshots() -> None:
+    packages = [package(number) for number in range(1500)]
+    flood = [event(8 + number, package=changed) for number, changed in enumerate(packages)]
+    registry = ScriptedRegistry([*(event(package=known) for known in packages), synced(7), *flood])
+    registry.feeds.append([])
+    swaps = 0
+
+    class Counting(Directory):
+        def _swap(self, *, models: bool) -> None:
+            nonlocal swaps
+            swaps += 1
+            super()._swap(models=models)
+
+    directory = Counting(registry)  # type: ignore[arg-type]  # scripted
+    task = asyncio.create_task(directory.follow())
+    await until(lambda: revision_of(directory) == 8 + len(packages) - 1)
+    task.cancel()
+    assert swaps < 50
+
+
 async def test_workers_outlive_a_restarted_registry_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EPOCH_GRACE_SECONDS", 0.05)
     second = [event(1, "e2", worker=WorkerState(worker="c")), synced(1, "e2")]
