@@ -20,6 +20,8 @@ ROWS_MAX: Final = 1024
 _SECONDS_MAX: Final = 86_400
 VALUES_MAX: Final = 2**21
 """Values of one tensor."""
+ANSWER_VALUES_MAX: Final = 2**20
+"""Values of one answer: with both of its bounds it still fits into a message."""
 COLUMNS_MAX: Final = 4096
 """Columns of an answer."""
 

@@ -176,6 +176,7 @@ class _Call:
             self._writes = asyncio.Queue(1)
             request = _drain(self._writes)
         self.task = loop.create_task(self._run(handler, method, request))
+        self.task.add_done_callback(self._note_end)
         self._timer = None if timeout is None else loop.call_later(timeout, self._expire)
 
     async def _run(self, handler: grpc.RpcMethodHandler[Any, Any] | None, method: str, request: Any) -> Any:  # noqa: ANN401 - any message
@@ -235,6 +236,13 @@ class _Call:
     def _expire(self) -> None:
         self._timed_out = True
         self.task.cancel()
+
+    def _note_end(self, _task: object) -> None:
+        """A call that is cancelled before its first step has never run, but ends all the same."""
+        if self._code is None:
+            self._cancelled = not self._timed_out
+            code = grpc.StatusCode.CANCELLED if self._cancelled else grpc.StatusCode.DEADLINE_EXCEEDED
+            self._end(code, "the call ended before it began")
 
     def _end(self, code: grpc.StatusCode, details: str) -> None:
         self._code, self._details = code, details

@@ -183,7 +183,7 @@ class RegistryServiceServicer(object):
         FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
         `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
         ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
-        for another body under the version that the name stands for now.
+        for another body than was ever put under that version.
         ABORTED: `ETAG_STALE`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -88,7 +88,7 @@ class RegistryServiceStub:
     FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
     `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
     ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
-    for another body under the version that the name stands for now.
+    for another body than was ever put under that version.
     ABORTED: `ETAG_STALE`.
     """
     FetchMixture: _grpc.UnaryStreamMultiCallable[_registry_pb2.FetchMixtureRequest, _registry_pb2.FetchMixtureResponse]
@@ -175,7 +175,7 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
     `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
     ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
-    for another body under the version that the name stands for now.
+    for another body than was ever put under that version.
     ABORTED: `ETAG_STALE`.
     """
     FetchMixture: _aio.UnaryStreamMultiCallable[_registry_pb2.FetchMixtureRequest, _registry_pb2.FetchMixtureResponse]  # type: ignore[assignment]
@@ -301,7 +301,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION: `MEMBERS_NOT_ALIGNED`, `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`,
         `KEY_REVOKED`, `KEY_EXPIRED`, `NAME_NOT_ALLOWED`, `YANKED`.
         ALREADY_EXISTS: `NAME_TAKEN` for a name of another publisher or of a package's own mixture, `VERSION_TAKEN`
-        for another body under the version that the name stands for now.
+        for another body than was ever put under that version.
         ABORTED: `ETAG_STALE`.
         """
 

@@ -311,10 +311,10 @@ class Catalog:
             name = tx.name(record.name)
             current = _current(tx, name)
             _check_owner(current, proof)
-            _check_version(current, admitted, proof)
             if name is None or current is None or not _is_same(current, admitted):
                 if etag and (current is None or current.digest != etag):
                     raise _stale(record.name)
+                _bind_version(tx, admitted, proof)
                 current = _mixture_row(admitted, proof, shape_of(tx, record), now)
                 children = [member.digest for member in record.members if isinstance(member, MixtureRef)]
                 tx.put_mixture(current, admitted.body, children)
@@ -546,16 +546,14 @@ def _check_owner(current: MixtureRow | None, proof: Proof) -> None:
         raise HocketError(Reason.NAME_TAKEN, f"the mixture {current.name} belongs to {owner}: choose another name")
 
 
-def _check_version(current: MixtureRow | None, admitted: AdmittedMixture, proof: Proof) -> None:
-    if (
-        current is not None
-        and proof.release is not None
-        and current.version == proof.release.version
-        and current.digest != admitted.subject.digest
-    ):
+def _bind_version(tx: Transaction, admitted: AdmittedMixture, proof: Proof) -> None:
+    if proof.release is None:
+        return
+    bound = tx.bind_mixture_version(proof.release, admitted.subject.digest)
+    if bound != admitted.subject.digest:
         raise HocketError(
             Reason.VERSION_TAKEN,
-            f"{proof.release} is {current.digest}: what was signed under a version stays; sign this as a new version",
+            f"{proof.release} is {bound}: what was signed under a version stays; sign this as a new version",
         )
 
 

@@ -104,6 +104,15 @@ _names: Final = sql.Table(
     sql.Column("revision", sql.BigInteger, nullable=False, unique=True),
 )
 
+_mixture_versions: Final = sql.Table(  # outlives the mixtures: a version stays what was signed under it
+    "mixture_versions",
+    _tables,
+    sql.Column("publisher", sql.String, primary_key=True),
+    sql.Column("name", sql.String, primary_key=True),
+    sql.Column("version", sql.String, primary_key=True),
+    sql.Column("digest", sql.String, nullable=False),
+)
+
 _revocations: Final = sql.Table(
     "revocations",
     _tables,
@@ -448,6 +457,16 @@ class Transaction:
             _releases.c.publisher == name.publisher, _releases.c.name == name.name, _releases.c.version == name.version
         )
         return self._connection.execute(query.limit(1)).scalar()
+
+    def bind_mixture_version(self, name: ReleaseName, digest: str) -> str:
+        """The body that a mixture's version stands for: this one, if it is the first."""
+        version = {"publisher": name.publisher, "name": name.name, "version": name.version}
+        query = sql.select(_mixture_versions.c.digest).filter_by(**version)
+        bound = self._connection.execute(query).scalar()
+        if bound is None:
+            self._connection.execute(_mixture_versions.insert().values(**version, digest=digest))
+            return digest
+        return str(bound)
 
     def insert_release(self, row: ReleaseRow) -> None:
         """Add a release."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
-from hocket.errors import HocketError, Reason, Situation
+from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import MixtureRef, SoftmaxGate, parse_mixture, read_gate
 from hocket.telemetry import metrics
@@ -43,12 +43,13 @@ _EPOCH_GRACE_SECONDS: Final = 15.0
 """How long workers known from a registry's former life stay listed until they announce themselves again."""
 _SWAP_SECONDS: Final = 0.01
 """How long changes are gathered before the next snapshot."""
+_MEND_SECONDS: Final = 1.0
+"""Pause between attempts to fetch what a mixture lacks."""
 _KEEP_SECONDS: Final = 1.0
 """Least time between two copies on disk."""
 _ADDRESS_LENGTH_MAX: Final = 256
 _SUGGESTED_FROM: Final = 100
 """Names compared with an unknown one, at most: a typing error deserves help, a hostile request no work."""
-_TRANSIENT: Final = frozenset({Situation.UNAVAILABLE, Situation.TIMED_OUT, Situation.OVERLOADED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +114,24 @@ class _View:
     bodies: dict[str, Body] = field(default_factory=dict)
     fetched: dict[str, FetchedMixture] = field(default_factory=dict)
     states: dict[str, int] = field(default_factory=dict)
+    lacking: set[str] = field(default_factory=set)
 
     def forget_bodies(self) -> None:
         """Keep what a mixture still leads to."""
         needed = {mixture.digest for mixture in self.mixtures.values()}
         for digest in tuple(needed & self.bodies.keys()):
             needed.update(_nested(self.bodies[digest]))
+        self.lacking &= self.mixtures.keys()
         for held in (self.bodies, self.fetched, self.states):
             for digest in held.keys() - needed:
                 del held[digest]
+
+    def _mixture_models(self) -> Iterator[tuple[Mixture, Model]]:
+        for mixture in self.mixtures.values():
+            try:
+                yield mixture, mixture_model(mixture, self.bodies, self.states, self.packages)
+            except KeyError as missing:
+                _log.warning("mixture lacks a part", mixture=mixture.name, missing=str(missing))
 
     def index(self) -> tuple[dict[str, Model], dict[str, Model], dict[str, Reason]]:
         """Every model by its listed name and by all its addresses, and the addresses that are withdrawn."""
@@ -129,12 +139,7 @@ class _View:
         addresses: dict[str, Model] = {}
         withdrawn: dict[str, Reason] = {}
         of_package: dict[str, Model] = {}
-        for mixture in self.mixtures.values():
-            try:
-                model = mixture_model(mixture, self.bodies, self.states, self.packages)
-            except KeyError as missing:
-                _log.warning("mixture lacks a part", mixture=mixture.name, missing=str(missing))
-                continue
+        for mixture, model in self._mixture_models():
             listed[mixture.name] = addresses[mixture.name] = addresses[mixture.digest] = model
             if mixture.HasField("release"):
                 addresses[_release_name(mixture.release)] = model
@@ -146,8 +151,12 @@ class _View:
             elif package.model.expert_count > 1:
                 continue  # its own mixture follows in the feed
             else:
-                name = _release_names(package)[0][0] if package.releases else digest
-                model = listed[name] = lone_model(package, 0, name)
+                name = _listed_name(package)
+                try:
+                    model = listed[name] = lone_model(package, 0, name)
+                except KeyError as missing:
+                    _log.warning("package lacks a part", digest=digest, missing=str(missing))
+                    continue
             addresses[digest] = model
             for name, state in _release_names(package):
                 addresses[name] = model
@@ -201,6 +210,13 @@ class Directory:
 
     async def follow(self) -> None:
         """Follow the feed for ever, reconnecting with growing pauses; the copy on disk serves until it speaks."""
+        mending = asyncio.create_task(self._mend())
+        try:
+            await self._follow()
+        finally:
+            mending.cancel()
+
+    async def _follow(self) -> None:
         recalled = self._kept is None
         while True:
             try:
@@ -286,11 +302,7 @@ class Directory:
             self._swap(models=True)  # the revision stays 0: the feed will be read from its beginning
 
     async def _take(self, view: _View, event: WatchResponse, fetch: Fetch) -> None:
-        """Take one durable item in.
-
-        Raises:
-            HocketError: The registry cannot be asked for a body now; the feed must be read again from here.
-        """
+        """Take one durable item in. What a mixture lacks is fetched later: nothing holds up what comes after it."""
         if event.HasField("package"):
             view.packages[event.package.digest] = event.package
         elif event.HasField("mixture") and event.mixture.deleted:
@@ -299,13 +311,31 @@ class Directory:
             mixture = event.mixture
             view.mixtures[mixture.name] = mixture
             view.states[mixture.digest] = mixture.state
-            try:
-                await _bring(view, mixture.digest, fetch)
-            except HocketError as error:
-                if error.situation in _TRANSIENT:
-                    raise
-                _log.error("mixture not usable", mixture=mixture.name, reason=error.reason, message=error.message)
+            await self._complete(view, mixture, fetch)
         # Revocations reach the router as the states of what they withdraw.
+
+    async def _complete(self, view: _View, mixture: Mixture, fetch: Fetch) -> bool:
+        """Fetch what a mixture needs; whether that worked."""
+        try:
+            await _bring(view, mixture.digest, fetch)
+        except HocketError as error:
+            view.lacking.add(mixture.name)
+            _log.error("mixture not usable", mixture=mixture.name, reason=error.reason, message=error.message)
+            return False
+        view.lacking.discard(mixture.name)
+        return True
+
+    async def _mend(self) -> None:
+        """Try again, for ever, to fetch what mixtures lack."""
+        while True:
+            await asyncio.sleep(_MEND_SECONDS)
+            view = self._view
+            for name in tuple(view.lacking):
+                mixture = view.mixtures.get(name)
+                if mixture is None:
+                    view.lacking.discard(name)
+                elif await self._complete(view, mixture, self._registry.fetch_mixture):
+                    self._swap_soon(models=True)
 
     def _confirm_workers(self, epoch: str, told: set[str]) -> None:
         """Who was not told of in the opening state is gone; after a restart of the registry, only after a while."""
@@ -378,7 +408,10 @@ async def _bring(view: _View, digest: str, fetch: Fetch) -> None:
     """
     if digest not in view.bodies:
         await _fetch(view, digest, fetch)
-    for inner in _nested(view.bodies[digest]):
+    nested = _nested(view.bodies[digest])
+    for inner in nested:
+        view.states.pop(inner, None)  # until it is known again, whatever leads through it does not serve
+    for inner in nested:
         view.states[inner] = (await _fetch(view, inner, fetch)).mixture.state
 
 
@@ -405,6 +438,13 @@ def _nested(body: Body) -> list[str]:
 
 def _release_names(package: Package) -> list[tuple[str, int]]:
     return [(_release_name(release), release.state) for release in package.releases]
+
+
+def _listed_name(package: Package) -> str:
+    """The first release that may be used, else the first, else the digest."""
+    names = _release_names(package)
+    usable = [name for name, state in names if state not in REFUSALS] or [name for name, _ in names]
+    return usable[0] if usable else package.digest
 
 
 def _release_name(release: Release) -> str:

@@ -1,11 +1,12 @@
 """The last view of the registry on disk, so that a router that starts while the registry is down can serve.
 
-One file of length-prefixed messages, replaced whole: the feed that leads to the view, then the mixtures' bodies and
-gates. Nothing in it is believed without the checks that the registry's own words get.
+One file, replaced whole: a SHA-256, then length-prefixed messages: the feed that leads to the view, then the mixtures'
+bodies and gates. Nothing in it is believed without the checks that the registry's own words get.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from typing import TYPE_CHECKING, Final
@@ -40,11 +41,15 @@ class Kept:
         draft = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256()
             with draft.open("wb") as file:
-                file.write(_MAGIC)
+                file.write(_MAGIC + bytes(digest.digest_size))
                 for part in _parts(events, mixtures):
-                    file.write(_LENGTH.pack(len(part)))
-                    file.write(part)
+                    for piece in (_LENGTH.pack(len(part)), part):
+                        digest.update(piece)
+                        file.write(piece)
+                file.seek(len(_MAGIC))
+                file.write(digest.digest())
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(self._path)
@@ -75,7 +80,10 @@ def _parts(events: Sequence[WatchResponse], mixtures: Iterable[FetchedMixture]) 
 def _read(data: bytes) -> tuple[list[WatchResponse], dict[str, FetchedMixture]]:
     if not data.startswith(_MAGIC):
         raise ValueError("not a kept view")
-    parts = _split(data, len(_MAGIC))
+    start = len(_MAGIC) + hashlib.sha256().digest_size
+    if hashlib.sha256(memoryview(data)[start:]).digest() != data[len(_MAGIC) : start]:
+        raise ValueError("the bytes are not the ones that were written")
+    parts = _split(data, start)
     events: list[WatchResponse] = []
     for part in parts:
         events.append(WatchResponse.FromString(part))

@@ -205,7 +205,7 @@ def _level(
     members: list[int | Level] = []
     for member in record.members:
         if isinstance(member, MixtureRef):
-            withdrawn = refusal or REFUSALS.get(states.get(member.digest, TrustState.TRUST_STATE_ACTIVE))
+            withdrawn = refusal or REFUSALS.get(states[member.digest])
             members.append(_level(bodies[member.digest], bodies, states, reached, withdrawn))
         else:
             members.append(reached.setdefault((member, refusal), len(reached)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hocket.errors import HocketError, Reason
-from hocket.rpc.convert import tensor_to_matrix
+from hocket.rpc.convert import ANSWER_VALUES_MAX, tensor_to_matrix
 from hocket.telemetry import metrics
 from hocket.v1 import plan_pb2
 from services.router.model import Leaf, Model, union_range
@@ -88,6 +88,7 @@ def decide(
     load = Load(lambda leaf: loads.by_expert.get(model.leaves[leaf].name, 0), in_flight_max)
     selection = select(model.top, rows, len(model.leaves), load, top_k)
     chosen: list[int] = np.flatnonzero(selection.weights.any(axis=0)).tolist()
+    _check_answer_size(len(rows), model, chosen)
     chosen.sort(key=lambda leaf: model.leaves[leaf].expert)
     planned, placed = [], []
     for leaf, weights in zip(chosen, selection.weights[:, chosen].T.tolist(), strict=True):
@@ -101,6 +102,17 @@ def decide(
     plan.overflowed.extend(model.leaves[leaf].name for leaf in sorted(selection.overflowed))
     degradations = _degradations(leaves, selection)
     return Decision(model, rows, selection, plan, placed, degradations, time.perf_counter() - begin)
+
+
+def _check_answer_size(row_count: int, model: Model, chosen: Sequence[int]) -> None:
+    columns = max(model.column_count, *(len(model.leaves[leaf].columns) for leaf in chosen))
+    if row_count * columns > ANSWER_VALUES_MAX:
+        raise HocketError(
+            Reason.BAD_TENSOR,
+            f"{row_count} rows of {columns} columns are too large an answer: send at most "
+            f"{max(1, ANSWER_VALUES_MAX // columns)} rows at once",
+            field="input.shape[0]",
+        )
 
 
 def _replicas(leaf: Leaf, workers: Sequence[Worker], loads: Loads) -> tuple[list[Worker], str]:

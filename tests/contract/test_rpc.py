@@ -260,6 +260,14 @@ async def test_a_long_text_in_a_refusal_is_clipped_and_keeps_its_reason(stubs: S
     assert (error.reason, len(error.message)) == (Reason.BAD_REQUEST, 803)
 
 
+async def test_a_call_cancelled_before_its_first_step_ends(stubs: Stubs) -> None:
+    call = stubs.aggregator.Combine(combine("fine", 1), timeout=5)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(call.read(), 2)
+    assert await asyncio.wait_for(call.code(), 2) is grpc.StatusCode.CANCELLED
+
+
 async def test_a_slow_reader_holds_the_handler_back() -> None:
     async with serving("local") as stubs:
         call = stubs.aggregator.Combine(combine("fine", 1000), timeout=30)

@@ -595,6 +595,13 @@ class TestMixtures:
         again = client.put_mixture(second.body(), mixture_release(second, name="acme/digits@1"))
         assert await refusal_of(again) is Reason.VERSION_TAKEN
         await client.put_mixture(second.body(), mixture_release(second, name="acme/digits@2"))
+        third = fixed("digits", DATA, OTHER)
+        for is_there in (True, False):  # also when nothing of that name is left
+            again = client.put_mixture(third.body(), mixture_release(third, name="acme/digits@1"))
+            assert await refusal_of(again) is Reason.VERSION_TAKEN
+            if is_there:
+                await client.delete_mixture("digits")
+        await client.put_mixture(first.body(), mixture_release(first, name="acme/digits@1"))
 
     async def test_an_etag_says_what_is_replaced(self, registry: Running) -> None:
         await registry.publish(DATA)

@@ -30,6 +30,7 @@ ACTIVE, REVOKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_KEY_REVO
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKOFF_SECONDS", (0.001,))
     monkeypatch.setattr(module, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_MEND_SECONDS", 0.002)
 
 
 class ScriptedRegistry:
@@ -260,13 +261,57 @@ async def test_a_mixture_whose_body_cannot_be_had_now_is_not_lost() -> None:
     registry = Blip()
     message = registry.hold(record)
     registry.feeds = [
-        [event(3, package=low), synced(3), event(5, mixture=message)],
-        [event(5, mixture=message), synced(5)],
+        [event(3, package=low), synced(3), event(5, mixture=message), event(6, package=package(2, state=REVOKED))]
     ]
     async with following(registry) as directory:
-        await until(lambda: revision_of(directory) == 5)
+        await until(lambda: revision_of(directory) == 6)  # what comes after it is not held up
+        assert directory.snapshot.packages[package(2).digest].state == REVOKED
+        await until(lambda: "later" in directory.snapshot.addresses)
         assert directory.snapshot.resolve("later").digest == record.digest
-        assert registry.asked == [0, 3]
+        assert registry.asked == [0]
+
+
+async def test_what_leads_through_an_inner_mixture_of_unknown_state_does_not_serve() -> None:
+    low = package(1)
+    inner = MixtureRecord("inner", (ExpertId(low.digest),), FixedGate((1,)), 1)
+    outer = MixtureRecord("outer", (MixtureRef(inner.digest),), FixedGate((1,)), 1)
+    damaged: list[str] = []
+
+    class Damaged(ScriptedRegistry):
+        async def fetch_mixture(self, mixture: str) -> FetchedMixture:
+            if mixture in damaged:
+                raise HocketError(Reason.BLOB_CORRUPT, "damaged")
+            return await super().fetch_mixture(mixture)
+
+    registry = Damaged()
+    registry.hold(inner)
+    message = registry.hold(outer)
+    gate = asyncio.Event()
+
+    async def feed(after_revision: int) -> AsyncIterator[WatchResponse]:
+        registry.asked.append(after_revision)
+        for item in (event(package=low), event(mixture=message), synced()):
+            yield item
+        await gate.wait()
+        yield event(2, mixture=message)
+        await asyncio.Event().wait()
+
+    registry.watch = feed  # type: ignore[method-assign]  # a feed that waits
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert "outer" in directory.snapshot.addresses
+        damaged.append(inner.digest)
+        gate.set()
+        await until(lambda: "outer" not in directory.snapshot.addresses)
+        damaged.clear()
+        await until(lambda: "outer" in directory.snapshot.addresses)
+
+
+async def test_a_package_is_listed_under_a_release_that_may_be_used() -> None:
+    registry = ScriptedRegistry([event(package=package(1, ("low", REVOKED), ("new", ACTIVE))), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert list(directory.snapshot.listed) == ["acme/new@1"]
 
 
 async def test_an_event_nobody_understands_does_not_end_the_following() -> None:
