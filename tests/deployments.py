@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hocket.client.registry import RegistryClient
@@ -14,7 +14,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import Purpose
 from hocket.rpc.channel import Channels
-from hocket.rpc.handlers import Handlers, Tokens
+from hocket.rpc.handlers import Tokens
 from hocket.rpc.server import Address, Server
 from hocket.trust_folder import TrustFolder
 from services.aggregator.app import AggregatorApp
@@ -47,7 +47,6 @@ class Deployment:
         channel: To the router, for raw stubs.
         registry_channel: To the registry, likewise.
         trust: The trust folder of registry and worker; it trusts `acme`.
-        extra: Services of the test's own, by local name.
     """
 
     router: RouterClient
@@ -55,7 +54,6 @@ class Deployment:
     channel: grpc.aio.Channel
     registry_channel: grpc.aio.Channel
     trust: TrustFolder
-    extra: dict[str, Handlers] = field(default_factory=dict)
 
     async def publish(self, data: bytes, name: str = "", seed: bytes = ACME_SEED) -> str:
         """Publish under a release of acme's, wait until the router knows it, and return the digest."""

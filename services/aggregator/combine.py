@@ -55,12 +55,15 @@ class Combined:
     Args:
         value: float32 `[N, C]`; 0 in rows nobody has answered.
         coverage: float64 `[N]`: planned weight that is present, as a share of all planned weight of the row.
+        weights: For each share its weights as they are in the value, float64 `[n]`: renormalised over the experts
+            present, 0 for the missing.
         lower: float32 `[N, C]` that no completion ends below, when the output range is known.
         upper: float32 `[N, C]` that no completion ends above.
     """
 
     value: NDArray[np.float32]
     coverage: NDArray[np.float64]
+    weights: list[NDArray[np.float64]]
     lower: NDArray[np.float32] | None
     upper: NDArray[np.float32] | None
 
@@ -95,13 +98,17 @@ def combine(
         share.add(total, output)
     coverage = np.divide(present, planned, out=np.zeros_like(present), where=planned > 0)
     value = np.divide(total, present[:, None], out=np.zeros(shape), where=present[:, None] > 0).astype(np.float32)
+    weights = [
+        share.weights / present[share.rows] if output is not None else np.zeros(len(share.weights))
+        for share, output in zip(shares, outputs, strict=True)
+    ]
     if output_range is None:
-        return Combined(value, coverage, None, None)
+        return Combined(value, coverage, weights, None, None)
     share_of_all = total / np.where(planned > 0, planned, 1.0)[:, None]
     missing = (1.0 - coverage)[:, None]
     lower, upper = (share_of_all + missing * bound for bound in output_range)
     slack = _BOUND_SLACK * max(1.0, *map(abs, output_range))
-    return Combined(value, coverage, _floor(lower - slack), _ceiling(upper + slack))
+    return Combined(value, coverage, weights, _floor(lower - slack), _ceiling(upper + slack))
 
 
 def _floor(values: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -112,17 +119,3 @@ def _floor(values: NDArray[np.float64]) -> NDArray[np.float32]:
 def _ceiling(values: NDArray[np.float64]) -> NDArray[np.float32]:
     rounded = values.astype(np.float32)
     return np.where(rounded < values, np.nextafter(rounded, np.float32(np.inf)), rounded)
-
-
-def effective_weights(
-    shares: Sequence[Share], outputs: Sequence[NDArray[np.float32] | None], row_count: int
-) -> list[NDArray[np.float64]]:
-    """Each share's weights as they are in the value: renormalised over the experts present, 0 for the missing."""
-    present = np.zeros(row_count)
-    for share, output in zip(shares, outputs, strict=True):
-        if output is not None:
-            present[share.rows] += share.weights
-    return [
-        share.weights / present[share.rows] if output is not None else np.zeros(len(share.weights))
-        for share, output in zip(shares, outputs, strict=True)
-    ]

@@ -14,7 +14,7 @@ from hocket.errors import HocketError, Reason
 from hocket.rpc.convert import COLUMNS_MAX, duration, matrix_to_tensor, positive_seconds, tensor_to_matrix_unchecked
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.v1 import aggregator_pb2, aggregator_pb2_grpc, plan_pb2
-from services.aggregator.combine import Combined, Share, effective_weights
+from services.aggregator.combine import Combined, Share
 from services.aggregator.fanout import ExpertError, Reply, ask, hand_down
 from services.aggregator.lineup import Lineup
 
@@ -167,14 +167,13 @@ def _scatters(columns: list[int], column_count: int) -> bool:
 
 
 def _combination(sequence: int, plan: plan_pb2.Plan, lineup: Lineup, combined: Combined) -> plan_pb2.Combination:
-    weights = effective_weights(lineup.shares, lineup.outputs, plan.row_count)
     message = plan_pb2.Combination(
         sequence=sequence,
         value=matrix_to_tensor(combined.value),
         coverage=combined.coverage.tolist(),
         contributions=[
             _contribution(planned, reply, effective.tolist())
-            for planned, reply, effective in zip(plan.experts, lineup.replies, weights, strict=True)
+            for planned, reply, effective in zip(plan.experts, lineup.replies, combined.weights, strict=True)
         ],
     )
     if combined.lower is not None and combined.upper is not None:

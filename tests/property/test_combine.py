@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.aggregator.combine import Share, combine, effective_weights
+from services.aggregator.combine import Share, combine
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,9 +87,10 @@ def test_weights_of_the_present_sum_to_one_per_row(plan: tuple[list[Share], list
     for pattern in itertools.product([False, True], repeat=len(shares)):
         present = with_missing(outputs, pattern)
         sums = np.zeros(ROWS)
-        for share, effective in zip(shares, effective_weights(shares, present, ROWS), strict=True):
+        combined = combine(shares, present, (ROWS, COLUMNS), None)
+        for share, effective in zip(shares, combined.weights, strict=True):
             sums[share.rows] += effective
-        coverage = combine(shares, present, (ROWS, COLUMNS), None).coverage
+        coverage = combined.coverage
         np.testing.assert_allclose(sums, (coverage > 0).astype(float), atol=1e-12)
 
 
