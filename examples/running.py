@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _READY_SECONDS_MAX: Final = 60.0
 _STOP_SECONDS_MAX: Final = 15.0
+_METRICS_OFFSET: Final = 1000
 
 
 _INTERRUPTED: Final = 130
@@ -38,37 +39,43 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Where a running suite listens."""
+    """Where a running suite listens, and its process: with several of them, the one that supervises them."""
 
     router: str
     registry: str
+    pid: int
 
 
 @asynccontextmanager
-async def suite(folder: Path, *settings: str) -> AsyncIterator[Running]:
+async def suite(folder: Path, *settings: str, workers: int = 0) -> AsyncIterator[Running]:
     """Run `hocket-suite` until the block ends; enter the block when a request would be served.
 
     Args:
         folder: For its data, logs and trust folder (`trust/`).
         settings: Further settings, `table.key=value`.
+        workers: How many expert workers; each service is then a process of its own. 0 for all in one process.
 
     Raises:
         RuntimeError: It did not become ready; its log is in `suite.log`.
     """
-    router, registry = _free_ports(2)
+    router, registry, aggregator, worker = _free_ports(4, spare=workers)
     choices = [
         f"router.port={router}",
         f"registry.port={registry}",
+        f"aggregator.port={aggregator}",
+        f"worker.port={worker}",
         *(f"{table}.data_dir={folder}" for table in ("router", "registry", "worker")),
         *(f"{table}.trust_dir={folder / 'trust'}" for table in ("registry", "worker")),
         *settings,
     ]
     command = [sys.executable, "-m", "services.suite", *(part for choice in choices for part in ("--set", choice))]
+    if workers:
+        command += ["--split", "--workers", str(workers)]
     with (folder / "suite.log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log)  # noqa: S603, ASYNC220 - our own program, started once
         try:
             await _ready(process, f"127.0.0.1:{router}", folder)
-            yield Running(f"127.0.0.1:{router}", f"127.0.0.1:{registry}")
+            yield Running(f"127.0.0.1:{router}", f"127.0.0.1:{registry}", process.pid)
         finally:
             process.terminate()
             try:
@@ -95,17 +102,26 @@ async def _ready(process: subprocess.Popen[bytes], address: str, folder: Path) -
     raise RuntimeError(f"the suite did not become ready:\n{(folder / 'suite.log').read_text()[-2000:]}")
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, with the metrics ports above them."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe, socket.socket() as above:
+def _free_ports(count: int, spare: int = 0) -> list[int]:
+    """Neighbouring ports that were free a moment ago, with the metrics ports above them.
+
+    Args:
+        count: How many.
+        spare: How many more behind the last one must be free as well.
+    """
+    while True:
+        with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            try:
-                above.bind(("127.0.0.1", port + 1000))
-            except (OSError, OverflowError):
-                continue
-            if port not in found:
-                found.append(port)
-    return found
+            first = probe.getsockname()[1]
+        ports = range(first, first + count + spare)
+        if all(_is_free(port) and _is_free(port + _METRICS_OFFSET) for port in ports):
+            return [*ports[:count]]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True

@@ -82,6 +82,8 @@ def up(
     ] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without tokens.")] = False,
     log_level: Annotated[LogLevel, typer.Option(help="Least severity that is logged.")] = LogLevel.INFO,
+    split: Annotated[bool, typer.Option("--split", help="Run each service as a process of its own.")] = False,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Expert workers (with --split).")] = 1,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any other setting; may be repeated."),
@@ -93,7 +95,11 @@ def up(
     listens on port 50051 and the registry on 50052. Ctrl-C ends it when
     running calls are done.
 
+    With --split each service is a process of its own, started again when
+    it dies; the aggregator listens on 50053, workers on 50054 and above.
+
     $ hocket up
+    $ hocket up --split --workers 2
     $ hocket up --data ./data --trust ./trust --router-port 6001
     $ hocket up --config hocket.toml --set worker.budget_bytes=2000000000
     """
@@ -120,6 +126,10 @@ def up(
         command += ["--config", str(config)]
     if insecure:
         command.append("--insecure")
+    if workers > 1 and not split:
+        raise HocketError(Reason.BAD_REQUEST, "several workers need a process each: add --split")
+    if split:
+        command += ["--split", "--workers", str(workers)]
     for assignment in (*_assignments(chosen), *(settings or ())):
         command += ["--set", assignment]
     os.execv(sys.executable, command)  # noqa: S606 - the arguments are ours, and no shell reads them

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -46,19 +48,37 @@ class Address:
         """Whether only this machine can reach it."""
         return self.host in {"localhost", "::1"} or self.host.startswith("127.")
 
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it means every interface."""
+        return self.host in {"0.0.0.0", "::"}  # noqa: S104 - compared with, not bound
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def stop_requested() -> asyncio.Event:
+def stop_requested(*, supervised: bool = False) -> asyncio.Event:
     """An event that is set when the process is asked to stop: SIGTERM, or SIGINT from the keyboard.
 
     Ask for it before anything is started, so that no signal is lost.
+
+    Args:
+        supervised: Whether the end of standard input asks for it as well: then the process does not outlive a
+            supervisor that holds the other end, however that one has ended.
     """
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
+    if supervised:
+        stdin = sys.stdin.fileno()
+
+        def read() -> None:
+            if not os.read(stdin, 1):
+                loop.remove_reader(stdin)
+                asked.set()
+
+        loop.add_reader(stdin, read)
     return asked
 
 

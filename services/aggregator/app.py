@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from hocket.rpc.handlers import Handlers
@@ -17,6 +18,7 @@ class AggregatorApp:
     """The aggregator's handlers. It keeps no state between calls but open channels, which are not its own."""
 
     def __init__(self, settings: AggregatorSettings, channels: Channels) -> None:
+        self.failed = asyncio.Event()
         self.handlers = Handlers(in_flight_max=settings.in_flight_max)
         self.handlers.add(
             aggregator_pb2_grpc.add_AggregatorServiceServicer_to_server, AggregatorServicer(settings, channels)
@@ -24,6 +26,12 @@ class AggregatorApp:
 
     async def start(self) -> None:
         """Nothing to start: the first plan opens what it needs."""
+
+    async def ready(self) -> None:
+        """It always is."""
+
+    def leave(self) -> None:
+        """Nobody to tell: routers go to another one when it refuses."""
 
     async def stop(self) -> None:
         """Nothing to stop."""

@@ -99,6 +99,8 @@ class WorkerApp:
             tokens=replace(tokens, admin_methods=ADMIN_METHODS), in_flight_max=settings.in_flight_max
         )
         self.handlers.add(add_ExpertWorkerServiceServicer_to_server, self._servicer)
+        self.failed = asyncio.Event()
+        self._leaving = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -124,11 +126,19 @@ class WorkerApp:
         self._tasks = [asyncio.create_task(keep_running(name, run)) for name, run in running.items()]
         self._tasks += [asyncio.create_task(self._preload(digest)) for digest in self._settings.preload]
 
+    async def ready(self) -> None:
+        """It is, once it is started: what is not in memory is loaded when it is asked for."""
+
+    def leave(self) -> None:
+        """Tell the registry, and so the routers, to send no more."""
+        self._leaving = True
+        self._announcer.notice()
+
     async def stop(self) -> None:
         """Tell the registry, end every task, finish what is queued."""
         if not self._tasks:
             return
-        self.handlers.draining = True
+        self._leaving = self.handlers.draining = True
         await self._announcer.tell(_FAREWELL_SECONDS)
         for task in self._tasks:
             task.cancel()
@@ -182,7 +192,7 @@ class WorkerApp:
             residency=[
                 ResidencyMessage(digest=package.digest, tier=self._servicer.tier) for package in self.residency.packages
             ],
-            draining=self.handlers.draining,
+            draining=self._leaving,
         )
 
 

@@ -24,8 +24,12 @@ class WorkerSettings:
         trust_dir: The trust folder it decides by, `<publisher>.toml` each.
         host: Interface to listen on.
         port: Port to listen on; metrics are on port + 1000.
+        advertise: Address by which others reach it; empty for `host:port`, with this machine's name for the host when it
+            listens on all interfaces.
         name: How it calls itself, unique in its registry; empty for one made from its address.
         registry: Address of the registry it announces itself to and pulls packages from.
+        admin_token_file: Secret file with the token that loading and unloading needs; None leaves them open.
+        worker_token_file: Secret file with the token it announces itself with; None where the registry asks for none.
         device: Where it computes: `cpu`, `cuda:0`, or `auto` for the first CUDA device if there is one.
         budget_bytes: Memory for experts on that device; 0 for a share of what is free at start.
         cache_bytes: Disk for the cache of packages; what was used longest ago makes room, what is in memory stays.
@@ -36,15 +40,19 @@ class WorkerSettings:
         loading_max: Packages being loaded; the next one is refused as `QUEUE_FULL`.
         in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
         default_deadline_seconds: Deadline of a call that brings none.
-        drain_grace_seconds: Time for running calls to end at shutdown.
+        drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
+        drain_grace_seconds: Time for running calls to end after that.
     """
 
     data_dir: Path
     trust_dir: Path
     host: str = "127.0.0.1"
     port: int = 50054
+    advertise: str = ""
     name: str = ""
     registry: str = "127.0.0.1:50052"
+    admin_token_file: Path | None = None
+    worker_token_file: Path | None = None
     device: str = "auto"
     budget_bytes: int = 0
     cache_bytes: int = 10 * 2**30
@@ -55,6 +63,7 @@ class WorkerSettings:
     loading_max: int = 1024
     in_flight_max: int = 1024
     default_deadline_seconds: float = 30.0
+    drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import structlog
 from hocket.rpc.handlers import Handlers, Tokens
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from services.registry.catalog import Catalog
+from services.registry.disk import StorageError
 from services.registry.feed import Feed
 from services.registry.leases import Leases
 from services.registry.service import RegistryServicer
@@ -83,11 +84,20 @@ class RegistryApp:
 
         Raises:
             HocketError: `NOT_READY` if another process has the folder, `BLOB_CORRUPT` if the database is damaged.
-            StorageError: The disk fails.
+            OSError: The disk fails.
         """
         self._loop = asyncio.get_running_loop()
-        await self._threads.store(self._catalog.open)
+        try:
+            await self._threads.store(self._catalog.open)
+        except StorageError as error:
+            raise OSError(str(error)) from error
         self._tasks = (asyncio.create_task(self._expire_leases()), asyncio.create_task(self._follow_trust()))
+
+    async def ready(self) -> None:
+        """It is, once it is open."""
+
+    def leave(self) -> None:
+        """Nobody to tell: who follows its feed goes on without it."""
 
     async def stop(self) -> None:
         """End every feed, finish what runs, and close the store."""

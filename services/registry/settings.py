@@ -31,7 +31,8 @@ class RegistrySettings:
         upload_idle_seconds: Longest silence within an upload.
         workers_max: Workers listed at once.
         in_flight_max: Calls admitted at once, feeds and leases not counted; the next is refused as `QUEUE_FULL`.
-        drain_grace_seconds: Time for running calls to end at shutdown.
+        drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
+        drain_grace_seconds: Time for running calls to end after that.
     """
 
     data_dir: Path
@@ -48,6 +49,7 @@ class RegistrySettings:
     upload_idle_seconds: float = 30.0
     workers_max: int = 1024
     in_flight_max: int = 1024
+    drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:

@@ -40,11 +40,19 @@ class RouterApp:
                 [AggregatorClient(channels.get(address)) for address in settings.aggregators],
             ),
         )
+        self.failed = asyncio.Event()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     async def start(self) -> None:
-        """Begin to follow the registry; `directory.wait_for_worker` says when it can answer."""
+        """Begin to follow the registry."""
         self._tasks = (asyncio.create_task(self.directory.follow()), asyncio.create_task(self.directory.keep()))
+
+    async def ready(self) -> None:
+        """Return when it knows a worker."""
+        await self.directory.wait_for_worker()
+
+    def leave(self) -> None:
+        """Nobody to tell: clients watch its health."""
 
     async def stop(self) -> None:
         """Stop following."""

@@ -22,7 +22,8 @@ class RouterSettings:
         aggregators: Addresses of the aggregators, used in turn.
         default_deadline_seconds: Deadline of a call that brings none.
         in_flight_max: Calls answered at once, the L of capacity factors; the next one is refused as `QUEUE_FULL`.
-        drain_grace_seconds: Time for running calls to end at shutdown.
+        drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
+        drain_grace_seconds: Time for running calls to end after that.
     """
 
     host: str = "127.0.0.1"
@@ -32,6 +33,7 @@ class RouterSettings:
     aggregators: tuple[str, ...] = ("127.0.0.1:50053",)
     default_deadline_seconds: float = 30.0
     in_flight_max: int = 256
+    drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:

@@ -1,108 +1,180 @@
-"""`python -m services.suite`: read the settings, run the suite, drain at SIGTERM. `hocket up` starts this."""
+"""`hocket-suite`, or `python -m services.suite`: the whole suite. `hocket up` starts this.
+
+The four services run in this process; with `--split` in a process each, which this one supervises.
+"""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import gc
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import uvloop
 
+from hocket.client import connect_health
+from hocket.client.health import Health
 from hocket.errors import HocketError, Reason
-from hocket.paths import data_folder
+from hocket.rpc.program import (
+    check_exposure,
+    first_of,
+    freeze,
+    parser,
+    read_settings,
+    read_tokens,
+    refusals,
+    set_up_logs,
+    settings_of,
+)
 from hocket.rpc.server import Address, stop_requested
-from hocket.settings import build, read_tables, read_token
-from hocket.telemetry.logs import configure_logs
 from services.aggregator.settings import AggregatorSettings
 from services.expert_worker.settings import WorkerSettings
-from services.registry.disk import StorageError
 from services.registry.settings import RegistrySettings
 from services.router.settings import RouterSettings
 from services.suite.app import Suite, SuiteSettings
+from services.suite.supervisor import Part, Supervisor
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Mapping, Sequence
 
-_TABLES: Final = frozenset({"router", "aggregator", "registry", "worker"})
-_EXIT_REFUSED: Final = 2
+    from hocket.rpc.handlers import Tokens
+
+_GIVEN_UP: Final = 1
+_WORKERS_MAX: Final = 64
+_LOOK_SECONDS: Final = 0.1
+_ROUTER_SERVICE: Final = "hocket.v1.RouterService"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hocket-suite", description="Run the four services of Hocket in one process.")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="one setting, above file and environment"
-    )
-    parser.add_argument("--insecure", action="store_true", help="bind beyond loopback without tokens")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    return parser.parse_args(argv)
+    arguments = parser("hocket-suite", "Run the four services of Hocket, in one process or in one each.")
+    arguments.add_argument("--split", action="store_true", help="run each service as a process of its own")
+    arguments.add_argument("--workers", type=int, default=1, metavar="N", help="expert workers (with --split)")
+    return arguments.parse_args(argv)
 
 
 def _settings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> SuiteSettings:
-    tables = read_tables(arguments.config, environ, _TABLES)
-    for assignment in arguments.set:
-        path, equals, value = assignment.partition("=")
-        table, dot, key = path.partition(".")
-        if not (equals and dot) or table not in _TABLES:
-            raise HocketError(Reason.BAD_REQUEST, f"--set {assignment!r} is not table.key=value")
-        tables.setdefault(table, {})[key] = value
-    data = data_folder(environ, Path.home())
-    folders: dict[str, Any] = {"data_dir": data, "trust_dir": data / "trust"}
+    tables = read_settings(arguments, environ)
     return SuiteSettings(
-        router=build(RouterSettings, {"data_dir": data, **tables.get("router", {})}, "router"),
-        aggregator=build(AggregatorSettings, tables.get("aggregator", {}), "aggregator"),
-        registry=build(RegistrySettings, {**folders, **tables.get("registry", {})}, "registry"),
-        worker=build(WorkerSettings, {**folders, **tables.get("worker", {})}, "worker"),
+        router=settings_of(RouterSettings, "router", tables, environ),
+        aggregator=settings_of(AggregatorSettings, "aggregator", tables, environ),
+        registry=settings_of(RegistrySettings, "registry", tables, environ),
+        worker=settings_of(WorkerSettings, "worker", tables, environ),
     )
 
 
-def _tokens(settings: SuiteSettings, *, insecure: bool) -> tuple[str | None, str | None]:
-    """The admin's and the workers' token; both are needed where others than this machine can call."""
-    admin, worker = read_token(settings.registry.admin_token_file), read_token(settings.registry.worker_token_file)
-    addresses = [Address(table.host, table.port) for table in (settings.router, settings.registry)]
-    if not (insecure or (admin and worker) or all(address.is_loopback for address in addresses)):
-        raise HocketError(
-            Reason.BAD_REQUEST,
-            "listening beyond loopback needs [registry] admin_token_file and worker_token_file, so that not everyone "
-            "may change what is served; --insecure starts without them",
-        )
-    return admin, worker
-
-
-async def _run(settings: SuiteSettings, admin_token: str | None, worker_token: str | None) -> None:
+async def _run(settings: SuiteSettings, tokens: Tokens, *, supervised: bool) -> None:
+    """The suite in this process."""
     log = structlog.get_logger("suite")
-    stopping = stop_requested()
-    suite = Suite(settings, admin_token=admin_token, worker_token=worker_token)
+    stopping = stop_requested(supervised=supervised)
+    suite = Suite(settings, admin_token=tokens.admin, worker_token=tokens.worker)
     await suite.start()
-    gc.collect()
-    gc.freeze()  # what the start has built lives as long as the process: no collection needs to walk it again
+    freeze()
     log.info("ready", router=str(suite.router_address), registry=str(suite.registry_address))
-    ends = [asyncio.create_task(event.wait()) for event in (stopping, suite.failed)]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    for end in ends:
-        end.cancel()
+    await first_of(stopping, suite.failed)
     log.info("draining")
     await suite.stop()
     if suite.failed.is_set():
         raise HocketError(Reason.NOT_READY, "the disk has failed: see the log, mend it, and start again")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run until asked to stop; exit 2 with advice when the settings or a port forbid it."""
-    arguments = _arguments(sys.argv[1:] if argv is None else argv)
-    configure_logs(arguments.log_level)
+def _parts(arguments: argparse.Namespace, settings: SuiteSettings) -> list[Part]:
+    """The processes of a split suite, who sends work before who does it."""
+    own = ["--supervised", "--log-level", arguments.log_level]
+    own += ["--log-format", "text" if _for_people(arguments) else "json"]
+    own += ["--config", str(arguments.config)] if arguments.config else []
+    own += ["--insecure"] if arguments.insecure else []
+    own += [part for assignment in arguments.set for part in ("--set", assignment)]
+
+    def part(
+        name: str,
+        service: str,
+        module: str,
+        of: RouterSettings | AggregatorSettings | RegistrySettings | WorkerSettings,
+        choices: Mapping[str, object],
+    ) -> Part:
+        chosen = [text for key, value in choices.items() for text in ("--set", f"{service}.{key}={value}")]
+        command = (sys.executable, "-m", f"services.{module}", *own, *chosen)
+        return Part(name, service, command, of.drain_notice_seconds + of.drain_grace_seconds)
+
+    registry = _reached(settings.registry.host, settings.registry.port)
+    aggregator = _reached(settings.aggregator.host, settings.aggregator.port)
+    worker = settings.worker
+    return [
+        part("router", "router", "router", settings.router, {"registry": registry, "aggregators": aggregator}),
+        part("aggregator", "aggregator", "aggregator", settings.aggregator, {}),
+        *(
+            part(
+                f"worker-{number}",
+                "worker",
+                "expert_worker",
+                worker,
+                {
+                    "registry": registry,
+                    "name": f"{worker.name or 'worker'}-{number}",
+                    "port": worker.port + number - 1,
+                    "data_dir": worker.data_dir / f"worker-{number}",
+                },
+            )
+            for number in range(1, arguments.workers + 1)
+        ),
+        part("registry", "registry", "registry", settings.registry, {}),
+    ]
+
+
+def _for_people(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.log_format == "text" or (arguments.log_format == "auto" and sys.stderr.isatty()))
+
+
+def _reached(host: str, port: int) -> str:
+    """Where this machine's own processes reach a listener."""
+    if not port:
+        raise HocketError(Reason.BAD_REQUEST, "the services find each other by their ports: none may be 0")
+    everywhere = Address(host, port).is_wildcard
+    return str(Address("127.0.0.1" if everywhere else host, port))
+
+
+async def _supervise(parts: Sequence[Part], settings: SuiteSettings, *, supervised: bool) -> bool:
+    """The suite as processes; whether it ended because it was asked to."""
+    stopping = stop_requested(supervised=supervised)
+    router = _reached(settings.router.host, settings.router.port)
+    registry = _reached(settings.registry.host, settings.registry.port)
+    saying = asyncio.create_task(_say_when_ready(router, registry))
     try:
+        return await Supervisor(parts).run(stopping)
+    finally:
+        saying.cancel()
+
+
+async def _say_when_ready(router: str, registry: str) -> None:
+    async with connect_health(router, timeout_seconds=1.0) as health:
+        while True:
+            try:
+                if await health.check(_ROUTER_SERVICE) is Health.SERVING:
+                    break
+            except HocketError:
+                pass
+            await asyncio.sleep(_LOOK_SECONDS)
+    structlog.get_logger("suite").info("ready", router=router, registry=registry)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run until asked to stop; exit 2 with advice when the settings or a port forbid it, 1 when a service is lost."""
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
+    set_up_logs(arguments)
+    with refusals():
+        if not 1 <= arguments.workers <= _WORKERS_MAX or (arguments.workers > 1 and not arguments.split):
+            raise HocketError(Reason.BAD_REQUEST, f"--workers is 1 to {_WORKERS_MAX}, and above 1 only with --split")
         settings = _settings(arguments, os.environ)
-        uvloop.run(_run(settings, *_tokens(settings, insecure=arguments.insecure)))
-    except (HocketError, StorageError, OSError) as error:
-        message = error.message if isinstance(error, HocketError) else str(error)
-        sys.stderr.write(f"hocket: {message}\n")
-        sys.exit(_EXIT_REFUSED)
+        tokens = read_tokens(settings.registry)
+        addresses = [Address(table.host, table.port) for table in (settings.router, settings.registry)]
+        check_exposure(addresses, tokens, "registry", insecure=arguments.insecure)
+        if not arguments.split:
+            uvloop.run(_run(settings, tokens, supervised=arguments.supervised))
+            return
+        if not asyncio.run(_supervise(_parts(arguments, settings), settings, supervised=arguments.supervised)):
+            sys.exit(_GIVEN_UP)
 
 
 if __name__ == "__main__":

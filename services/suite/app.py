@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from hocket.rpc.channel import LOCAL, Channels
 from hocket.rpc.handlers import Tokens
+from hocket.rpc.program import METRICS_PORT_OFFSET
 from hocket.rpc.server import Address, Server
 from hocket.telemetry.metrics import serve_metrics
 from services.aggregator.app import AggregatorApp
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from services.registry.settings import RegistrySettings
     from services.router.settings import RouterSettings
 
-METRICS_PORT_OFFSET: Final = 1000
 _READY_SECONDS_MAX: Final = 60.0
 
 
