@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 _GIVEN_UP: Final = 1
 _WORKERS_MAX: Final = 64
 _LOOK_SECONDS: Final = 0.1
+_END_SECONDS: Final = 5.0
+"""What a process may take to end beyond its own grace."""
 _ROUTER_SERVICE: Final = "hocket.v1.RouterService"
 
 
@@ -96,7 +98,7 @@ def _parts(arguments: argparse.Namespace, settings: SuiteSettings) -> list[Part]
     ) -> Part:
         chosen = [text for key, value in choices.items() for text in ("--set", f"{service}.{key}={value}")]
         command = (sys.executable, "-m", f"services.{module}", *own, *chosen)
-        return Part(name, service, command, of.drain_notice_seconds + of.drain_grace_seconds)
+        return Part(name, service, command, of.drain_notice_seconds + of.drain_grace_seconds + _END_SECONDS)
 
     registry = _reached(settings.registry.host, settings.registry.port)
     aggregator = _reached(settings.aggregator.host, settings.aggregator.port)

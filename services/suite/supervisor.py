@@ -24,14 +24,7 @@ if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import Callable, Sequence
 
-_PAUSE_SECONDS_MIN: Final = 0.2
-_PAUSE_SECONDS_MAX: Final = 10.0
-_RESTARTS_MAX: Final = 5
-_RESTARTS_SECONDS: Final = 60.0
-"""A process that ends more often than that within this time is given up."""
 _LINE_BYTES_MAX: Final = 2**20
-_KILL_SECONDS: Final = 5.0
-"""How much longer than its own grace a process may take to end."""
 
 _log: Final = structlog.get_logger("suite")
 
@@ -44,7 +37,7 @@ class Part:
         name: Unique, for people: `router`, `worker-2`.
         service: What it is one of: `worker`.
         command: How to start it.
-        grace_seconds: How long it may take to end in order.
+        grace_seconds: How long it may take to end in order; it is killed after that.
     """
 
     name: str
@@ -53,16 +46,40 @@ class Part:
     grace_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    """How a process that ends by itself is started again.
+
+    Args:
+        pause_seconds_min: Pause before the first restart; it doubles with each one.
+        pause_seconds_max: Longest pause.
+        count_max: Restarts within `window_seconds`; a process that would need more is given up.
+        window_seconds: As above. After that long a life, the pause is short again.
+    """
+
+    pause_seconds_min: float = 0.2
+    pause_seconds_max: float = 10.0
+    count_max: int = 5
+    window_seconds: float = 60.0
+
+
 class Supervisor:
     """Runs parts until told to stop.
 
     Args:
         parts: In the order in which they stop: who sends work before who does it. They start the other way round.
+        restarts: When to start one again.
         write: Takes each line of log.
     """
 
-    def __init__(self, parts: Sequence[Part], write: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        restarts: Restarts = Restarts(),
+        write: Callable[[str], None] | None = None,
+    ) -> None:
         self._parts = parts
+        self._restarts = restarts
         self._write = write or _to_stderr
         self._width = max(len(part.name) for part in parts)
         self._running: dict[Part, Process] = {}
@@ -97,25 +114,26 @@ class Supervisor:
     async def _keep(self, part: Part) -> None:
         """Run a part again and again; return when it is given up."""
         loop = asyncio.get_running_loop()
-        ends: deque[float] = deque(maxlen=_RESTARTS_MAX)
-        pause_seconds = _PAUSE_SECONDS_MIN
+        limits = self._restarts
+        restarts: deque[float] = deque(maxlen=limits.count_max)
+        pause_seconds = limits.pause_seconds_min
         while not self._ending.is_set():
             status = await self._run_once(part)
             if self._ending.is_set():
                 return
-            now = loop.time()
             if status == EXIT_REFUSED:
                 _log.error("process refused to start: it is not started again", process=part.name)
                 return
-            if len(ends) == _RESTARTS_MAX and now - ends[0] < _RESTARTS_SECONDS:
+            now = loop.time()
+            if len(restarts) == limits.count_max and now - restarts[0] < limits.window_seconds:
                 _log.error("process ends too often: it is not started again", process=part.name)
                 return
-            if ends and now - ends[-1] > _RESTARTS_SECONDS:
-                pause_seconds = _PAUSE_SECONDS_MIN
-            ends.append(now)
+            if restarts and now - restarts[-1] > limits.window_seconds:
+                pause_seconds = limits.pause_seconds_min
+            restarts.append(now)
             _log.warning("process ended", process=part.name, status=_told(status), restart_in_seconds=pause_seconds)
             await asyncio.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, _PAUSE_SECONDS_MAX)
+            pause_seconds = min(2 * pause_seconds, limits.pause_seconds_max)
 
     async def _run_once(self, part: Part) -> int:
         """One life of a part; its exit status, negative for a signal."""
@@ -162,7 +180,7 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(part.grace_seconds + _KILL_SECONDS):
+            async with asyncio.timeout(part.grace_seconds):
                 await process.wait()
         except TimeoutError:
             _log.error("process did not end: killed", process=part.name)
