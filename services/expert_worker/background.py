@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _log: Final = structlog.get_logger("worker")
 _PAUSE_SECONDS_MIN: Final = 0.1
-_PAUSE_SECONDS_MAX: Final = 5.0
-_SETTLED_SECONDS: Final = 10.0
+_PAUSE_SECONDS_MAX: Final = 2.0
+_SETTLED_SECONDS: Final = 1.0
 """A run of this length counts as a success: the next pause is short again."""
 
 

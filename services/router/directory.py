@@ -40,7 +40,8 @@ Fetch: TypeAlias = "Callable[[str], Awaitable[FetchedMixture]]"
 _log: Final = structlog.get_logger("router")
 _BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 _EPOCH_GRACE_SECONDS: Final = 15.0
-"""How long workers known from a registry's former life stay listed until they announce themselves again."""
+"""How long workers known from a registry's former life stay listed, while its feed is heard, until they announce
+themselves again."""
 _SWAP_SECONDS: Final = 0.01
 """How long changes are gathered before the next snapshot."""
 _MEND_SECONDS: Final = 1.0
@@ -187,6 +188,7 @@ class Directory:
         self._unkept = asyncio.Event()
         self._failures = 0
         self._due: asyncio.TimerHandle | None = None
+        self._grace: asyncio.TimerHandle | None = None
         self._models_due = False
 
     @property
@@ -223,8 +225,12 @@ class Directory:
                 if not recalled and self._kept is not None:
                     recalled = True
                     await self._recall(self._kept)
-                if await self._read_feed():
-                    continue
+                try:
+                    if await self._read_feed():
+                        continue
+                finally:
+                    if self._grace is not None:  # nobody is gone because the registry is
+                        self._grace.cancel()
             except HocketError as error:
                 if error.reason is Reason.REVISION_UNKNOWN:  # the registry was restored from a backup: begin anew
                     self._resume_after = 0
@@ -343,14 +349,13 @@ class Directory:
         if epoch == self._epoch:
             for worker in untold - self._unconfirmed:
                 del self._workers[worker]
-            return
-        self._epoch = epoch
-        self._unconfirmed = set(untold)
-        asyncio.get_running_loop().call_later(_EPOCH_GRACE_SECONDS, self._drop_unconfirmed, epoch)
+        else:
+            self._epoch = epoch
+            self._unconfirmed = set(untold)
+        if self._unconfirmed:
+            self._grace = asyncio.get_running_loop().call_later(_EPOCH_GRACE_SECONDS, self._drop_unconfirmed)
 
-    def _drop_unconfirmed(self, epoch: str) -> None:
-        if epoch != self._epoch or not self._unconfirmed:
-            return
+    def _drop_unconfirmed(self) -> None:
         for worker in self._unconfirmed:
             self._workers.pop(worker, None)
         self._unconfirmed.clear()

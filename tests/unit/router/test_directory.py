@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,9 @@ from hocket.identity import ExpertId, digest_of
 from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef
 from hocket.v1.mixture_pb2 import Mixture
 from hocket.v1.package_pb2 import ModelFacts, OutputColumn, Package, Release, TrustState
-from hocket.v1.registry_pb2 import Synced, WatchResponse, WorkerState
+from hocket.v1.registry_pb2 import Residency, Synced, WatchResponse, WorkerState
 from services.router import directory as module
-from services.router.directory import Directory
+from services.router.directory import Directory, Snapshot, _release_name
 from services.router.kept import Kept
 
 if TYPE_CHECKING:
@@ -237,6 +239,19 @@ async def test_workers_outlive_a_restarted_registry_for_a_while(monkeypatch: pyt
         await until(lambda: {worker.name for worker in directory.snapshot.workers} == {"c"})
 
 
+async def test_while_the_registry_is_away_again_nobody_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_EPOCH_GRACE_SECONDS", 0.05)
+
+    away = [HocketError(Reason.UNREACHABLE, "nobody answers")] * 9
+    registry = ScriptedRegistry(
+        [event(worker=WorkerState(worker="a")), synced()], [synced(1, "e2")], [synced(1, "e2")], *away
+    )
+    async with following(registry) as directory:
+        await until(lambda: len(registry.asked) == 4)
+        await asyncio.sleep(0.2)
+        assert [worker.name for worker in directory.snapshot.workers] == ["a"]
+
+
 async def test_a_worker_that_left_during_a_broken_feed_is_gone_when_it_is_back() -> None:
     registry = ScriptedRegistry(
         [event(worker=WorkerState(worker="a")), event(worker=WorkerState(worker="b")), synced()],
@@ -405,3 +420,69 @@ async def test_the_weight_that_comes_through_a_withdrawn_inner_mixture_is_missin
         leaves = [(leaf.expert.digest, leaf.refusal) for leaf in model.leaves]
         assert leaves == [(low.digest, Reason.KEY_REVOKED), (high.digest, Reason.KEY_REVOKED), (high.digest, None)]
         assert model.top.members[1] == 2  # the direct way to the second expert is open
+
+
+class Swapping(ScriptedRegistry):
+    """Revision n brings release n of every package, and one worker that holds package n; then the feed ends."""
+
+    REVISIONS, PACKAGES = 2000, 6
+
+    async def watch(self, after_revision: int) -> AsyncIterator[WatchResponse]:
+        revision = after_revision + 1
+        if revision > self.REVISIONS:
+            await asyncio.Event().wait()
+        for number in range(self.PACKAGES):
+            changed = package(number, (f"p{number}", ACTIVE))
+            changed.releases[0].version = str(revision)
+            yield event(revision, package=changed)
+        held = [Residency(digest=package(revision).digest)]
+        yield event(revision, worker=WorkerState(worker="w", residency=held))
+        yield synced(revision)
+
+    @classmethod
+    def torn(cls, snapshot: Snapshot) -> list[str]:
+        """The parts of a snapshot that are not of its revision."""
+        names = {f"acme/p{number}@{snapshot.revision}" for number in range(cls.PACKAGES)}
+        whole = {
+            "listed": snapshot.listed.keys() == names,
+            "addresses": snapshot.addresses.keys() == names | snapshot.packages.keys(),
+            "packages": {_release_name(held.releases[0]) for held in snapshot.packages.values()} == names,
+            "models": {snapshot.resolve(digest).name for digest in snapshot.packages} == names,
+            "workers": snapshot.workers[0].resident == {package(snapshot.revision).digest},
+        }
+        return [part for part, is_whole in whole.items() if not is_whole]
+
+
+async def test_whoever_reads_while_snapshots_are_swapped_sees_one_revision_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_BACKOFF_SECONDS", (0.0,))
+    torn: list[str] = []
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def read(directory: Directory) -> None:
+        while not done.is_set():
+            snapshot = directory.snapshot
+            torn.extend(Swapping.torn(snapshot))
+            seen.add(snapshot.revision)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        async with following(Swapping()) as directory:
+            await until(lambda: revision_of(directory) > 0)
+            readers = [threading.Thread(target=read, args=(directory,)) for _ in range(2)]
+            for reader in readers:
+                reader.start()
+            async with asyncio.timeout(30):
+                while revision_of(directory) < Swapping.REVISIONS:  # noqa: ASYNC110 - the feed is the test's own
+                    await asyncio.sleep(0.01)
+            done.set()
+            for reader in readers:
+                await asyncio.to_thread(reader.join)
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+    assert torn == []
+    assert len(seen) > 100
