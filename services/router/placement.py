@@ -18,6 +18,8 @@ REPORT_SECONDS: Final = 1.0
 """How long a worker's word counts: an older one would keep requests away that could correct it."""
 REPLICAS_MAX: Final = 3
 """Replicas a plan lists per expert."""
+BUSY_COUNT: Final = 16
+"""Requests on a worker from which an idler one may be asked to hold its experts as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
 
     Among those that hold it, two are drawn at random and the less busy one comes first: that spreads load as well as
     asking everybody, and does not herd on stale counts. When nobody holds it, rendezvous hashing makes every router
-    send it to the same worker, so it is loaded once.
+    send it to the same worker, so it is loaded once. When those that hold it are busy and the next in that order has
+    less than half as much to do, that one comes first and holds it from then on: so a worker that is new takes its part.
     """
     able = [
         worker
@@ -105,9 +108,13 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
             key=lambda worker: loads.of_worker(worker.name),
         )
         holders = [first, second, *rest]
-    if len(holders) < min(REPLICAS_MAX, len(able)):
+    busy = bool(holders) and loads.of_worker(holders[0].name) >= BUSY_COUNT
+    if busy or len(holders) < min(REPLICAS_MAX, len(able)):
         others = [worker for worker in able if digest not in worker.resident]
-        holders += sorted(others, key=lambda worker: _affinity(digest, worker.name), reverse=True)
+        others.sort(key=lambda worker: _affinity(digest, worker.name), reverse=True)
+        if busy and others and 2 * loads.of_worker(others[0].name) < loads.of_worker(holders[0].name):
+            holders.insert(0, others.pop(0))
+        holders += others
     return holders[:REPLICAS_MAX]
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from services.router import placement as module
-from services.router.placement import REPLICAS_MAX, Loads, Worker, place
+from services.router.placement import BUSY_COUNT, REPLICAS_MAX, Loads, Worker, place
 
 
 def worker(name: str, *, holds: str = "", draining: bool = False, budget: int = 100, formats: str = "apr") -> Worker:
@@ -67,6 +67,22 @@ def test_routers_agree_on_the_home_of_a_package_nobody_holds() -> None:
     assert max(homes.values()) < 100
     moved = sum(names(f"d{place}", workers)[0] != names(f"d{place}", workers[:-1])[0] for place in range(300))
     assert moved == homes["f"]  # only what lived on the lost worker moves
+
+
+def loads_of(**counts: int) -> Loads:
+    return Loads(by_worker=counts)
+
+
+def test_a_new_worker_takes_over_from_a_busy_one() -> None:
+    workers = [worker("old", holds="d"), worker("new")]
+    assert names("d", workers, loads_of(old=BUSY_COUNT - 1)) == ["old", "new"]
+    assert names("d", workers, loads_of(old=BUSY_COUNT)) == ["new", "old"]
+    assert names("d", workers, loads_of(old=BUSY_COUNT, new=BUSY_COUNT // 2)) == ["old", "new"]
+
+
+def test_where_one_of_those_that_hold_it_is_idle_nobody_else_has_to_load() -> None:
+    workers = [worker("a", holds="d"), worker("b", holds="d"), worker("new")]
+    assert names("d", workers, loads_of(a=BUSY_COUNT)) == ["b", "a", "new"]
 
 
 def test_two_choices_keep_replicas_level() -> None:
