@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import grpc
 
 from hocket.client.calls import call_metadata, chunks_of, refusals
 from hocket.errors import HocketError, Reason, Situation
@@ -15,9 +17,7 @@ from hocket.v1 import registry_pb2
 from hocket.v1.registry_pb2_grpc import RegistryServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-
-    import grpc
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 
     from hocket.v1.mixture_pb2 import Mixture
     from hocket.v1.package_pb2 import Package
@@ -33,7 +33,11 @@ _SLOWEST_BYTES_PER_SECOND: Final = 2**20
 _PAGE_SIZE: Final = 500
 _TRIES_WITHOUT_PROGRESS: Final = 3
 _PAUSE_SECONDS: Final = 0.1
+_REPEATS_MAX: Final = 3
+_STATUS_LOST: Final = "Internal error from Core"
 _WORTH_RESUMING: Final = frozenset({Situation.UNAVAILABLE, Situation.TIMED_OUT})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class RegistryClient:
                 yield registry_pb2.PublishPackageRequest(chunk=chunk)
 
         with refusals():
-            return await self._stub.PublishPackage(requests(), **self._options(len(data)))
+            return await _uploaded(lambda: self._stub.PublishPackage(requests(), **self._options(len(data))))
 
     async def get_package(self, package: str) -> Package:
         """Describe one package, with its metadata.
@@ -186,7 +190,8 @@ class RegistryClient:
                 yield registry_pb2.PutMixtureRequest(gate_chunk=chunk)
 
         with refusals():
-            return (await self._stub.PutMixture(requests(), **self._options(len(gate)))).mixture
+            response = await _uploaded(lambda: self._stub.PutMixture(requests(), **self._options(len(gate))))
+        return response.mixture
 
     async def fetch_mixture(self, mixture: str) -> FetchedMixture:
         """Fetch a mixture's body, release and gate tensor.
@@ -334,6 +339,21 @@ def _told(data: bytes | memoryview, on_progress: Progress | None) -> Iterator[by
         sent_bytes += len(chunk)
         if on_progress is not None:
             on_progress(sent_bytes, len(data))
+
+
+async def _uploaded(upload: Callable[[], Awaitable[T]]) -> T:
+    """The answer to an upload.
+
+    grpc.aio loses the status of a call that is refused in the very moment in which it sends. Nothing was done then, so
+    the same call is made again to hear why.
+    """
+    for _ in range(_REPEATS_MAX):
+        try:
+            return await upload()
+        except grpc.RpcError as error:
+            if error.details() != _STATUS_LOST:
+                raise
+    return await upload()
 
 
 async def _responses(call: Any) -> AsyncGenerator[Any, None]:  # noqa: ANN401 - a call of any message
