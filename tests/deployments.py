@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import grpc
 
     from hocket.mixtures import MixtureRecord
+    from hocket.rpc.tls import Tls
 
 
 @dataclass
@@ -96,12 +97,15 @@ def settings_in(folder: Path, **changes: dict[str, Any]) -> SuiteSettings:
 
 
 @asynccontextmanager
-async def deployed(kind: str, folder: Path, **changes: dict[str, Any]) -> AsyncIterator[Deployment]:
+async def deployed(
+    kind: str, folder: Path, tls: Tls | None = None, **changes: dict[str, Any]
+) -> AsyncIterator[Deployment]:
     """A suite of the given kind, ready to answer.
 
     Args:
         kind: `one process` or `four servers`.
         folder: For its data.
+        tls: What everyone speaks TLS with; None for no TLS.
         changes: Settings by table.
     """
     trust = TrustFolder(folder / "trust")
@@ -109,25 +113,26 @@ async def deployed(kind: str, folder: Path, **changes: dict[str, Any]) -> AsyncI
     settings = settings_in(folder, **changes)
     async with AsyncExitStack() as stack:
         if kind == "one process":
-            suite = Suite(settings, metrics=False)
+            suite = Suite(settings, tls=tls, metrics=False)
             await suite.start()
             stack.push_async_callback(suite.stop)
             router, registry = str(suite.router_address), str(suite.registry_address)
         else:
-            router, registry = await _apart(settings, stack)
-        channels = Channels()
+            router, registry = await _apart(settings, tls, stack)
+        channels = Channels(tls=tls)
         stack.push_async_callback(channels.close)
         channel, to_registry = channels.get(router), channels.get(registry)
         yield Deployment(RouterClient(channel), RegistryClient(to_registry), channel, to_registry, trust)
 
 
-async def _apart(settings: SuiteSettings, stack: AsyncExitStack) -> tuple[str, str]:
+async def _apart(settings: SuiteSettings, tls: Tls | None, stack: AsyncExitStack) -> tuple[str, str]:
     """Each service behind a port of its own; only sockets between them."""
-    channels = Channels()
+    channels = Channels(tls=tls)
 
-    async def serve(app: Any, port: int = 0) -> str:
+    async def serve(service: str, app: Any, port: int = 0) -> str:
         await app.start()
-        server = Server(app.handlers, Address("127.0.0.1", port))
+        credentials = None if tls is None else tls.server_credentials(service)
+        server = Server(app.handlers, Address("127.0.0.1", port), credentials=credentials)
         await server.start()
 
         async def stop() -> None:
@@ -138,17 +143,17 @@ async def _apart(settings: SuiteSettings, stack: AsyncExitStack) -> tuple[str, s
         return str(server.address)
 
     stack.push_async_callback(channels.close)
-    registry = await serve(RegistryApp(settings.registry, Tokens()))
+    registry = await serve("registry", RegistryApp(settings.registry, Tokens()))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {name: getattr(settings.worker, name) for name in settings.worker.__slots__}
     worker = WorkerSettings(**{**common, "registry": registry})
-    await serve(WorkerApp(worker, channels, f"127.0.0.1:{port}"), port)
-    aggregator = await serve(AggregatorApp(settings.aggregator, channels))
+    await serve("worker", WorkerApp(worker, channels, f"127.0.0.1:{port}"), port)
+    aggregator = await serve("aggregator", AggregatorApp(settings.aggregator, channels))
     common = {name: getattr(settings.router, name) for name in settings.router.__slots__}
     router = RouterApp(RouterSettings(**{**common, "registry": registry, "aggregators": (aggregator,)}), channels)
-    address = await serve(router)
+    address = await serve("router", router)
     async with asyncio.timeout(10):
         await router.directory.wait_for_worker()
     return address, registry

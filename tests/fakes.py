@@ -24,6 +24,8 @@ from hocket.v1.router_pb2_grpc import RouterServiceServicer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    from hocket.rpc.tls import Tls
+
 LOW = "sha256:" + "1" * 64
 HIGH = "sha256:" + "2" * 64
 MIXTURE = "sha256:" + "9" * 64
@@ -333,8 +335,8 @@ class ThreadedServer:
 
 
 @contextmanager
-def serving(add: Callable[[Any, Any], None], servicer: Any) -> Iterator[ThreadedServer]:
-    """A ready server on loopback; `add` is a generated `add_...Servicer_to_server`."""
+def serving(add: Callable[[Any, Any], None], servicer: Any, tls: Tls | None = None) -> Iterator[ThreadedServer]:
+    """A ready server on loopback, a router's with TLS; `add` is a generated `add_...Servicer_to_server`."""
     loop = asyncio.new_event_loop()
     # Loops that share grpc's queue complain when another one was faster (grpc/grpc#25364).
     loop.set_exception_handler(lambda _loop, _context: None)
@@ -344,7 +346,8 @@ def serving(add: Callable[[Any, Any], None], servicer: Any) -> Iterator[Threaded
     async def start() -> Server:
         handlers = Handlers()
         add(servicer, handlers)
-        server = Server(handlers, Address("127.0.0.1", 0))
+        credentials = None if tls is None else tls.server_credentials("router")
+        server = Server(handlers, Address("127.0.0.1", 0), credentials=credentials)
         await server.start()
         server.set_ready()
         return server

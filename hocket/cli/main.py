@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from hocket import __version__
-from hocket.cli import output
+from hocket.cli import certificates, output
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
@@ -125,12 +125,17 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
+    ca_file: certificates.CaFile = None,
+    certificate_file: certificates.CertificateFile = None,
+    key_file: certificates.KeyFile = None,
 ) -> None:
     del version
+    certificates.choose({"ca_file": ca_file, "certificate_file": certificate_file, "key_file": key_file})
 
 
 def main() -> None:
     """Run the command line; no traceback for people unless they ask for it."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # of a connection that fails, the refusal says more
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail

@@ -10,7 +10,7 @@ import typer
 
 from hocket import client
 from hocket.authoring import read_draft, resolve
-from hocket.cli import describe, output, servers
+from hocket.cli import certificates, describe, output, servers
 from hocket.cli.package import Key, load_key
 from hocket.cli.publish import upload_progress
 from hocket.errors import HocketError, Reason
@@ -107,7 +107,8 @@ def put(
         seed = load_key(key)
 
     async def put_it() -> Mixture:
-        async with client.connect_registry(registry, servers.read_token(token_file)) as client_of_registry:
+        token = servers.read_token(token_file)
+        async with client.connect_registry(registry, token, **certificates.chosen()) as client_of_registry:
             record, gate = await resolve(draft, client_of_registry)
             release = b"" if release_name is None else sign_release(_release(release_name, record), seed)
             with upload_progress(f"gate of {draft.name}", shown=bool(gate) and not json) as on_progress:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from hocket.cli import output, servers
+from hocket.cli import certificates, output, servers
 from hocket.client import connect_health
-from hocket.client.calls import GRPC_STATUS
+from hocket.client.calls import GRPC_STATUS, TLS_DETAILS
 from hocket.client.health import Health
 from hocket.errors import HocketError, Reason, Situation
 
@@ -181,14 +181,16 @@ def _answered(question: _Question, address: str, service: str | None, timeout: f
         return asyncio.run(question(address, service, timeout, as_json=as_json))
     except HocketError as error:
         unreachable = error.situation in {Situation.UNAVAILABLE, Situation.TIMED_OUT}
-        bare = error.metadata.keys() == {GRPC_STATUS}
-        said = HocketError(error.reason, f"nobody answers at {address}") if unreachable and bare else error
-        output.refuse(said, as_json=as_json)
+        if TLS_DETAILS in error.metadata:
+            error = servers.insecure(address, error)
+        elif unreachable and error.metadata.keys() == {GRPC_STATUS}:
+            error = HocketError(error.reason, f"nobody answers at {address}")
+        output.refuse(error, as_json=as_json)
         return Exit.UNREACHABLE if unreachable else Exit.FAILED
 
 
 async def _ask(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
-    async with connect_health(address, timeout_seconds=timeout_seconds) as client:
+    async with connect_health(address, timeout_seconds=timeout_seconds, **certificates.chosen()) as client:
         if service is None:
             states = await client.list_services()
         else:
@@ -204,18 +206,31 @@ async def _ask(address: str, service: str | None, timeout_seconds: float, *, as_
 async def _watch(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
     """Until the server goes away: then the refusal that says so is raised."""
     name = service or ""
-    async with connect_health(address, timeout_seconds=timeout_seconds) as client:
-        await client.check(name)  # a watch alone would wait for a server that is not there
-        try:
-            async for state in client.watch(name):
-                if as_json:
-                    output.emit({"service": name, "state": state})
-                else:
-                    output.console().print(name or "(process)", _coloured(state))
-        except HocketError as error:
-            if error.situation is not Situation.UNAVAILABLE:
-                raise
-    raise HocketError(Reason.UNREACHABLE, f"the server at {address} has stopped")
+    async with connect_health(address, timeout_seconds=timeout_seconds, **certificates.chosen()) as client:
+        last: Health | None = None
+        while True:
+            try:
+                await client.check(name)  # a watch alone would wait for a server that is not there
+            except HocketError as error:
+                if last is None:
+                    raise
+                raise HocketError(Reason.UNREACHABLE, f"the server at {address} has stopped") from error
+            try:
+                async for state in client.watch(name):
+                    if state is not last:
+                        _print_change(name, state, as_json=as_json)
+                    last = state
+            except HocketError as error:
+                if error.situation is not Situation.UNAVAILABLE:
+                    raise
+            # Servers end a connection now and then (its age); one that is gone does not answer the next check.
+
+
+def _print_change(name: str, state: Health, *, as_json: bool) -> None:
+    if as_json:
+        output.emit({"service": name, "state": state})
+    else:
+        output.console().print(name or "(process)", _coloured(state))
 
 
 def _exit_of(states: Mapping[str, Health]) -> Exit:

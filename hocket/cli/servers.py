@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hocket.cli import certificates
 from hocket.client import REGISTRY_ADDRESS, ROUTER_ADDRESS, blocking
-from hocket.client.calls import GRPC_STATUS
+from hocket.client.calls import GRPC_STATUS, TLS_DETAILS
 from hocket.errors import HocketError, Reason
 from hocket.settings import read_token
 
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Router = Annotated[
-    str, typer.Option("--router", metavar="HOST:PORT", envvar="HOCKET_ROUTER", help="Address of the router.")
+    str,
+    typer.Option(
+        "--router",
+        metavar="HOST:PORT",
+        envvar="HOCKET_ROUTER",
+        help="Address of the router; of several ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT.",
+    ),
 ]
 """Option: where to ask."""
 
@@ -39,6 +46,7 @@ __all__ = [
     "Router",
     "TokenFile",
     "explained",
+    "insecure",
     "read_token",
     "registry",
     "router",
@@ -48,7 +56,7 @@ __all__ = [
 @contextmanager
 def router(address: str) -> Iterator[blocking.RouterClient]:
     """A connection to the router; failures of the connection are explained."""
-    with explained(address, "router"), blocking.connect(address) as client:
+    with explained(address, "router"), blocking.connect(address, **certificates.chosen()) as client:
         yield client
 
 
@@ -56,7 +64,10 @@ def router(address: str) -> Iterator[blocking.RouterClient]:
 def registry(address: str, token_file: Path | None = None) -> Iterator[blocking.RegistryClient]:
     """A connection to the registry; failures of the connection are explained."""
     token = read_token(token_file)
-    with explained(address, "registry"), blocking.connect_registry(address, token) as client:
+    with (
+        explained(address, "registry"),
+        blocking.connect_registry(address, token, **certificates.chosen()) as client,
+    ):
         yield client
 
 
@@ -66,6 +77,8 @@ def explained(address: str, server: str) -> Iterator[None]:
     try:
         yield
     except HocketError as error:
+        if TLS_DETAILS in error.metadata:
+            raise insecure(address, error) from error
         if error.metadata.keys() != {GRPC_STATUS}:  # a service of ours has refused
             raise
         match error.metadata[GRPC_STATUS]:
@@ -80,3 +93,9 @@ def explained(address: str, server: str) -> Iterator[None]:
                 )
                 raise HocketError(Reason.BAD_REQUEST, advice) from error
         raise
+
+
+def insecure(address: str, error: HocketError) -> HocketError:
+    """A refusal of the connection to an address for its certificates, in words of the command line."""
+    message = f"no secure connection to {address}: {certificates.in_options(error.message)}"
+    return HocketError(error.reason, message, tls_details=error.metadata[TLS_DETAILS])

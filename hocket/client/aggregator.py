@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hocket.client.calls import call_metadata, refusals
+from hocket.client.calls import call_metadata, is_away, refusals
 from hocket.rpc.handlers import LOAD_KEY
 from hocket.v1 import aggregator_pb2_grpc, expert_worker_pb2
 
@@ -25,6 +25,11 @@ class AggregatorClient:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = aggregator_pb2_grpc.AggregatorServiceStub(channel)
+        self._channel = channel
+
+    def is_away(self) -> bool:
+        """Whether the aggregator is known to be out of reach just now."""
+        return is_away(self._channel)
 
     async def combine(
         self,

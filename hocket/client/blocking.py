@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
     from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
     from typing import Literal, Self
 
     from numpy.typing import ArrayLike
@@ -42,19 +43,46 @@ _END: Final[Any] = object()
 
 
 @contextmanager
-def connect(address: str = ROUTER_ADDRESS, *, timeout_seconds: float = 30.0) -> Iterator[RouterClient]:
-    """A blocking client of the router at `address`; arguments as in `hocket.client.connect`."""
+def connect(
+    address: str = ROUTER_ADDRESS,
+    *,
+    timeout_seconds: float = 30.0,
+    ca_file: Path | str | None = None,
+    certificate_file: Path | str | None = None,
+    key_file: Path | str | None = None,
+) -> Iterator[RouterClient]:
+    """A blocking client of routers; arguments as in `hocket.client.connect`."""
+    router = client.connect(
+        address,
+        timeout_seconds=timeout_seconds,
+        ca_file=ca_file,
+        certificate_file=certificate_file,
+        key_file=key_file,
+    )
     with _Session() as session:
-        yield RouterClient(session, session.enter(client.connect(address, timeout_seconds=timeout_seconds)))
+        yield RouterClient(session, session.enter(router))
 
 
 @contextmanager
 def connect_registry(
-    address: str = REGISTRY_ADDRESS, token: str | None = None, *, timeout_seconds: float = 30.0
+    address: str = REGISTRY_ADDRESS,
+    token: str | None = None,
+    *,
+    timeout_seconds: float = 30.0,
+    ca_file: Path | str | None = None,
+    certificate_file: Path | str | None = None,
+    key_file: Path | str | None = None,
 ) -> Iterator[RegistryClient]:
     """A blocking client of the registry at `address`; arguments as in `hocket.client.connect_registry`."""
+    registry = client.connect_registry(
+        address,
+        token,
+        timeout_seconds=timeout_seconds,
+        ca_file=ca_file,
+        certificate_file=certificate_file,
+        key_file=key_file,
+    )
     with _Session() as session:
-        registry = client.connect_registry(address, token, timeout_seconds=timeout_seconds)
         yield RegistryClient(session, session.enter(registry))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from hocket.client.calls import call_metadata, refusals
+from hocket.client.calls import call_metadata, is_away, refusals
 from hocket.rpc.handlers import LOAD_KEY
 from hocket.rpc.status import from_rpc_error
 from hocket.v1 import expert_worker_pb2
@@ -30,8 +30,13 @@ class ExpertWorkerClient:
 
     def __init__(self, channel: grpc.aio.Channel, *, token: str | None = None, timeout_seconds: float = 30.0) -> None:
         self._stub: ExpertWorkerServiceAsyncStub = ExpertWorkerServiceStub(channel)
+        self._channel = channel
         self._token = token
         self._timeout_seconds = timeout_seconds
+
+    def is_away(self) -> bool:
+        """Whether the worker is known to be out of reach just now."""
+        return is_away(self._channel)
 
     async def run_tensor(
         self,

@@ -35,6 +35,8 @@ LOAD_KEY: Final = "hocket-load-bin"
 _log: Final = structlog.get_logger("rpc")
 _DRAINING_RETRY_SECONDS: Final = 1.0
 _QUEUE_FULL_RETRY_SECONDS: Final = 0.1
+_MARGIN_SHARE: Final = 0.05
+_MARGIN_SECONDS_MAX: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,3 +350,8 @@ def remaining_seconds(context: Context, default: float) -> float:
     """Time left until the call's deadline, or `default` when the caller set none."""
     left = cast("float | None", context.time_remaining())  # None for "no deadline", which the types do not say
     return default if left is None else left
+
+
+def hand_down(left_seconds: float) -> float:
+    """The deadline for a call made on behalf of another: what remains, less a margin to use its answer in."""
+    return max(0.0, left_seconds - min(_MARGIN_SHARE * left_seconds, _MARGIN_SECONDS_MAX))

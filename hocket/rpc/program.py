@@ -28,6 +28,7 @@ from hocket.paths import data_folder
 from hocket.rpc.channel import Channels
 from hocket.rpc.handlers import Tokens
 from hocket.rpc.server import Address, Server, stop_requested
+from hocket.rpc.tls import Tls, open_tls
 from hocket.settings import build, read_tables, read_token
 from hocket.telemetry.logs import configure_logs
 from hocket.telemetry.metrics import serve_metrics
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 METRICS_PORT_OFFSET: Final = 1000
 """`/metrics` of a port is that many above it."""
-TABLES: Final = frozenset({"router", "aggregator", "registry", "worker"})
+TABLES: Final = frozenset({"router", "aggregator", "registry", "worker", "tls"})
 EXIT_REFUSED: Final = 2
 """Exit status when settings, a port or a disk forbid to go on: the same start would end the same way."""
 
@@ -223,22 +224,25 @@ def run(program: Program[S], argv: Sequence[str] | None = None) -> None:
     arguments = parser(f"hocket-{program.name}", f"Run the {program.name} of Hocket.").parse_args(argv)
     set_up_logs(arguments)
     with refusals():
-        settings = settings_of(program.settings, program.name, read_settings(arguments, os.environ), os.environ)
+        tables = read_settings(arguments, os.environ)
+        settings = settings_of(program.settings, program.name, tables, os.environ)
+        tls = open_tls(**tables.get("tls", {}))
         tokens = read_tokens(settings)
         if program.guarded:
             address = Address(settings.host, settings.port)
             check_exposure([address], tokens, program.name, insecure=arguments.insecure)
-        uvloop.run(_serve(program, settings, tokens, supervised=arguments.supervised))
+        uvloop.run(_serve(program, settings, tokens, tls, supervised=arguments.supervised))
 
 
-async def _serve(program: Program[S], settings: S, tokens: Tokens, *, supervised: bool) -> None:
+async def _serve(program: Program[S], settings: S, tokens: Tokens, tls: Tls | None, *, supervised: bool) -> None:
     log = structlog.get_logger(program.name)
     stopping = stop_requested(supervised=supervised)
+    credentials = None if tls is None else tls.server_credentials(program.name)
     async with AsyncExitStack() as stack:
-        channels = Channels()
+        channels = Channels(tls=tls)
         stack.push_async_callback(channels.close)
         app = program.make(settings, channels, tokens)
-        server = Server(app.handlers, Address(settings.host, settings.port))
+        server = Server(app.handlers, Address(settings.host, settings.port), credentials=credentials)
         stack.push_async_callback(app.stop)
         await app.start()
         await server.start()

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 _REFLECTION_SERVICES: Final = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 _LEFTOVER_GRACE_SECONDS: Final = 0.5
 
-_OPTIONS: Final = (
+_PROBES_MAX: Final = 64
+_STREAMS_MIN: Final = 128
+_FEEDS_MAX: Final = 4096
+"""Calls that nobody counts, feeds, leases and health watches, that a server holds beside those it counts."""
+PROBE_PORT_OFFSET: Final = 2000
+"""Health without TLS is that many above a port with it."""
+
+_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_metadata_size", 16 * 1024),
@@ -33,6 +40,18 @@ _OPTIONS: Final = (
     # Our own channels ping every 30 s; other people's keepalive down to 5 s is welcome.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Who pings more often than that a third time is sent away.
+    ("grpc.http2.max_ping_strikes", 2),
+    # A peer that is gone without a word is noticed.
+    ("grpc.keepalive_time_ms", 120_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Who connects has to speak.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
+    # Now and then callers connect anew, and so find servers that have joined, and take up new certificates. What
+    # still runs on the old connection has the grace to end; feeds and leases go on over the next one.
+    ("grpc.max_connection_age_ms", 1_800_000),
+    ("grpc.max_connection_age_grace_ms", 300_000),
 )
 
 
@@ -85,24 +104,43 @@ def stop_requested(*, supervised: bool = False) -> asyncio.Event:
 class Server:
     """One listening port that serves handlers beside health and reflection.
 
+    With TLS there is a second port, `PROBE_PORT_OFFSET` above, that serves health alone and without TLS: those who
+    probe, such as Kubernetes, show no certificates.
+
     Args:
         handlers: What it serves; may be shared with a local channel or another port.
         address: Where it listens.
         reflect: Whether tools may ask for the contracts.
+        credentials: What it speaks TLS with (`hocket.rpc.tls.Tls.server_credentials`); None for no TLS.
     """
 
-    def __init__(self, handlers: Handlers, address: Address, *, reflect: bool = True) -> None:
+    def __init__(
+        self,
+        handlers: Handlers,
+        address: Address,
+        *,
+        reflect: bool = True,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         self.handlers = handlers
         self.address = address
         self.health = HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        # Two limits above the one of the handlers, which answers with advice: on what one connection may have open,
+        # and on everything together. Beyond the first a caller waits; beyond the second grpc refuses.
+        streams_max = max(_STREAMS_MIN, 2 * handlers.in_flight_max)
+        self._server = grpc.aio.server(
+            options=(*_OPTIONS, ("grpc.max_concurrent_streams", streams_max)),
+            maximum_concurrent_rpcs=handlers.in_flight_max + _FEEDS_MAX,
+        )
+        self._credentials = credentials
+        self._probes: grpc.aio.Server | None = None
         self._reflect = reflect
 
     async def start(self) -> None:
         """Bind and serve; every service starts out not ready until `set_ready`.
 
         Raises:
-            OSError: The port is taken or the address is not ours.
+            OSError: A port is taken or the address is not ours.
         """
         names = (*self.handlers.services, HEALTH_SERVICE)
         for service, methods in self.handlers.services.items():
@@ -121,14 +159,12 @@ class Server:
                 )
                 handler = grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": method})
                 self._server.add_generic_rpc_handlers((handler,))
-        try:
-            port = self._server.add_insecure_port(str(self.address))
-        except RuntimeError as error:
-            raise OSError(
-                f"cannot listen on {self.address}: is the port in use, by another `hocket up` perhaps? "
-                f"Choose another one. ({error})"
-            ) from error
-        self.address = Address(self.address.host, port)
+        self.address = _listen(self._server, self.address, self._credentials)
+        if self._credentials is not None:
+            self._probes = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_PROBES_MAX)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, self._probes)
+            _listen(self._probes, Address(self.address.host, self.address.port + PROBE_PORT_OFFSET), None)
+            await self._probes.start()
         await self._server.start()
 
     def set_ready(self, *, ready: bool = True) -> None:
@@ -143,3 +179,20 @@ class Server:
         await self.handlers.wait_idle(grace_seconds)
         # What is left are feeds, leases and health watches, which last as long as their peer.
         await self._server.stop(_LEFTOVER_GRACE_SECONDS)
+        if self._probes is not None:
+            await self._probes.stop(None)
+
+
+def _listen(server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None) -> Address:
+    """Bind a server, and say to which port."""
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), credentials)
+    except RuntimeError as error:
+        raise OSError(
+            f"cannot listen on {address}: is the port in use, by another `hocket up` perhaps? "
+            f"Choose another one. ({error})"
+        ) from error
+    return Address(address.host, port)

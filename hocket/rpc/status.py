@@ -47,6 +47,8 @@ _BARE: Final[Mapping[grpc.StatusCode, Reason]] = {
     grpc.StatusCode.PERMISSION_DENIED: Reason.TOKEN_NOT_ALLOWED,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.QUEUE_FULL,
     grpc.StatusCode.UNAVAILABLE: Reason.UNREACHABLE,
+    # Not by us, who would not get an answer then: by a server that stops with the call before its door.
+    grpc.StatusCode.CANCELLED: Reason.UNREACHABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: Reason.DEADLINE,
     grpc.StatusCode.DATA_LOSS: Reason.BLOB_CORRUPT,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import uvloop
@@ -27,7 +27,8 @@ from hocket.rpc.program import (
     set_up_logs,
     settings_of,
 )
-from hocket.rpc.server import Address, stop_requested
+from hocket.rpc.server import PROBE_PORT_OFFSET, Address, stop_requested
+from hocket.rpc.tls import open_tls
 from services.aggregator.settings import AggregatorSettings
 from services.expert_worker.settings import WorkerSettings
 from services.registry.settings import RegistrySettings
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hocket.rpc.handlers import Tokens
+    from hocket.rpc.tls import Tls
 
 _GIVEN_UP: Final = 1
 _WORKERS_MAX: Final = 64
@@ -56,8 +58,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments.parse_args(argv)
 
 
-def _settings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> SuiteSettings:
-    tables = read_settings(arguments, environ)
+def _settings(tables: Mapping[str, Mapping[str, Any]], environ: Mapping[str, str]) -> SuiteSettings:
     return SuiteSettings(
         router=settings_of(RouterSettings, "router", tables, environ),
         aggregator=settings_of(AggregatorSettings, "aggregator", tables, environ),
@@ -66,11 +67,11 @@ def _settings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Suit
     )
 
 
-async def _run(settings: SuiteSettings, tokens: Tokens, *, supervised: bool) -> None:
+async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, *, supervised: bool) -> None:
     """The suite in this process."""
     log = structlog.get_logger("suite")
     stopping = stop_requested(supervised=supervised)
-    suite = Suite(settings, admin_token=tokens.admin, worker_token=tokens.worker)
+    suite = Suite(settings, admin_token=tokens.admin, worker_token=tokens.worker, tls=tls)
     await suite.start()
     freeze()
     log.info("ready", router=str(suite.router_address), registry=str(suite.registry_address))
@@ -137,20 +138,21 @@ def _reached(host: str, port: int) -> str:
     return str(Address("127.0.0.1" if everywhere else host, port))
 
 
-async def _supervise(parts: Sequence[Part], settings: SuiteSettings, *, supervised: bool) -> bool:
+async def _supervise(parts: Sequence[Part], settings: SuiteSettings, tls: Tls | None, *, supervised: bool) -> bool:
     """The suite as processes; whether it ended because it was asked to."""
     stopping = stop_requested(supervised=supervised)
     router = _reached(settings.router.host, settings.router.port)
     registry = _reached(settings.registry.host, settings.registry.port)
-    saying = asyncio.create_task(_say_when_ready(router, registry))
+    probed = _reached(settings.router.host, settings.router.port + PROBE_PORT_OFFSET) if tls else router
+    saying = asyncio.create_task(_say_when_ready(probed, router, registry))
     try:
         return await Supervisor(parts).run(stopping)
     finally:
         saying.cancel()
 
 
-async def _say_when_ready(router: str, registry: str) -> None:
-    async with connect_health(router, timeout_seconds=1.0) as health:
+async def _say_when_ready(probed: str, router: str, registry: str) -> None:
+    async with connect_health(probed, timeout_seconds=1.0) as health:
         while True:
             try:
                 if await health.check(_ROUTER_SERVICE) is Health.SERVING:
@@ -168,14 +170,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with refusals():
         if not 1 <= arguments.workers <= _WORKERS_MAX or (arguments.workers > 1 and not arguments.split):
             raise HocketError(Reason.BAD_REQUEST, f"--workers is 1 to {_WORKERS_MAX}, and above 1 only with --split")
-        settings = _settings(arguments, os.environ)
+        tables = read_settings(arguments, os.environ)
+        settings, tls = _settings(tables, os.environ), open_tls(**tables.get("tls", {}))
         tokens = read_tokens(settings.registry)
         addresses = [Address(table.host, table.port) for table in (settings.router, settings.registry)]
         check_exposure(addresses, tokens, "registry", insecure=arguments.insecure)
         if not arguments.split:
-            uvloop.run(_run(settings, tokens, supervised=arguments.supervised))
+            uvloop.run(_run(settings, tokens, tls, supervised=arguments.supervised))
             return
-        if not asyncio.run(_supervise(_parts(arguments, settings), settings, supervised=arguments.supervised)):
+        parts = _parts(arguments, settings)
+        if not asyncio.run(_supervise(parts, settings, tls, supervised=arguments.supervised)):
             sys.exit(_GIVEN_UP)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hocket.rpc.handlers import Handlers
+    from hocket.rpc.tls import Tls
     from services.aggregator.settings import AggregatorSettings
     from services.expert_worker.settings import WorkerSettings
     from services.registry.settings import RegistrySettings
@@ -45,6 +46,7 @@ class Suite:
         settings: Of each service.
         admin_token: Guards what changes things; None leaves it open.
         worker_token: Guards Announce; None leaves it open.
+        tls: What the ports speak TLS with; None for no TLS.
         metrics: Whether to serve `/metrics` beside each port.
     """
 
@@ -54,6 +56,7 @@ class Suite:
         *,
         admin_token: str | None = None,
         worker_token: str | None = None,
+        tls: Tls | None = None,
         metrics: bool = True,
     ) -> None:
         local: dict[str, Handlers] = {}
@@ -68,12 +71,19 @@ class Suite:
         local["aggregator"] = self._aggregator.handlers
         router = replace(settings.router, registry=f"{LOCAL}registry", aggregators=(f"{LOCAL}aggregator",))
         self._router = RouterApp(router, self._channels)
-        self._servers = (
-            (Server(self._router.handlers, Address(router.host, router.port)), router.drain_grace_seconds),
+        self._servers = tuple(
             (
-                Server(self._registry.handlers, Address(settings.registry.host, settings.registry.port)),
-                settings.registry.drain_grace_seconds,
-            ),
+                Server(
+                    handlers,
+                    Address(table.host, table.port),
+                    credentials=None if tls is None else tls.server_credentials(service),
+                ),
+                table.drain_grace_seconds,
+            )
+            for service, handlers, table in (
+                ("router", self._router.handlers, settings.router),
+                ("registry", self._registry.handlers, settings.registry),
+            )
         )
         self._metrics = metrics
         self._stop_metrics: list[Callable[[], None]] = []

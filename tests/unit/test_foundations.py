@@ -39,6 +39,12 @@ def test_a_status_of_the_transport_becomes_a_reason_too() -> None:
     assert from_rpc_error(error).reason is Reason.UNREACHABLE
 
 
+def test_a_call_that_the_other_side_has_cancelled_was_not_answered() -> None:
+    """As a server that stops does with calls before its door."""
+    error = grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "CANCELLED")
+    assert from_rpc_error(error).reason is Reason.UNREACHABLE
+
+
 def test_experts_and_releases_read_what_they_print() -> None:
     for text in (DIGEST, f"{DIGEST}#7"):
         assert str(ExpertId.parse(text)) == text

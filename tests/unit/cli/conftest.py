@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def _quiet() -> Iterator[None]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home directory of its own for every test."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "HOCKET_ROUTER", "HOCKET_REGISTRY", "HOCKET_TOKEN_FILE"):
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", *(name for name in os.environ if name.startswith("HOCKET_"))):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
