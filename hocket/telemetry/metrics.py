@@ -91,13 +91,27 @@ UNSIGNED_USES: Final = Counter(
 EXPERT_FAILURES: Final = Counter(
     "hocket_expert_failures", "Experts that did not make it into an answer, by reason.", ("reason",)
 )
+RETRIES: Final = Counter(
+    "hocket_retries", "Calls repeated at another server because the one before was away.", ("service",)
+)
+HEDGES: Final = Counter("hocket_hedges", "Experts asked at one more worker because the one before was silent.")
+RETRIES_DENIED: Final = Counter(
+    "hocket_retries_denied", "Repeats and hedges not made because the retry budget was spent.", ("service",)
+)
+BREAKER_OPENINGS: Final = Counter("hocket_breaker_openings", "Circuit breakers that opened.", ("service",))
 CAPACITY_OVERFLOWS: Final = Counter(
     "hocket_capacity_overflows", "Preferred experts passed over because they were full."
 )
 SNAPSHOT_REVISION: Final = Gauge("hocket_snapshot_revision", "Registry revision of the current snapshot.", ("service",))
 EXPERT_LOADS: Final = Counter("hocket_expert_loads", "Experts brought into memory, by outcome.", ("outcome",))
 EXPERT_EVICTIONS: Final = Counter("hocket_expert_evictions", "Experts that left memory to make room.")
+QUARANTINED_PACKAGES: Final = Gauge(
+    "hocket_quarantined_packages", "Packages refused because this worker ended too often while it loaded or ran them."
+)
 RESIDENT_BYTES: Final = Gauge("hocket_resident_bytes", "Bytes of experts in memory.", ("device",))
+EXECUTIONS: Final = Counter(
+    "hocket_executions", "Times a worker's device was given rows: once per pass, in a long pass once per slice."
+)
 BATCH_ROWS: Final = Histogram(
     "hocket_batch_rows",
     "Rows computed in one pass.",

@@ -28,6 +28,9 @@ if _version_not_supported:
 class AggregatorServiceStub(object):
     """Runs plans: asks the planned experts, lines their answers up, and combines them.
 
+    A worker that is away is followed by the plan's next replica, and one that is silent is hedged by it,
+    within a retry budget: a caller asks one aggregator once.
+
     Every rpc may also fail with DEADLINE_EXCEEDED (`DEADLINE`), UNAVAILABLE (`DRAINING`),
     RESOURCE_EXHAUSTED (`QUEUE_FULL`) and INTERNAL.
     """
@@ -48,6 +51,9 @@ class AggregatorServiceStub(object):
 class AggregatorServiceServicer(object):
     """Runs plans: asks the planned experts, lines their answers up, and combines them.
 
+    A worker that is away is followed by the plan's next replica, and one that is silent is hedged by it,
+    within a retry budget: a caller asks one aggregator once.
+
     Every rpc may also fail with DEADLINE_EXCEEDED (`DEADLINE`), UNAVAILABLE (`DRAINING`),
     RESOURCE_EXHAUSTED (`QUEUE_FULL`) and INTERNAL.
     """
@@ -60,6 +66,10 @@ class AggregatorServiceServicer(object):
         INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_TENSOR` for a plan that does not fit its input.
         ABORTED: `COVERAGE` when experts are missing that the request insists on, `BAD_ANSWER` when the one
         expert of a PASS plan answered NaN, infinity or a wrong shape.
+        UNAVAILABLE: `NO_REPLICA` when every worker that can run the one expert of a PASS plan is away;
+        `expert_reason` in the error info says how the last one was. `DRAINING` and `UNREACHABLE` mean this
+        aggregator alone: another one can be asked.
+        RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
         A PASS plan otherwise fails with the status of its one expert.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -84,6 +94,9 @@ def add_AggregatorServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AggregatorService(object):
     """Runs plans: asks the planned experts, lines their answers up, and combines them.
+
+    A worker that is away is followed by the plan's next replica, and one that is silent is hedged by it,
+    within a retry budget: a caller asks one aggregator once.
 
     Every rpc may also fail with DEADLINE_EXCEEDED (`DEADLINE`), UNAVAILABLE (`DRAINING`),
     RESOURCE_EXHAUSTED (`QUEUE_FULL`) and INTERNAL.

@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class AggregatorServiceStub:
     """Runs plans: asks the planned experts, lines their answers up, and combines them.
 
+    A worker that is away is followed by the plan's next replica, and one that is silent is hedged by it,
+    within a retry budget: a caller asks one aggregator once.
+
     Every rpc may also fail with DEADLINE_EXCEEDED (`DEADLINE`), UNAVAILABLE (`DRAINING`),
     RESOURCE_EXHAUSTED (`QUEUE_FULL`) and INTERNAL.
     """
@@ -45,12 +48,19 @@ class AggregatorServiceStub:
     INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_TENSOR` for a plan that does not fit its input.
     ABORTED: `COVERAGE` when experts are missing that the request insists on, `BAD_ANSWER` when the one
     expert of a PASS plan answered NaN, infinity or a wrong shape.
+    UNAVAILABLE: `NO_REPLICA` when every worker that can run the one expert of a PASS plan is away;
+    `expert_reason` in the error info says how the last one was. `DRAINING` and `UNREACHABLE` mean this
+    aggregator alone: another one can be asked.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
     A PASS plan otherwise fails with the status of its one expert.
     """
 
 @_typing.type_check_only
 class AggregatorServiceAsyncStub(AggregatorServiceStub):
     """Runs plans: asks the planned experts, lines their answers up, and combines them.
+
+    A worker that is away is followed by the plan's next replica, and one that is silent is hedged by it,
+    within a retry budget: a caller asks one aggregator once.
 
     Every rpc may also fail with DEADLINE_EXCEEDED (`DEADLINE`), UNAVAILABLE (`DRAINING`),
     RESOURCE_EXHAUSTED (`QUEUE_FULL`) and INTERNAL.
@@ -65,11 +75,18 @@ class AggregatorServiceAsyncStub(AggregatorServiceStub):
     INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_TENSOR` for a plan that does not fit its input.
     ABORTED: `COVERAGE` when experts are missing that the request insists on, `BAD_ANSWER` when the one
     expert of a PASS plan answered NaN, infinity or a wrong shape.
+    UNAVAILABLE: `NO_REPLICA` when every worker that can run the one expert of a PASS plan is away;
+    `expert_reason` in the error info says how the last one was. `DRAINING` and `UNREACHABLE` mean this
+    aggregator alone: another one can be asked.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
     A PASS plan otherwise fails with the status of its one expert.
     """
 
 class AggregatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs plans: asks the planned experts, lines their answers up, and combines them.
+
+    A worker that is away is followed by the plan's next replica, and one that is silent is hedged by it,
+    within a retry budget: a caller asks one aggregator once.
 
     Every rpc may also fail with DEADLINE_EXCEEDED (`DEADLINE`), UNAVAILABLE (`DRAINING`),
     RESOURCE_EXHAUSTED (`QUEUE_FULL`) and INTERNAL.
@@ -88,6 +105,10 @@ class AggregatorServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: `BAD_REQUEST`, `BAD_TENSOR` for a plan that does not fit its input.
         ABORTED: `COVERAGE` when experts are missing that the request insists on, `BAD_ANSWER` when the one
         expert of a PASS plan answered NaN, infinity or a wrong shape.
+        UNAVAILABLE: `NO_REPLICA` when every worker that can run the one expert of a PASS plan is away;
+        `expert_reason` in the error info says how the last one was. `DRAINING` and `UNREACHABLE` mean this
+        aggregator alone: another one can be asked.
+        RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
         A PASS plan otherwise fails with the status of its one expert.
         """
 

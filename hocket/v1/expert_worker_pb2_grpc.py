@@ -75,7 +75,8 @@ class ExpertWorkerServiceServicer(object):
 
         INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
         ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`.
+        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
+        the worker has ended three times while it loaded or ran the package.
         DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
         RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
         UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
@@ -87,9 +88,9 @@ class ExpertWorkerServiceServicer(object):
 
     def LoadExpert(self, request, context):
         """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
-        Needs the admin token.
+        A quarantine of the package ends with it. Needs the admin token.
 
-        Fails as RunTensor does, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
+        Fails as RunTensor does, except for `QUARANTINED`, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

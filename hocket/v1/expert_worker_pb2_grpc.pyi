@@ -45,7 +45,8 @@ class ExpertWorkerServiceStub:
 
     INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
     ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`.
+    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
+    the worker has ended three times while it loaded or ran the package.
     DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
     UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
@@ -53,9 +54,9 @@ class ExpertWorkerServiceStub:
     """
     LoadExpert: _grpc.UnaryStreamMultiCallable[_expert_worker_pb2.LoadExpertRequest, _expert_worker_pb2.LoadExpertResponse]
     """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
-    Needs the admin token.
+    A quarantine of the package ends with it. Needs the admin token.
 
-    Fails as RunTensor does, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
+    Fails as RunTensor does, except for `QUARANTINED`, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
     """
     UnloadExpert: _grpc.UnaryUnaryMultiCallable[_expert_worker_pb2.UnloadExpertRequest, _expert_worker_pb2.UnloadExpertResponse]
     """Drops a package from memory once its running requests end. Needs the admin token.
@@ -82,7 +83,8 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
 
     INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
     ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`.
+    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
+    the worker has ended three times while it loaded or ran the package.
     DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
     UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
@@ -90,9 +92,9 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
     """
     LoadExpert: _aio.UnaryStreamMultiCallable[_expert_worker_pb2.LoadExpertRequest, _expert_worker_pb2.LoadExpertResponse]  # type: ignore[assignment]
     """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
-    Needs the admin token.
+    A quarantine of the package ends with it. Needs the admin token.
 
-    Fails as RunTensor does, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
+    Fails as RunTensor does, except for `QUARANTINED`, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
     """
     UnloadExpert: _aio.UnaryUnaryMultiCallable[_expert_worker_pb2.UnloadExpertRequest, _expert_worker_pb2.UnloadExpertResponse]  # type: ignore[assignment]
     """Drops a package from memory once its running requests end. Needs the admin token.
@@ -122,7 +124,8 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
         ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`.
+        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
+        the worker has ended three times while it loaded or ran the package.
         DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
         RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
         UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
@@ -136,9 +139,9 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_worker_pb2.LoadExpertResponse], _abc.AsyncIterator[_expert_worker_pb2.LoadExpertResponse]]:
         """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
-        Needs the admin token.
+        A quarantine of the package ends with it. Needs the admin token.
 
-        Fails as RunTensor does, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
+        Fails as RunTensor does, except for `QUARANTINED`, and with UNAUTHENTICATED `TOKEN_REQUIRED`, PERMISSION_DENIED `TOKEN_NOT_ALLOWED`.
         """
 
     @_abc_1.abstractmethod

@@ -228,7 +228,9 @@ class PlannedExpert(_message.Message):
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
-        """Live workers that hold it or can load it, in the order to try them; at most three."""
+        """Live workers that hold it or can load it, in the order to try them; at most three. Those that
+        turn out to be away or to fail are tried last.
+        """
 
     def __init__(
         self,
@@ -297,7 +299,7 @@ class Contribution(_message.Message):
     reason: _builtins.str
     """Stable reason of a failure."""
     attempt_count: _builtins.int
-    """Replicas tried, including the one that answered."""
+    """Replicas asked, including the one that answered: more than one when a worker was away or silent."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows it was asked for, ascending."""

@@ -78,7 +78,9 @@ class RouterServiceServicer(object):
         ABORTED: `COVERAGE` when experts are missing that the request insists on.
         RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
         `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
-        UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert.
+        `QUEUE_FULL` also when too many calls wait for this model.
+        UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
+        is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

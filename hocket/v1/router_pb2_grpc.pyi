@@ -47,7 +47,9 @@ class RouterServiceStub:
     ABORTED: `COVERAGE` when experts are missing that the request insists on.
     RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
     `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
-    UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert.
+    `QUEUE_FULL` also when too many calls wait for this model.
+    UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
+    is there.
     """
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]
     """Decides without running anything: the plan, and every score behind it.
@@ -85,7 +87,9 @@ class RouterServiceAsyncStub(RouterServiceStub):
     ABORTED: `COVERAGE` when experts are missing that the request insists on.
     RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
     `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
-    UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert.
+    `QUEUE_FULL` also when too many calls wait for this model.
+    UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
+    is there.
     """
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides without running anything: the plan, and every score behind it.
@@ -126,7 +130,9 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         ABORTED: `COVERAGE` when experts are missing that the request insists on.
         RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
         `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
-        UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert.
+        `QUEUE_FULL` also when too many calls wait for this model.
+        UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
+        is there.
         """
 
     @_abc_1.abstractmethod

@@ -1,117 +1,80 @@
-"""Asking the experts: one call each, all at once, failing over to the plan's next replica."""
+"""Asking all experts of a plan at once."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hocket.errors import HocketError, Reason, Situation
+from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Collection, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
-_MARGIN_SHARE: Final = 0.05
-_MARGIN_SECONDS_MAX: Final = 0.05
+    from services.aggregator.question import ExpertError, Question, Reply
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What one expert answered.
+async def ask_all(
+    questions: Sequence[Question], *, every: bool, straggler_seconds: float | None
+) -> AsyncGenerator[dict[int, Reply | ExpertError], None]:
+    """Ask every question at once, and yield outcomes by place until each question has its own.
 
-    Args:
-        output: float32 `[n, C]`, finite.
-        worker: Who answered.
-        attempts: Replicas tried, including that one.
-        seconds: From asking to answer.
-    """
-
-    output: NDArray[np.float32]
-    worker: str
-    attempts: int
-    seconds: float
-
-
-class ExpertError(HocketError):
-    """An expert that did not answer: the last replica's refusal, and how many were tried.
+    What is decided while the consumer is busy comes together. What is no longer needed is cancelled, also when the
+    consumer leaves early, and has ended when this generator is closed.
 
     Args:
-        refusal: Why the last one failed.
-        attempts: Replicas tried.
-        seconds: From asking to giving up.
+        questions: At least one.
+        every: Whether to yield at each answer; otherwise at failures, and when all is decided.
+        straggler_seconds: How long to wait in all; None for as long as the calls last.
     """
-
-    def __init__(self, refusal: HocketError, attempts: int, seconds: float) -> None:
-        super().__init__(
-            refusal.reason,
-            refusal.message,
-            field=refusal.field,
-            retry_after_seconds=refusal.retry_after_seconds,
-            **refusal.metadata,
-        )
-        self.attempts = attempts
-        self.seconds = seconds
-
-
-async def ask(
-    workers: Sequence[str],
-    call: Callable[[int], Awaitable[NDArray[np.float32]]],
-    shape: tuple[int, int],
-) -> Reply:
-    """Ask one expert, replica by replica.
-
-    RunTensor is a pure function, so a call that broke may be repeated. Only unavailability moves on: any other
-    refusal would be the same elsewhere.
-
-    Args:
-        workers: Names of the replicas, in the order to try them.
-        call: Runs the expert on the replica at that index.
-        shape: What the output must look like.
-
-    Raises:
-        ExpertError: No replica answered; `BAD_ANSWER` if one did with NaN, infinity or another shape.
-    """
-    begin = time.perf_counter()
-    refusal: HocketError | None = None
-    for attempt, worker in enumerate(workers):
-        try:
-            output = await call(attempt)
-            _check(output, shape)
-        except HocketError as error:
-            refusal = error
-            if error.situation is not Situation.UNAVAILABLE:
-                raise ExpertError(error, attempt + 1, time.perf_counter() - begin) from error
-        else:
-            return Reply(output, worker, attempt + 1, time.perf_counter() - begin)
-    if refusal is None:
-        refusal = HocketError(Reason.NO_REPLICA, "no worker can run this expert")
-    raise ExpertError(refusal, len(workers), time.perf_counter() - begin)
+    begin = time.monotonic()
+    end = math.inf if straggler_seconds is None else begin + straggler_seconds
+    look = begin + questions[0].safeguards.patience_seconds
+    undecided = dict(enumerate(questions))
+    try:
+        for question in questions:
+            question.begin(begin)
+        while undecided:
+            if decided := {place: asked.outcome for place, asked in undecided.items() if asked.outcome is not None}:
+                for place in decided:
+                    del undecided[place]
+                yield decided
+                continue
+            if await _settle_next(undecided.values(), every=every, wake=min(look, end)):
+                continue
+            if end <= look:
+                late = HocketError(Reason.STRAGGLER, "the straggler timeout passed before this expert answered")
+                for question in undecided.values():
+                    question.give_up(late, end)
+            else:
+                look = min(question.hedge(look) for question in undecided.values())
+    finally:
+        for question in questions:
+            question.close()
+        await _ended([task for question in questions for task in question.dropped])
 
 
-def _check(output: NDArray[np.float32], shape: tuple[int, int]) -> None:
-    if output.shape != shape:
-        raise HocketError(Reason.BAD_ANSWER, f"the expert answered the shape {list(output.shape)}, not {list(shape)}")
-    if not np.isfinite(output).all():
-        raise HocketError(Reason.BAD_ANSWER, "the expert answered NaN or infinity")
+async def _settle_next(undecided: Collection[Question], *, every: bool, wake: float) -> bool:
+    """Wait for calls to end and settle their questions; False if none has ended at `wake`."""
+    running = {task: question for question in undecided for task in question.running}
+    # Of two calls with one question each may decide it; otherwise nothing changes until a failure, or the end of all.
+    until = asyncio.FIRST_COMPLETED if every or len(running) > len(undecided) else asyncio.FIRST_EXCEPTION
+    timeout = None if wake == math.inf else max(0.0, wake - time.monotonic())
+    done, _ = await asyncio.wait(running, timeout=timeout, return_when=until)
+    for task in done:
+        if running[task].outcome is None:  # two calls with one question may end in the same step
+            running[task].settle(task, time.monotonic())
+    return bool(done)
 
 
-def hand_down(remaining_seconds: float) -> float:
-    """The deadline for a call made on behalf of another: what remains, less a margin to use its answer in."""
-    return max(0.0, remaining_seconds - min(_MARGIN_SHARE * remaining_seconds, _MARGIN_SECONDS_MAX))
-
-
-async def cancel_all(tasks: Sequence[asyncio.Task[Reply]]) -> None:
-    """Cancel what still runs, wait until it has stopped, and take note of every end: nobody else will."""
-    running = [task for task in tasks if not task.done()]
-    for task in running:
-        task.cancel()
-    if running:
-        await asyncio.wait(running)
-    for task in tasks:
+async def _ended(cancelled: Sequence[asyncio.Task[NDArray[np.float32]]]) -> None:
+    """Wait until cancelled calls have stopped, and take note of every end: nobody else will."""
+    if cancelled:
+        await asyncio.wait(cancelled)
+    for task in cancelled:
         if not task.cancelled():
             task.exception()

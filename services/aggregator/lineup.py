@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
-from hocket.errors import HocketError, Reason
+from hocket.errors import HocketError, Reason, Situation
 from hocket.telemetry import metrics
 from services.aggregator.combine import Combined, Share, combine
-from services.aggregator.fanout import ExpertError, Reply, cancel_all
+from services.aggregator.question import ExpertError, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Sequence
-    from typing import Any
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -51,53 +49,21 @@ class Lineup:
         self._min_coverage = min_coverage
         self._pass_through = pass_through
 
-    async def run(
-        self, asks: Sequence[Coroutine[Any, Any, Reply]], *, every: bool, straggler_seconds: float | None
-    ) -> AsyncGenerator[None, None]:
-        """Run the calls at once until all is decided; with `every`, yield after each arrival but the last.
-
-        Experts that answer while the consumer is busy are seen together. What is no longer needed is cancelled,
-        also when the consumer stops early.
+    def take(self, outcomes: Mapping[int, Reply | ExpertError]) -> None:
+        """Line up what has become of experts, by place.
 
         Raises:
-            HocketError: The call cannot become what the caller insists on.
+            HocketError: An expert is missing that the caller insists on.
         """
-        tasks = [asyncio.create_task(ask) for ask in asks]
-        places = {task: place for place, task in enumerate(tasks)}
-        pending: set[asyncio.Task[Reply]] = set(tasks)
-        loop = asyncio.get_running_loop()
-        end = None if straggler_seconds is None else loop.time() + straggler_seconds
-        until = asyncio.FIRST_COMPLETED if every else asyncio.FIRST_EXCEPTION
-        try:
-            while pending:
-                left = None if end is None else max(0.0, end - loop.time())
-                done, pending = await asyncio.wait(pending, timeout=left, return_when=until)
-                for task in done:
-                    self._settle(places[task], task)
-                if not done:
-                    break
-                if every and pending:
-                    yield
-        finally:
-            await cancel_all(tasks)
-        late = HocketError(Reason.STRAGGLER, "the straggler timeout passed before this expert answered")
-        for task in pending:
-            self._miss(places[task], ExpertError(late, 1, straggler_seconds or 0.0))
-
-    def _settle(self, place: int, task: asyncio.Task[Reply]) -> None:
-        error = task.exception()
-        if error is None:
-            self.replies[place] = task.result()
-        elif isinstance(error, ExpertError):
-            self._miss(place, error)
-        else:
-            raise error
+        for place, outcome in outcomes.items():
+            self.replies[place] = outcome
+            if isinstance(outcome, ExpertError):
+                self._miss(place, outcome)
 
     def _miss(self, place: int, failure: ExpertError) -> None:
-        self.replies[place] = failure
         metrics.EXPERT_FAILURES.labels(failure.reason).inc()
         if self._pass_through:
-            raise failure
+            raise _no_replica(failure) if failure.situation is Situation.UNAVAILABLE else failure
         if self._insist:
             raise HocketError(
                 Reason.COVERAGE,
@@ -106,6 +72,11 @@ class Lineup:
                 expert=self.experts[place],
                 expert_reason=failure.reason,
             )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert's outcome is known."""
+        return None not in self.replies
 
     @property
     def outputs(self) -> list[NDArray[np.float32] | None]:
@@ -133,3 +104,13 @@ class Lineup:
                 coverage=f"{least:.6f}",
             )
         return combined
+
+
+def _no_replica(failure: ExpertError) -> HocketError:
+    """Says that workers are away, and not that this aggregator is."""
+    return HocketError(
+        Reason.NO_REPLICA,
+        "no worker can run this expert now: try again soon",
+        retry_after_seconds=failure.retry_after_seconds,
+        expert_reason=failure.reason,
+    )

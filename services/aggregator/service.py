@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.errors import HocketError, Reason
+from hocket.rpc.breaker import Breakers
+from hocket.rpc.budget import RetryBudget
+from hocket.rpc.bulkhead import Bulkhead
 from hocket.rpc.convert import COLUMNS_MAX, duration, matrix_to_tensor, positive_seconds, tensor_to_matrix_unchecked
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.v1 import aggregator_pb2, aggregator_pb2_grpc, plan_pb2
 from services.aggregator.combine import Combined, Share
-from services.aggregator.fanout import ExpertError, Reply, ask, hand_down
+from services.aggregator.fanout import ask_all
 from services.aggregator.lineup import Lineup
+from services.aggregator.question import ExpertError, Question, Reply, Safeguards
+from services.aggregator.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
-    from typing import Any
+    from collections.abc import AsyncIterator
 
     from numpy.typing import NDArray
 
@@ -38,8 +41,13 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
 
     def __init__(self, settings: AggregatorSettings, channels: Channels) -> None:
         self._settings = settings
-        self._channels = channels
-        self._workers: dict[str, ExpertWorkerClient] = {}
+        self._workers = Workers(channels)
+        self._safeguards = Safeguards(
+            settings.patience_seconds,
+            RetryBudget("aggregator"),
+            Breakers("aggregator"),
+            Bulkhead(settings.in_flight_per_expert_max or max(1, settings.in_flight_max // 2), "expert"),
+        )
 
     async def Combine(
         self, request: aggregator_pb2.CombineRequest, context: Context
@@ -63,16 +71,19 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         if request.HasField("straggler_timeout"):
             straggler = positive_seconds(request.straggler_timeout, "straggler_timeout")
         deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
-        loads: dict[ExpertWorkerClient, bytes] = {}
-        asks = [
-            self._ask(planned, share, request.input, rows, deadline, loads)
+        loads: dict[str, bytes] = {}
+        questions = [
+            self._question(planned, share, request.input, rows, deadline, loads)
             for planned, share in zip(plan.experts, shares, strict=True)
         ]
         sequence = 0
-        async with aclosing(lineup.run(asks, every=request.partials, straggler_seconds=straggler)) as arrivals:
-            async for _ in arrivals:
-                sequence += 1
-                yield aggregator_pb2.CombineResponse(partial=_combination(sequence, plan, lineup, lineup.combined()))
+        async with aclosing(ask_all(questions, every=request.partials, straggler_seconds=straggler)) as arrivals:
+            async for outcomes in arrivals:
+                lineup.take(outcomes)
+                if request.partials and not lineup.is_complete:
+                    sequence += 1
+                    partial = _combination(sequence, plan, lineup, lineup.combined())
+                    yield aggregator_pb2.CombineResponse(partial=partial)
         for load in loads.values():
             add_trailing(context, LOAD_KEY, load)
         final = _combination(sequence + 1, plan, lineup, lineup.conclude())
@@ -83,46 +94,25 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         finish.timings.combine.CopyFrom(duration(time.perf_counter() - begin))
         yield aggregator_pb2.CombineResponse(final=plan_pb2.Prediction(combination=final, finish=finish))
 
-    def _ask(
+    def _question(
         self,
         planned: plan_pb2.PlannedExpert,
         share: Share,
         tensor: Tensor,
         rows: NDArray[np.float32],
         deadline: float,
-        loads: dict[ExpertWorkerClient, bytes],
-    ) -> Coroutine[Any, Any, Reply]:
+        loads: dict[str, bytes],
+    ) -> Question:
         part = tensor if isinstance(share.rows, slice) else matrix_to_tensor(rows[share.rows])
-
-        async def call(attempt: int) -> NDArray[np.float32]:
-            client = self._worker(planned.replicas[attempt].address)
-            seconds = hand_down(deadline - time.monotonic())
-            response, load = await client.run_tensor(planned.expert, part, seconds)
-            if load is not None:
-                loads[client] = load
-            try:
-                return tensor_to_matrix_unchecked(response.output, "output")
-            except HocketError as error:
-                raise HocketError(Reason.BAD_ANSWER, f"the expert's answer is malformed: {error.message}") from error
-
-        if planned.unavailable_reason:
-            return _unavailable(planned.unavailable_reason)
-        return ask([replica.worker for replica in planned.replicas], call, (len(planned.rows), len(planned.columns)))
-
-    def _worker(self, address: str) -> ExpertWorkerClient:
-        client = self._workers.get(address)
-        if client is None:
-            try:
-                channel = self._channels.get(address)
-            except KeyError:
-                raise HocketError(Reason.UNREACHABLE, "the plan names a worker of another process") from None
-            client = self._workers[address] = ExpertWorkerClient(channel)
-        return client
-
-
-async def _unavailable(reason: str) -> Reply:
-    refusal = HocketError(Reason.__members__.get(reason, Reason.NO_REPLICA), "nobody can run this expert now")
-    raise ExpertError(refusal, 0, 0.0)
+        return Question(
+            self._safeguards,
+            planned.expert,
+            () if planned.unavailable_reason else planned.replicas,
+            (len(planned.rows), len(planned.columns)),
+            lambda address: self._workers.run_tensor(address, planned.expert, part, deadline, loads),
+            self._workers.is_away,
+            Reason.__members__.get(planned.unavailable_reason, Reason.NO_REPLICA),
+        )
 
 
 def _shares(plan: plan_pb2.Plan, row_count: int) -> list[Share]:

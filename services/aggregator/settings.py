@@ -14,6 +14,9 @@ class AggregatorSettings:
         port: Port to listen on; metrics are on port + 1000.
         default_deadline_seconds: Deadline of a call that brings none.
         in_flight_max: Calls combined at once; the next one is refused as `QUEUE_FULL`.
+        in_flight_per_expert_max: Of those, calls that may wait for one expert; for the next one it counts as missing,
+            with `QUEUE_FULL`. 0 for half of them.
+        patience_seconds: Silence of a worker after which another one that can run the expert is asked as well.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
     """
@@ -22,5 +25,13 @@ class AggregatorSettings:
     port: int = 50053
     default_deadline_seconds: float = 30.0
     in_flight_max: int = 1024
+    in_flight_per_expert_max: int = 0
+    patience_seconds: float = 0.5
     drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.patience_seconds <= 0:
+            raise ValueError("patience_seconds must be above 0")
+        if self.in_flight_per_expert_max < 0:
+            raise ValueError("in_flight_per_expert_max must not be negative")

@@ -9,6 +9,7 @@ from hocket.client.aggregator import AggregatorClient
 from hocket.client.registry import RegistryClient
 from hocket.rpc.handlers import Handlers
 from hocket.v1 import router_pb2_grpc
+from services.router.aggregators import Aggregators
 from services.router.directory import Directory
 from services.router.kept import Kept
 from services.router.placement import Loads
@@ -37,7 +38,7 @@ class RouterApp:
                 settings,
                 self.directory,
                 Loads(),
-                [AggregatorClient(channels.get(address)) for address in settings.aggregators],
+                Aggregators([AggregatorClient(channels.get(address)) for address in settings.aggregators]),
             ),
         )
         self.failed = asyncio.Event()

@@ -91,7 +91,7 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
     Among those that hold it, two are drawn at random and the less busy one comes first: that spreads load as well as
     asking everybody, and does not herd on stale counts. When nobody holds it, rendezvous hashing makes every router
     send it to the same worker, so it is loaded once. When those that hold it are busy and the next in that order has
-    less than half as much to do, that one comes first and holds it from then on: so a worker that is new takes its part.
+    less than half as much to do, that one comes first and holds it from then on: so a new worker takes its part.
     """
     able = [
         worker

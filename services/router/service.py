@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import threading
 import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
@@ -11,27 +11,28 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from hocket.errors import HocketError, Reason
+from hocket.rpc.bulkhead import Bulkhead
 from hocket.rpc.convert import duration, positive_seconds
 from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry.context import request_id
 from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
-from services.router.session import Decision, decide
+from services.router.session import Decision, decide, work
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
-    from hocket.client.aggregator import AggregatorClient
     from hocket.rpc.handlers import Context
     from hocket.v1.expert_worker_pb2 import WorkerLoad
+    from services.router.aggregators import Aggregators
     from services.router.directory import Directory, Snapshot
     from services.router.model import Model
-    from services.router.placement import Loads
+    from services.router.placement import Loads, Placed
     from services.router.settings import RouterSettings
 
 CANDIDATES_MAX: Final = 65_536
 """Rows times experts that Route explains at once."""
-_INLINE_WORK_MAX: Final = 4 * 2**22
-"""Bytes of input times experts up to which a decision is made in the event loop: a few milliseconds."""
+_INLINE_WORK_MAX: Final = 2**22
+"""Multiplications up to which a decision is made in the event loop: a few milliseconds."""
 _PAGE_DEFAULT: Final = 100
 _PAGE_MAX: Final = 1000
 
@@ -43,16 +44,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         settings: What the operator chose.
         directory: The view of the registry.
         loads: What runs where.
-        aggregators: Used in turn.
+        aggregators: Who runs the plans.
     """
 
-    def __init__(
-        self, settings: RouterSettings, directory: Directory, loads: Loads, aggregators: Sequence[AggregatorClient]
-    ) -> None:
+    def __init__(self, settings: RouterSettings, directory: Directory, loads: Loads, aggregators: Aggregators) -> None:
         self._settings = settings
         self._directory = directory
         self._loads = loads
-        self._aggregators = itertools.cycle(aggregators)
+        self._aggregators = aggregators
+        self._bulkhead = Bulkhead(settings.in_flight_per_model_max or max(1, settings.in_flight_max // 2), "model")
 
     async def Predict(
         self, request: router_pb2.PredictRequest, context: Context
@@ -60,15 +60,17 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """The plan, partials if asked for, then exactly one final."""
         deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
         _check(request)
-        decision = await self._decide(request)
-        current = request_id.get()
-        decision.count()
-        self._loads.reserve(decision.placed)
+        model = self._resolve(request)
+        self._bulkhead.enter(model.digest)
+        placed: Placed = ()
         try:
+            decision = await self._decide(request, model)
+            current = request_id.get()
+            decision.count()
+            placed = decision.placed
+            self._loads.reserve(placed)
             yield router_pb2.PredictResponse(request_id=current, plan=decision.plan)
-            events = next(self._aggregators).combine(
-                _combine_request(request, decision.plan), max(0.0, deadline - time.monotonic()), self._note
-            )
+            events = self._aggregators.combine(_combine_request(request, decision.plan), deadline, self._note)
             async with aclosing(events):
                 async for event in events:
                     response = router_pb2.PredictResponse(request_id=current)
@@ -81,12 +83,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                         finish.degradations.extend(decision.degradations)
                     yield response
         finally:
-            self._loads.release(decision.placed)
+            self._loads.release(placed)
+            self._bulkhead.leave(model.digest)
 
     async def Route(self, request: router_pb2.RouteRequest, context: Context) -> router_pb2.RouteResponse:
         """The decision alone, with every score."""
         del context
-        decision = await self._decide(request)
+        decision = await self._decide(request, self._resolve(request))
         if decision.selection.weights.size > CANDIDATES_MAX:
             raise HocketError(
                 Reason.BAD_REQUEST,
@@ -122,25 +125,31 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         snapshot = self._directory.snapshot
         return _describe(snapshot.resolve(request.model), snapshot)
 
-    async def _decide(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Decision:
-        """The decision; in a thread when the gate has so much to multiply that other calls would wait."""
-        top_k = request.top_k if request.HasField("top_k") else None
+    def _resolve(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Model:
+        """What the request addresses."""
         if not request.model:
             raise HocketError(Reason.BAD_REQUEST, "model is missing: name what should answer", field="model")
         if not request.HasField("input"):
             raise HocketError(Reason.BAD_REQUEST, "input is missing: send rows as an FP32 tensor", field="input")
+        return self._directory.snapshot.resolve(request.model)
+
+    async def _decide(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest, model: Model) -> Decision:
+        """The decision; in a thread when the gate has so much to multiply that other calls would wait."""
         asked = (
             self._directory.snapshot,
             self._loads,
             self._settings.in_flight_max,
             request.model,
             request.input,
-            top_k,
+            request.top_k if request.HasField("top_k") else None,
         )
-        model = self._directory.snapshot.resolve(request.model)
-        if len(request.input.contents) * len(model.leaves) > _INLINE_WORK_MAX:
-            return await asyncio.to_thread(decide, *asked)
-        return decide(*asked)
+        if work(request.input, model) <= _INLINE_WORK_MAX:
+            return decide(*asked)
+        given_up = threading.Event()
+        try:
+            return await asyncio.to_thread(decide, *asked, given_up)
+        finally:
+            given_up.set()
 
     def _note(self, load: WorkerLoad) -> None:
         self._loads.note(load.worker, load.in_flight_count)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
 from hocket.errors import HocketError, Reason
-from hocket.rpc.convert import ANSWER_VALUES_MAX, tensor_to_matrix
+from hocket.rpc.convert import ANSWER_VALUES_MAX, ROWS_MAX, tensor_to_matrix
 from hocket.telemetry import metrics
 from hocket.v1 import plan_pb2
 from services.router.model import Leaf, Model, union_range
@@ -17,13 +18,23 @@ from services.router.placement import Loads, place
 from services.router.selection import Load, Selection, scores, select
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import threading
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from hocket.v1.tensor_pb2 import Tensor
     from services.router.directory import Snapshot
     from services.router.placement import Placed, Worker
+
+_SLICE_WORK: Final = 2**26
+"""Multiplications in one go: tens of milliseconds."""
+_SLICE_VALUES: Final = 2**17
+"""Weights written into plans in one go, likewise."""
+_SORTING: Final = 256
+"""Ranking the members costs about as much as multiplying so many features."""
+
+_Sliceable = TypeVar("_Sliceable", "list[int]", "NDArray[np.float32]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,20 @@ class Decision:
         return scores(self.model.top, self.rows, len(self.model.leaves))
 
 
+def work(tensor: Tensor, model: Model) -> int:
+    """About how many multiplications a decision takes, before anything about its input is known to be sound."""
+    row_count = min(tensor.shape[0], ROWS_MAX) if tensor.shape else 0
+    return max(len(tensor.contents) // 4, _SORTING * row_count) * len(model.leaves)
+
+
 def decide(
-    snapshot: Snapshot, loads: Loads, in_flight_max: int, address: str, tensor: Tensor, top_k: int | None
+    snapshot: Snapshot,
+    loads: Loads,
+    in_flight_max: int,
+    address: str,
+    tensor: Tensor,
+    top_k: int | None,
+    given_up: threading.Event | None = None,
 ) -> Decision:
     """Decide one request on a snapshot. Nothing is reserved yet.
 
@@ -72,9 +95,11 @@ def decide(
         address: As in `PredictRequest.model`.
         tensor: As in `PredictRequest.input`.
         top_k: Members of the top level that answer, or None for the model's own number.
+        given_up: Set when nobody waits for the decision any more: it then ends within a slice of the work.
 
     Raises:
         HocketError: As the contract of Route says.
+        CancelledError: It was given up.
     """
     begin = time.perf_counter()
     model = snapshot.resolve(address)
@@ -86,15 +111,16 @@ def decide(
             Reason.TOP_K_OUT_OF_RANGE, f"top_k must be 1 to {len(model.top.members)} for {model.name}", field="top_k"
         )
     load = Load(lambda leaf: loads.by_expert.get(model.leaves[leaf].name, 0), in_flight_max)
-    selection = select(model.top, rows, len(model.leaves), load, top_k)
+    selection = _select(model, rows, load, top_k, given_up)
     chosen: list[int] = np.flatnonzero(selection.weights.any(axis=0)).tolist()
     _check_answer_size(len(rows), model, chosen)
     chosen.sort(key=lambda leaf: model.leaves[leaf].expert)
     planned, placed = [], []
-    for leaf, weights in zip(chosen, selection.weights[:, chosen].T.tolist(), strict=True):
-        replicas, unavailable = _replicas(model.leaves[leaf], snapshot.workers, loads)
-        planned.append(_planned(model.leaves[leaf], weights, replicas, unavailable))
-        placed.append((model.leaves[leaf].name, replicas[0].name if replicas else None))
+    for some in _slices(chosen, _SLICE_VALUES // len(rows), given_up):
+        for leaf, weights in zip(some, selection.weights[:, some].T.tolist(), strict=True):
+            replicas, unavailable = _replicas(model.leaves[leaf], snapshot.workers, loads)
+            planned.append(_planned(model.leaves[leaf], weights, replicas, unavailable))
+            placed.append((model.leaves[leaf].name, replicas[0].name if replicas else None))
     plan = _plan(address, model, snapshot, len(rows), planned)
     leaves = tuple(model.leaves[leaf] for leaf in chosen)
     if (output_range := union_range(leaves)) is not None:
@@ -102,6 +128,28 @@ def decide(
     plan.overflowed.extend(model.leaves[leaf].name for leaf in sorted(selection.overflowed))
     degradations = _degradations(leaves, selection)
     return Decision(model, rows, selection, plan, placed, degradations, time.perf_counter() - begin)
+
+
+def _select(
+    model: Model, rows: NDArray[np.float32], load: Load, top_k: int | None, given_up: threading.Event | None
+) -> Selection:
+    row_work = max(rows.shape[1], _SORTING) * len(model.leaves)
+    parts = [
+        select(model.top, some, len(model.leaves), load, top_k)
+        for some in _slices(rows, _SLICE_WORK // row_work, given_up)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    overflowed = set().union(*(part.overflowed for part in parts))
+    return Selection(np.concatenate([part.weights for part in parts]), overflowed)
+
+
+def _slices(of: _Sliceable, size: int, given_up: threading.Event | None) -> Iterator[_Sliceable]:
+    size = max(1, size)
+    for start in range(0, len(of), size):
+        if given_up is not None and given_up.is_set():
+            raise asyncio.CancelledError
+        yield of[start : start + size]
 
 
 def _check_answer_size(row_count: int, model: Model, chosen: Sequence[int]) -> None:

@@ -19,9 +19,11 @@ class RouterSettings:
         data_dir: Where it keeps the last view of the registry (`router.view`), to serve from when it starts while the
             registry is down; None to keep none.
         registry: Address of the registry whose feed it follows.
-        aggregators: Addresses of the aggregators, used in turn.
+        aggregators: Addresses of the aggregators, used in turn; one that is away is left out.
         default_deadline_seconds: Deadline of a call that brings none.
         in_flight_max: Calls answered at once, the L of capacity factors; the next one is refused as `QUEUE_FULL`.
+        in_flight_per_model_max: Of those, calls for one model; the next one is refused as `QUEUE_FULL`. 0 for half of
+            them.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
     """
@@ -33,9 +35,12 @@ class RouterSettings:
     aggregators: tuple[str, ...] = ("127.0.0.1:50053",)
     default_deadline_seconds: float = 30.0
     in_flight_max: int = 256
+    in_flight_per_model_max: int = 0
     drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.aggregators:
             raise ValueError("aggregators must name at least one address")
+        if self.in_flight_per_model_max < 0:
+            raise ValueError("in_flight_per_model_max must not be negative")

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def suite(kind: str, folder: Path) -> AsyncIterator[Deployment]:
-    async with deployed(kind, folder, router={"in_flight_max": 16}) as deployment:
+    async with deployed(kind, folder, router={"in_flight_max": 16, "in_flight_per_model_max": 16}) as deployment:
         yield deployment
 
 

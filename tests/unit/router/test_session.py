@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ from hocket.rpc.convert import matrix_to_tensor
 from hocket.v1 import plan_pb2
 from hocket.v1.mixture_pb2 import Mixture
 from hocket.v1.package_pb2 import ModelFacts, OutputColumn, OutputRange, Package, TrustState
+from hocket.v1.tensor_pb2 import Tensor
+from services.router import session
 from services.router.directory import Snapshot
 from services.router.gating import fixed_gate
 from services.router.model import Body, Model, lone_model, mixture_model
 from services.router.placement import Loads, Worker
-from services.router.session import Decision, decide
+from services.router.session import Decision, decide, work
 
 ACTIVE = TrustState.TRUST_STATE_ACTIVE
 WITHDRAWN = {
@@ -169,3 +173,34 @@ def test_what_only_the_policy_admits_is_flagged_when_it_is_chosen() -> None:
     model = mixed(LOW, unsigned, weights=(3, 1), top_k=1)
     assert decided(model).degradations == []
     assert decided(model, top_k=2).degradations == ["UNSIGNED_EXPERT"]
+
+
+@pytest.mark.parametrize("slice_size", [1, 2, 1000])
+def test_a_decision_made_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch, slice_size: int) -> None:
+    model = mixed(*(package(number) for number in range(1, 6)), weights=(5, 4, 3, 2, 1), top_k=3, capacity_factor=1.0)
+    running = {package(1).digest: 9}
+    whole = decided(model, running=running)
+    monkeypatch.setattr(session, "_SLICE_WORK", slice_size * session._SORTING * 5)
+    monkeypatch.setattr(session, "_SLICE_VALUES", slice_size * len(ROWS))
+    sliced = decided(model, running=running)
+    assert (sliced.plan, sliced.placed, sliced.degradations) == (whole.plan, whole.placed, whole.degradations)
+    np.testing.assert_array_equal(sliced.selection.weights, whole.selection.weights)
+
+
+def test_a_decision_that_nobody_waits_for_ends_with_the_slice_it_is_in() -> None:
+    given_up = threading.Event()
+    snapshot = Snapshot(7, {}, {"m": lone_model(LOW, 0, "m")}, {}, {}, (WORKER,))
+    asked = (snapshot, Loads(), 10, "m", matrix_to_tensor(ROWS), None, given_up)
+    assert decide(*asked).plan.row_count == 3
+    given_up.set()
+    with pytest.raises(asyncio.CancelledError):
+        decide(*asked)
+
+
+def test_the_work_of_a_decision_grows_with_rows_features_and_experts() -> None:
+    model = lone_model(LOW, 0, "m")
+    both = mixed(LOW, HIGH)
+    narrow, wide, long = (matrix_to_tensor(np.ones(shape, np.float32)) for shape in ((1, 2), (1, 1000), (1000, 2)))
+    assert work(narrow, model) < work(wide, model) < work(long, model) < work(long, both)
+    for hostile in (Tensor(), Tensor(shape=[-1]), Tensor(shape=[2**62, 1])):
+        assert 0 <= work(hostile, both) <= work(matrix_to_tensor(np.ones((1024, 1), np.float32)), both)

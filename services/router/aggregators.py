@@ -1,0 +1,91 @@
+"""The aggregators a router hands its plans to."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+from hocket.client.calls import GRPC_STATUS
+from hocket.errors import HocketError, Reason
+from hocket.rpc.breaker import Breakers, is_fault
+from hocket.rpc.budget import RetryBudget
+from hocket.rpc.handlers import hand_down
+from hocket.telemetry import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from hocket.client.aggregator import AggregatorClient
+    from hocket.v1.aggregator_pb2 import CombineRequest, CombineResponse
+    from hocket.v1.expert_worker_pb2 import WorkerLoad
+
+PATIENCE_SECONDS: Final = 0.5
+"""An aggregator has failed when it lets a deadline of at least that pass in silence; in time it would have said why."""
+_AWAY: Final = frozenset({Reason.DRAINING, Reason.UNREACHABLE})
+_RETRY_SECONDS: Final = 1.0
+_RETRIES: Final = metrics.RETRIES.labels("router")
+
+
+class Aggregators:
+    """Takes turns, goes past those that are away, and asks one after another until one is there.
+
+    A call goes to a second aggregator only when the first one itself is out of reach or shutting down and nothing has
+    been delivered: an aggregator refuses with other reasons when it is its workers that are away, and it has then
+    asked every replica already.
+
+    Args:
+        clients: At least one.
+    """
+
+    def __init__(self, clients: Sequence[AggregatorClient]) -> None:
+        self._clients = clients
+        self._turn = 0
+        self._budget = RetryBudget("router")
+        self._breakers: Breakers[AggregatorClient] = Breakers("router")
+
+    async def combine(
+        self, request: CombineRequest, deadline: float, on_load: Callable[[WorkerLoad], None]
+    ) -> AsyncGenerator[CombineResponse, None]:
+        """As `AggregatorClient.combine`, with a margin before the deadline, in `time.monotonic()` seconds.
+
+        Raises:
+            HocketError: As the contract of Combine says; `UNREACHABLE` if no aggregator is there.
+        """
+        self._turn = (self._turn + 1) % len(self._clients)
+        untried = [*self._clients[self._turn :], *self._clients[: self._turn]]
+        self._budget.earn()
+        while True:
+            client = next(filter(self._is_fit, untried), untried[0])
+            untried.remove(client)
+            probe = self._breakers.enter(client)
+            healthy: bool | None = None
+            begin = time.monotonic()
+            try:
+                async with aclosing(client.combine(request, hand_down(deadline - begin), on_load)) as events:
+                    async for event in events:
+                        healthy = True
+                        yield event
+                return
+            except HocketError as error:
+                delivered, healthy = healthy, _is_healthy(error, time.monotonic() - begin)
+                if error.reason not in _AWAY:
+                    raise
+                if delivered or not untried or not self._budget.spend():
+                    raise HocketError(
+                        Reason.UNREACHABLE, "no aggregator is there now: try again", retry_after_seconds=_RETRY_SECONDS
+                    ) from error
+            finally:
+                self._breakers.leave(client, probe, healthy=healthy)
+            _RETRIES.inc()
+
+    def _is_fit(self, client: AggregatorClient) -> bool:
+        return not client.is_away() and self._breakers.admits(client)
+
+
+def _is_healthy(error: HocketError, seconds: float) -> bool | None:
+    """What a failed call says about the aggregator itself: False, or nothing when the failure is one it reports."""
+    if error.reason is Reason.DRAINING:
+        return False
+    silent = error.reason is Reason.DEADLINE and seconds >= PATIENCE_SECONDS
+    return False if GRPC_STATUS in error.metadata and (silent or is_fault(error)) else None
