@@ -35,6 +35,8 @@ def parts(pid: int) -> dict[str, psutil.Process]:
     """The processes of a split suite by what they run; workers by their names."""
     found = {}
     for child in psutil.Process(pid).children():
+        if child.status() == psutil.STATUS_ZOMBIE:
+            continue
         line = child.cmdline()
         module = next(word for word in line if word.startswith("services.")).removeprefix("services.")
         names = [word.partition("=")[2] for word in line if word.startswith("worker.name=")]
