@@ -22,7 +22,6 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from hocket.client.health import HealthClient
 from hocket.client.registry import FetchedMixture, RegistryClient
 from hocket.client.router import Answer, Partial, Planned, RouterClient
 from hocket.rpc.channel import client_channel, router_channel
@@ -32,12 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from hocket.client.health import HealthClient
+
 __all__ = [
     "REGISTRY_ADDRESS",
     "ROUTER_ADDRESS",
     "Answer",
     "FetchedMixture",
-    "HealthClient",
     "Partial",
     "Planned",
     "RegistryClient",
@@ -133,5 +133,8 @@ async def connect_health(
         HocketError: `BAD_REQUEST` for files that cannot be used.
     """
     tls = open_tls(ca_file=ca_file, certificate_file=certificate_file, key_file=key_file)
+    # Not before it is needed: a process that loads grpcio-health-checking must not load our stubs beside it (ADR 3).
+    from hocket.client.health import HealthClient  # noqa: PLC0415
+
     async with client_channel(address, tls) as channel:
         yield HealthClient(channel, timeout_seconds=timeout_seconds)

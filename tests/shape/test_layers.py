@@ -165,3 +165,8 @@ def test_it_works_with_torch_unimportable(module: str) -> None:
 def test_router_and_aggregator_reach_no_package_reader(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(name.startswith('hocket.packages') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_client_may_live_beside_another_health_library() -> None:
+    code = "import sys, hocket.client.blocking; sys.exit(any('health_pb2' in name for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
