@@ -6,9 +6,10 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 BUF := .tools/buf
+NODE_CLIENT := examples/clients/node/node_modules/.package-lock.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install check test test-all test-gpu demo up bench bench-gpu proto clean
+.PHONY: help install check test test-all test-compose test-gpu demo up up-compose bench bench-peers bench-gpu proto clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(BUF): proto/tools.sh $(VENV)/.installed
 	@proto/tools.sh $(BIN)/python
 
+$(NODE_CLIENT): examples/clients/install.sh examples/clients/node/package-lock.json $(VENV)/.installed
+	@examples/clients/install.sh $(BIN)/python
+
 proto: $(VENV)/.installed ## Regenerate the committed stubs
 	@PATH="$(CURDIR)/$(BIN):$$PATH" proto/generate.sh
 
@@ -39,11 +43,14 @@ check: $(VENV)/.installed $(BUF) ## Lint, types, contracts, layers
 	else echo "no released contracts yet (proto/released.binpb): the breaking check begins with the first release"; fi
 	@$(BIN)/pytest -q tests/shape
 
-test: $(VENV)/.installed $(BUF) ## The fast tests, with coverage
-	@$(BIN)/pytest -q -m "not long and not gpu" -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+test: $(VENV)/.installed $(BUF) $(NODE_CLIENT) ## The fast tests, with coverage
+	@$(BIN)/pytest -q -m "not long and not gpu and not compose" -n 2 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-test-all: $(VENV)/.installed $(BUF) ## Everything that needs no GPU, long proofs included
-	@$(BIN)/pytest -q -m "not gpu" -n 2
+test-all: $(VENV)/.installed $(BUF) $(NODE_CLIENT) ## Everything that needs no GPU, long proofs included
+	@$(BIN)/pytest -q -m "not gpu and not compose" -n 2 --dist loadgroup
+
+test-compose: $(VENV)/.installed ## docker-compose.yml for real; needs a Docker engine, or root to start one
+	@$(BIN)/pytest -q -m compose tests/compose
 
 test-gpu: $(VENV)/.installed ## What only a CUDA device can show
 	@$(BIN)/pytest -q -m gpu tests/gpu
@@ -54,13 +61,30 @@ demo: $(VENV)/.installed ## Train, sign, publish and ask a mixture of digit expe
 up: $(VENV)/.installed ## Run the four services in one process
 	@$(BIN)/hocket up
 
+up-compose: ## Run the four services in containers, with two workers
+	@deploy/prepare.sh
+	@$$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) up --build --detach
+
 bench: $(VENV)/.installed ## Measure against bare gRPC; results go to benchmarks/results/
 	@$(BIN)/python -m benchmarks.serving
+	@$(BIN)/python -m benchmarks.split
+	@$(BIN)/python -m benchmarks.catalogue
 	@$(BIN)/python -m benchmarks.gate
 	@$(BIN)/python -m benchmarks.breakdown
+
+bench-peers: $(VENV)/.installed .venv-mlserver/.installed .venv-ray/.installed ## Measure beside MLServer and Ray Serve
+	@$(BIN)/python -m benchmarks.peers
+
+.venv-mlserver/.installed .venv-ray/.installed: .venv-%/.installed: benchmarks/peers/%.txt
+	@$(PYTHON) -c 'import sys; sys.exit("the peers need Python 3.11 or 3.12: make bench-peers PYTHON=python3.12" if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	@echo "installing $* into .venv-$* (about 400 MB)"
+	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
 
 bench-gpu: $(VENV)/.installed ## The same on one CUDA device
 	@$(BIN)/python -m benchmarks.serving --device cuda
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-mlserver .venv-ray .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf examples/clients/*/build examples/clients/node/node_modules

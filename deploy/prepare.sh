@@ -1,0 +1,17 @@
+#!/bin/sh
+# What `docker compose up` needs beforehand: the tokens, and a folder that says whose signatures count.
+# Run it again at any time: what is there stays.
+set -eu
+cd "$(dirname "$0")/.."
+
+# On this machine only you can enter the folder. In it the files are readable, for a container's user is another.
+mkdir -p -m 700 deploy/secrets
+mkdir -p -m 755 trust
+for name in admin worker; do
+    file=deploy/secrets/${name}_token
+    if [ ! -s "$file" ]; then
+        head -c 32 /dev/urandom | base64 > "$file.new"
+        chmod 444 "$file.new"
+        mv "$file.new" "$file"
+    fi
+done
