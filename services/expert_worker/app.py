@@ -26,6 +26,7 @@ from services.expert_worker.batching import Batcher
 from services.expert_worker.cache import PackageCache
 from services.expert_worker.device import budget_bytes, choose_device, compute_threads
 from services.expert_worker.feed import Feed
+from services.expert_worker.journal import Journal
 from services.expert_worker.loader import place
 from services.expert_worker.residency import Residency
 from services.expert_worker.revocations import RevocationFile
@@ -76,6 +77,7 @@ class WorkerApp:
         self._device = choose_device(settings.device)
         self._executor = ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify")
         self._cache = PackageCache(settings.data_dir / "cache", settings.cache_bytes)
+        self._journal = Journal(settings.data_dir / "journal")
         self._revocations = RevocationFile(settings.data_dir / "revocations.json")
         self._authority = Authority(TrustFolder(settings.trust_dir), Policy(allow_unsigned=settings.allow_unsigned))
         self._registry = RegistryClient(channels.get(settings.registry), token=worker_token)
@@ -86,14 +88,26 @@ class WorkerApp:
             settings.default_deadline_seconds,
             self._authority,
             Supply(
-                self._cache, self._registry, self._executor, _VERIFYING_THREADS, lambda: self.residency.digests
+                self._cache,
+                self._registry,
+                self._executor,
+                _VERIFYING_THREADS,
+                lambda: self.residency.digests,
+                self._journal,
             ).bring,
             self._place,
             self._announcer.notice,
         )
-        self._batcher = Batcher(self._device, compute_threads(settings.compute_threads), settings.queue_max)
+        self._batcher = Batcher(
+            self._device, compute_threads(settings.compute_threads), settings.queue_max, self._journal
+        )
         self._servicer = WorkerServicer(
-            self._name, str(self._device), self.residency, self._batcher, settings.default_deadline_seconds
+            self._name,
+            str(self._device),
+            self.residency,
+            self._batcher,
+            self._journal,
+            settings.default_deadline_seconds,
         )
         self.handlers = Handlers(
             tokens=replace(tokens, admin_methods=ADMIN_METHODS), in_flight_max=settings.in_flight_max
@@ -107,10 +121,12 @@ class WorkerApp:
         """Learn what counts, then serve; the registry need not be there.
 
         Raises:
-            HocketError: `BAD_TRUST_FILE` if what was withdrawn earlier cannot be read.
+            HocketError: `BAD_TRUST_FILE` if what was withdrawn earlier cannot be read; `BAD_REQUEST` if another
+                worker lives in the same data folder.
         """
         self._authority.withdraw(await asyncio.to_thread(self._revocations.read))
         await self._authority.read_folder()
+        await asyncio.to_thread(self._journal.open)
         await asyncio.to_thread(self._cache.tidy)
         if self._settings.allow_unsigned:
             _log.warning("allow_unsigned is on: this worker runs packages that nobody trusted has signed")
@@ -146,6 +162,7 @@ class WorkerApp:
         self._tasks = []
         await self.residency.stop()
         await self._batcher.stop()
+        self._journal.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _stay_current(self) -> None:
@@ -180,7 +197,11 @@ class WorkerApp:
             await asyncio.sleep(_PRELOAD_PAUSE_SECONDS)
 
     async def _place(self, prepared: Prepared) -> tuple[Expert, ...]:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, place, prepared, self._device)
+        def marked() -> tuple[Expert, ...]:
+            with self._journal.loading(prepared.digest):
+                return place(prepared, self._device)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, marked)
 
     def _state(self) -> WorkerState:
         return WorkerState(

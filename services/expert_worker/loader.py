@@ -12,6 +12,7 @@ from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
 from hocket.rpc.convert import VALUES_MAX
 from services.expert_worker.compute import Kernel, Linear, Logistic, Mean, Nearest, Trees, Votes
+from services.expert_worker.journal import raw_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class Expert:
         work_per_row: Elementary operations that one row takes, roughly.
         family: Experts of the same family and input width can share a pass: a kind of kernel that `stack` takes, or
             this expert's own kernel.
+        package: The raw digest of its package, for the journal.
     """
 
     kernel: Kernel
@@ -45,6 +47,7 @@ class Expert:
     columns: int
     work_per_row: int
     family: object
+    package: bytes
 
     def check(self, rows: NDArray[np.float32]) -> None:
         """Return if these rows can be answered.
@@ -74,10 +77,12 @@ class Prepared:
     """The experts of a package in host memory, ready to move.
 
     Args:
+        digest: Of the package.
         tensors: Every parameter; nothing else takes device memory.
         assemble: From the same tensors, moved: the experts by ordinal.
     """
 
+    digest: str
     tensors: tuple[Tensor, ...]
     assemble: Callable[[Sequence[Tensor]], tuple[Expert, ...]]
 
@@ -97,16 +102,16 @@ def prepare(package: Package) -> Prepared:
     if facts.not_servable is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"{facts.digest} cannot serve: {facts.not_servable}")
     tensors, kernels = _lay_out(model, facts.output_columns)
-    wider = facts.n_features is None
+    wider, raw = facts.n_features is None, raw_digest(facts.digest)
     width = facts.n_features_min if facts.n_features is None else facts.n_features
 
     def assemble(moved: Sequence[Tensor]) -> tuple[Expert, ...]:
         return tuple(
-            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row, _family(kernel))
+            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row, _family(kernel), raw)
             for kernel in kernels(moved)
         )
 
-    return Prepared(tensors, assemble)
+    return Prepared(facts.digest, tensors, assemble)
 
 
 def place(prepared: Prepared, device: torch.device) -> tuple[Expert, ...]:

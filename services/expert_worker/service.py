@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hocket.packages import Proof
     from hocket.rpc.handlers import Context
     from services.expert_worker.batching import Answer, Batcher
+    from services.expert_worker.journal import Journal
     from services.expert_worker.loader import Expert
     from services.expert_worker.residency import Residency, ResidentPackage
 
@@ -40,16 +41,24 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         device: `cpu` or `cuda:0`.
         residency: What is in memory.
         batcher: What computes.
+        journal: What is quarantined.
         default_deadline_seconds: Deadline of a call that brings none.
     """
 
     def __init__(
-        self, name: str, device: str, residency: Residency, batcher: Batcher, default_deadline_seconds: float
+        self,
+        name: str,
+        device: str,
+        residency: Residency,
+        batcher: Batcher,
+        journal: Journal,
+        default_deadline_seconds: float,
     ) -> None:
         self._name = name
         self._device = device
         self._residency = residency
         self._batcher = batcher
+        self._journal = journal
         self._default_deadline_seconds = default_deadline_seconds
         self._in_flight_count = 0
 
@@ -107,9 +116,12 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
     async def LoadExpert(
         self, request: expert_worker_pb2.LoadExpertRequest, context: Context
     ) -> AsyncIterator[expert_worker_pb2.LoadExpertResponse]:
-        """The steps of a load, until READY."""
+        """The steps of a load, until READY. It is the admin's word that a quarantine has lasted long enough."""
         del context
-        async with aclosing(self._residency.load(_digest(request.digest))) as steps:
+        digest = _digest(request.digest)
+        self._journal.lift(digest)
+        self._residency.forget_refusal(digest)
+        async with aclosing(self._residency.load(digest)) as steps:
             async for step in steps:
                 yield step
 

@@ -24,8 +24,8 @@ class WorkerSettings:
         trust_dir: The trust folder it decides by, `<publisher>.toml` each.
         host: Interface to listen on.
         port: Port to listen on; metrics are on port + 1000.
-        advertise: Address by which others reach it; empty for `host:port`, with this machine's name for the host when it
-            listens on all interfaces.
+        advertise: Address by which others reach it; empty for `host:port`, with this machine's name for the host when
+            it listens on all interfaces.
         name: How it calls itself, unique in its registry; empty for one made from its address.
         registry: Address of the registry it announces itself to and pulls packages from.
         admin_token_file: Secret file with the token that loading and unloading needs; None leaves them open.

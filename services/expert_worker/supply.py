@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hocket.packages import Package, Proof
     from services.expert_worker.authority import Credentials, Standing
     from services.expert_worker.cache import PackageCache
+    from services.expert_worker.journal import Journal
     from services.expert_worker.loader import Prepared
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class Supply:
         at_once_max: Packages from the cache that may be in host memory at once until they are prepared, and as many
             from the registry: one that does not answer holds up nothing that is cached.
         in_use: Digests that the cache must keep.
+        journal: Told what is being opened; says what may not be.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Supply:
         executor: Executor,
         at_once_max: int,
         in_use: Callable[[], frozenset[str]],
+        journal: Journal,
     ) -> None:
         self._cache = cache
         self._registry = registry
@@ -71,6 +74,7 @@ class Supply:
         self._reading = asyncio.Semaphore(at_once_max)
         self._fetching = asyncio.Semaphore(at_once_max)
         self._in_use = in_use
+        self._journal = journal
 
     async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
         """A package, verified by what counts in `standing`.
@@ -79,10 +83,12 @@ class Supply:
         nobody vouches for is asked for again.
 
         Raises:
-            HocketError: `YANKED`; `UNREACHABLE` if the registry is needed and does not answer; `UNKNOWN_PACKAGE` and
-                `BLOB_CORRUPT` from there; the refusals of `hocket.packages.open_package`; `NOT_SERVABLE`.
+            HocketError: `YANKED`; `QUARANTINED`; `UNREACHABLE` if the registry is needed and does not answer;
+                `UNKNOWN_PACKAGE` and `BLOB_CORRUPT` from there; the refusals of `hocket.packages.open_package`;
+                `NOT_SERVABLE`.
         """
         standing.check(digest)
+        self._journal.check(digest)
         async with self._reading:
             cached = await self._from_cache(digest, standing, report)
         if isinstance(cached, Supplied):
@@ -140,8 +146,9 @@ class Supply:
         self, digest: str, standing: Standing, data: bytes, releases: tuple[bytes, ...], report: Report
     ) -> Supplied:
         def open_and_prepare() -> tuple[Package, Credentials, Prepared]:
-            package, credentials = standing.open(digest, data, releases)
-            return package, credentials, prepare(package)
+            with self._journal.loading(digest):
+                package, credentials = standing.open(digest, data, releases)
+                return package, credentials, prepare(package)
 
         report(_VERIFYING, 0, len(data))
         package, credentials, prepared = await self._in_thread(open_and_prepare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
 from services.expert_worker.batching import Batcher
 from services.expert_worker.device import budget_bytes, choose_device
+from services.expert_worker.journal import Journal
 from services.expert_worker.loader import Prepared, place, prepare
 from tests.builders import apr_bytes, models
 from tests.worker_numerics import (
@@ -108,7 +110,7 @@ def test_a_device_without_room_is_a_refusal_that_passes() -> None:
         def to(self, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
             return torch.empty(sparse.shape, dtype=torch.uint8, device=device) if non_blocking else sparse
 
-    too_large: Any = Prepared((Unpinned(),), lambda _moved: ())  # type: ignore[arg-type]  # a stand-in
+    too_large: Any = Prepared("sha256:0", (Unpinned(),), lambda _moved: ())  # type: ignore[arg-type]  # a stand-in
     with pytest.raises(HocketError) as refusal:
         place(too_large, torch.device(DEVICE))
     assert refusal.value.reason is Reason.DEVICE_MEMORY
@@ -127,7 +129,7 @@ async def test_concurrent_requests_share_passes_on_the_device() -> None:
     rng = np.random.default_rng(11)
     experts = [expert for model in random_models(rng, 16) for expert in on_device(model, DEVICE)]
     asked = [(experts[n % len(experts)], rng.normal(size=(1 + n % 4, 16)).astype(np.float32)) for n in range(200)]
-    batcher = Batcher(torch.device(DEVICE), threads=1, queue_max=1000)
+    batcher = Batcher(torch.device(DEVICE), 1, 1000, Journal(Path("kept in memory")))
     batcher.start()
     futures = [batcher.submit(expert, rows, lambda: None) for expert, rows in asked]
     answers = await asyncio.gather(*futures)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import threading
+from asyncio.subprocess import PIPE
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +33,12 @@ from hocket.v1 import expert_worker_pb2, registry_pb2
 from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceStub
 from hocket.v1.tensor_pb2 import Tensor
 from services.expert_worker.app import WorkerApp
+from services.expert_worker.journal import Journal
 from services.expert_worker.settings import WorkerSettings
 from services.registry.app import RegistryApp
 from services.registry.settings import RegistrySettings
 from tests.apr_oracle import predict
-from tests.builders import apr_bytes, floats, linear, mixture, models
+from tests.builders import apr_bytes, chain, floats, grow, linear, mixture, models
 from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, envelope_of, trusted
 from tests.worker_registry import WorkerRegistry
 
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+ROOT = Path(__file__).parents[2]
 SECONDS = 10.0
 ROWS = floats([1, 2], [-3, 0.5], [0, 0])
 DATA = apr_bytes()
@@ -393,6 +397,38 @@ class TestDeadlines:
         release.set()
         await until(lambda: worker.app.residency.packages[0].in_use_count == 0)
 
+    async def test_computing_stops_within_a_tenth_of_a_second_of_the_end_of_the_call(self, world: World) -> None:
+        worker, registry = world
+        trees = (chain(1023, 1.0), *(grow((1.0, 1)) for _ in range(255)))
+        long = m.RandomForestRegressor(tuple(map(m.DecisionTreeRegressor, trees)), n_estimators=256, n_features=1)
+        digest, rows = await published(registry, apr_bytes(long)), np.ones((160, 1))
+        begin = executions()
+        assert (values(await worker.run(digest, rows)) == 1).all()
+        whole = executions() - begin  # of about a quarter of a second
+
+        async def deadline() -> None:
+            assert (await worker.refused(digest, rows, seconds=0.05)).reason is Reason.DEADLINE
+
+        async def cancel() -> None:
+            call = asyncio.create_task(worker.run(digest, rows))
+            await until(lambda: executions() > begin + 1)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+        for end in (deadline, cancel):
+            begin = executions()
+            await end()
+            await asyncio.sleep(0.1)
+            counted = executions()
+            await asyncio.sleep(0.1)
+            assert executions() == counted
+            assert counted - begin < whole
+            assert worker.app.residency.packages[0].in_use_count == 0
+
+
+def executions() -> float:
+    return REGISTRY.get_sample_value("hocket_executions_total") or 0.0
+
 
 def hold_device(worker: Worker) -> threading.Event:
     """Keep the compute thread busy until the event is set."""
@@ -555,6 +591,134 @@ class TestMemory:
             large = await published(registry, apr_bytes(linear(*range(10))), "acme/large@1.0.0")
             refusal = await worker.refused(large, np.zeros((1, 10)))
             assert refusal.reason is Reason.DEVICE_MEMORY
+
+
+VICTIM = """
+import asyncio, sys
+from pathlib import Path
+from typing import Any
+import numpy as np
+from hocket.client.expert_worker import ExpertWorkerClient
+from hocket.rpc.channel import Channels
+from hocket.rpc.convert import matrix_to_tensor
+from hocket.telemetry.logs import configure_logs
+from services.expert_worker import app, supply
+from services.expert_worker.settings import WorkerSettings
+
+folder, computed, loaded = sys.argv[1:]
+configure_logs("error")
+
+async def main() -> None:
+    local: dict[str, Any] = {}
+    channels = Channels(local)
+    settings = WorkerSettings(Path(folder, "worker"), Path(folder, "trust"), registry="127.0.0.1:1", device="cpu")
+    worker = app.WorkerApp(settings, channels, "local:worker")
+    local["worker"] = worker.handlers
+    await worker.start()
+    client = ExpertWorkerClient(channels.get("local:worker"))
+    rows = matrix_to_tensor(np.ones((1, 2), np.float32))
+    await client.run_tensor(computed, rows, 10.0)
+    expert = worker.residency.packages[0].experts[0]
+    computing, loading = (say(word) for word in ("computing", "loading"))
+    object.__setattr__(expert, "kernel", computing)
+    supply.prepare = loading
+    await asyncio.gather(*(client.run_tensor(expert, rows, 10.0) for expert in (computed, loaded)))
+
+def say(word: str) -> Any:
+    def hang(_: Any) -> None:
+        print(word, flush=True)
+        sys.stdin.read()
+    return hang
+
+asyncio.run(main())
+"""
+
+
+class TestQuarantine:
+    """A package that was busy when its worker ended three times is refused until the admin has it loaded."""
+
+    async def test_what_a_killed_worker_computed_and_loaded_counts_and_what_it_only_held_does_not(
+        self, local: Place, tmp_path: Path
+    ) -> None:
+        registry = WorkerRegistry()
+        TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
+        files = [apr_bytes(linear(n, n)) for n in (1, 2, 3)]
+        computed, loaded, held = (registry.publish(data, [envelope_of(data)]) for data in files)
+        address = await local.serve("registry", registry.handlers)
+        async with working(local, tmp_path, address) as worker:
+            for digest in (computed, loaded, held):
+                await worker.run(digest)
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", VICTIM, str(tmp_path), computed, loaded, stdin=PIPE, stdout=PIPE, cwd=ROOT
+        )
+        assert child.stdout is not None
+        async with asyncio.timeout(3 * SECONDS):
+            assert {await child.stdout.readline() for _ in range(2)} == {b"computing\n", b"loading\n"}
+        child.kill()
+        await child.wait()
+        with structlog.testing.capture_logs() as logs:
+            async with working(local, tmp_path, address) as worker:
+                for digest in (computed, loaded, held):
+                    await worker.run(digest)
+        busy = [(entry["digest"], entry["crashes"]) for entry in logs if entry["event"] == "busy when the worker ended"]
+        assert sorted(busy) == sorted([(computed, 1), (loaded, 1)])
+        with structlog.testing.capture_logs() as logs:
+            async with working(local, tmp_path, address):
+                pass
+        assert not [entry for entry in logs if entry["event"] == "busy when the worker ended"]  # a clean end
+
+    async def test_it_is_refused_to_requests_and_preloading_until_the_admin_lifts_it(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        registry = WorkerRegistry()
+        TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
+        digest, other = registry.publish(DATA, [RELEASE]), registry.publish(MIXTURE, [envelope_of(MIXTURE)])
+        address = await place.serve("registry", registry.handlers)
+        ended_while_loading(tmp_path / "worker" / "journal", digest, times=3)
+        with structlog.testing.capture_logs() as logs:
+            async with working(place, tmp_path, address, preload=(digest,)) as worker:
+                for _ in range(2):
+                    refusal = await worker.refused(digest)
+                    assert (refusal.reason, refusal.metadata["digest"]) == (Reason.QUARANTINED, digest)
+                assert registry.downloads == []
+                await worker.run(other)
+                await until(lambda: any(entry["event"] == "not preloaded" for entry in logs))
+                assert [step async for step in worker.client.load(digest)]
+                await worker.run(digest)
+        async with working(place, tmp_path, address) as worker:
+            await worker.run(digest)
+        said = [entry["event"] for entry in logs if entry.get("digest") == digest]
+        assert said[:2] == ["busy when the worker ended", "quarantined: the admin's LoadExpert tries it again"]
+        assert "quarantine lifted" in said
+
+    async def test_two_such_ends_are_no_quarantine(self, local: Place, tmp_path: Path) -> None:
+        registry = WorkerRegistry()
+        TrustFolder(tmp_path / "trust").add_key(trusted(ACME_SEED))
+        digest = registry.publish(DATA, [RELEASE])
+        ended_while_loading(tmp_path / "worker" / "journal", digest, times=2)
+        async with working(local, tmp_path, await local.serve("registry", registry.handlers)) as worker:
+            await worker.run(digest)
+
+    async def test_two_workers_do_not_share_a_data_folder(self, local: Place, tmp_path: Path) -> None:
+        address = await local.serve("registry", WorkerRegistry().handlers)
+        async with working(local, tmp_path, address):
+            with pytest.raises(HocketError, match=r"worker\.data_dir") as refusal:
+                async with working(local, tmp_path, address):
+                    pass
+            assert refusal.value.reason is Reason.BAD_REQUEST
+        async with working(local, tmp_path, address):
+            pass
+
+
+def ended_while_loading(path: Path, digest: str, times: int) -> None:
+    """Leave a journal as a killed worker would, `times` over."""
+    for _ in range(times):
+        journal = Journal(path)
+        journal.open()
+        with journal.loading(digest):
+            left = path.read_bytes()
+        journal.close()
+        path.write_bytes(left)
 
 
 class TestAdministration:

@@ -7,7 +7,7 @@ leaf   u32 1, u64 column (classifiers) or f32 value (regressors), u64 n_samples
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -22,87 +22,107 @@ if TYPE_CHECKING:
 
 _SPLIT: Final = 0
 _LEAF: Final = 1
-_TAG: Final = struct.Struct("<I")
+_WORD_BYTES: Final = 4
+_SPLIT_WORDS: Final = 4
+_COLUMN_LEAF_WORDS: Final = 5
+_VALUE_LEAF_WORDS: Final = 4
 _SPLIT_RECORD: Final = struct.Struct("<IQf")
-_SPLIT_NODE: Final = np.dtype([("tag", "<u4"), ("feature", "<u8"), ("threshold", "<f4")])
-_COLUMN_LEAF: Final = np.dtype([("tag", "<u4"), ("value", "<u8"), ("n_samples", "<u8")])
-_VALUE_LEAF: Final = np.dtype([("tag", "<u4"), ("value", "<f4"), ("n_samples", "<u8")])
+_FIRST_WORDS: Final = 512
+"""Of a payload, looked at for a tree; twice as many each time when it goes on."""
 
 
-def _walk(reader: Reader, leaf_bytes: int) -> tuple[list[int], list[int]]:
-    """Byte offset of every node, and index of every right child (-1 for a leaf)."""
-    data, size = reader.data, len(reader.data)
-    offsets: list[int] = []
-    right: list[int] = []
-    pending: list[tuple[int, int]] = []  # splits whose right child is still to come, with its depth
-    depth = 0
-    while True:
-        if size - reader.position < _SPLIT_NODE.itemsize:  # no leaf is smaller than a split
-            raise reader.bad("the payload ends inside a tree")
-        tag = _TAG.unpack_from(data, reader.position)[0]
-        offsets.append(reader.position)
-        if len(offsets) > reader.nodes_left:
-            raise reader.too_large("tree nodes", reader.limits.tree_nodes)
-        if tag == _SPLIT:
-            depth += 1
-            if depth > reader.limits.tree_depth:
-                raise reader.too_large("splits on the way to a leaf", reader.limits.tree_depth)
-            pending.append((len(right), depth))
-            right.append(-1)
-            reader.position += _SPLIT_NODE.itemsize
-        elif tag == _LEAF:
-            right.append(-1)
-            reader.take(leaf_bytes)
-            if not pending:
-                reader.nodes_left -= len(offsets)
-                return offsets, right
-            parent, depth = pending.pop()
-            right[parent] = len(offsets)
-        else:
-            raise reader.bad(f"a tree node has tag {tag}")
+def _walk(reader: Reader, leaf_words: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """A tree's words, and at which of them each node begins, in preorder. Moves the reader past the tree.
+
+    The one loop over nodes, so it does as little as it can: everything else is done on arrays.
+    """
+    words = np.frombuffer(reader.data, "<u4", reader.rest // _WORD_BYTES, reader.position)
+    depth_max = reader.limits.tree_depth
+    nodes: list[int] = []
+    pending = [0]  # depths of the right children still to come, above one that ends the tree
+    word = depth = looked_at = 0
+    while pending and looked_at < len(words) and len(nodes) <= reader.nodes_left:
+        looked_at = 2 * looked_at or _FIRST_WORDS
+        tags = np.minimum(words[:looked_at], _LEAF + 1).astype(np.uint8).tobytes()
+        end = len(tags)
+        while word < end and pending:
+            tag = tags[word]
+            nodes.append(word)
+            if tag == _SPLIT:
+                depth += 1
+                if depth > depth_max:
+                    raise reader.too_large("splits on the way to a leaf", depth_max)
+                pending.append(depth)
+                word += _SPLIT_WORDS
+            elif tag == _LEAF:
+                depth = pending.pop()
+                word += leaf_words
+            else:
+                reader.position += word * _WORD_BYTES
+                raise reader.bad(f"a tree node has tag {words[word]}")
+    if len(nodes) > reader.nodes_left:
+        raise reader.too_large("tree nodes", reader.limits.tree_nodes)
+    if pending or word > len(words):
+        raise reader.bad("the payload ends inside a tree")
+    reader.nodes_left -= len(nodes)
+    reader.position += word * _WORD_BYTES
+    return words, np.array(nodes, np.int64)
 
 
-def _records(reader: Reader, offsets: NDArray[np.int64], node: np.dtype[Any]) -> NDArray[Any]:
-    """The node records at byte offsets that are known to lie inside the payload."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(reader.data, np.uint8), node.itemsize)
-    records: NDArray[Any] = windows[offsets].view(node)
-    return records[:, 0]
+def _right_children(is_split: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Index of every right child in preorder, -1 for a leaf.
+
+    Count at each node the right children still to come. A split adds one, which is there until its left child's last
+    leaf has passed: so its right child is the next node with the same count as the split itself.
+    """
+    steps = np.where(is_split, 1, -1)
+    to_come = np.cumsum(steps) - steps
+    alike = np.argsort(to_come.astype(np.min_scalar_type(int(to_come.max()))), kind="stable")
+    right = np.empty_like(alike)
+    right[alike[:-1]] = alike[1:]
+    right[~is_split] = -1
+    return right
 
 
-def _column(reader: Reader, numbers: NDArray[np.uint64], bound: int, what: str) -> NDArray[np.int64]:
-    if numbers.size and int(numbers.max()) >= bound:
+def _column(reader: Reader, words: NDArray[np.uint32], at: NDArray[np.int64], bound: int, what: str) -> Integers:
+    """The u64 at each of these words."""
+    numbers, high = words[at].astype(np.int64), words[at + 1]
+    if high.any():
+        numbers |= high.astype(np.int64) << 32  # from 2**63 they are negative
+    if numbers.size and not (numbers.min() >= 0 and numbers.max() < bound):
         raise reader.too_large(what, bound)
-    return numbers.astype(np.int64)
+    return numbers
 
 
-def _finite(reader: Reader, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+def _f32(reader: Reader, words: NDArray[np.uint32], at: NDArray[np.int64]) -> Floats:
+    """The finite f32 at each of these words."""
+    numbers: Floats = words[at].view("<f4")
     if not np.isfinite(numbers).all():
         raise reader.bad("a tree holds a number that is not finite")
     return numbers
 
 
-def _tree(leaf_node: np.dtype[Any]) -> Codec[Tree]:
-    columns = leaf_node is _COLUMN_LEAF
+def _tree(leaf_words: int) -> Codec[Tree]:
+    columns = leaf_words == _COLUMN_LEAF_WORDS
 
     def read(reader: Reader) -> Tree:
-        offset_list, right_list = _walk(reader, leaf_node.itemsize)
-        offsets, right = np.array(offset_list, np.int64), np.array(right_list, np.int64)
-        is_split = right >= 0
-        splits = _records(reader, offsets[is_split], _SPLIT_NODE)
-        leaves = _records(reader, offsets[~is_split], leaf_node)
+        words, nodes = _walk(reader, leaf_words)
+        is_split = words[nodes] == _SPLIT
+        splits, leaves = nodes[is_split], nodes[~is_split]
+        right = _right_children(is_split)
         feature, left = np.full_like(right, -1), np.full_like(right, -1)
         threshold, n_samples = np.zeros(right.size, np.float32), np.zeros_like(right)
-        answers: Integers | Floats = (
-            _column(reader, leaves["value"], reader.limits.labels, "labels")
+        answers = (
+            _column(reader, words, leaves + 1, reader.limits.labels, "labels")
             if columns
-            else _finite(reader, leaves["value"])
+            else _f32(reader, words, leaves + 1)
         )
         value = np.zeros(right.size, answers.dtype)
-        feature[is_split] = _column(reader, splits["feature"], reader.limits.features, "features")
-        threshold[is_split] = _finite(reader, splits["threshold"])
+        feature[is_split] = _column(reader, words, splits + 1, reader.limits.features, "features")
+        threshold[is_split] = _f32(reader, words, splits + 3)
         left[is_split] = np.flatnonzero(is_split) + 1
         value[~is_split] = answers
-        n_samples[~is_split] = _column(reader, leaves["n_samples"], 2**63, "samples in a leaf")
+        n_samples[~is_split] = _column(reader, words, leaves + leaf_words - 2, 2**63, "samples in a leaf")
         tree = Tree(feature, threshold, left, right, value, n_samples)
         for array in (feature, threshold, left, right, value, n_samples):
             array.flags.writeable = False
@@ -130,5 +150,5 @@ def _tree(leaf_node: np.dtype[Any]) -> Codec[Tree]:
     return Codec(read, write)
 
 
-COLUMN_TREE: Final = _tree(_COLUMN_LEAF)
-VALUE_TREE: Final = _tree(_VALUE_LEAF)
+COLUMN_TREE: Final = _tree(_COLUMN_LEAF_WORDS)
+VALUE_TREE: Final = _tree(_VALUE_LEAF_WORDS)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from hocket.errors import HocketError, Reason
 from services.expert_worker.batching import Answer, Batcher
+from services.expert_worker.journal import Journal, _read
 from services.expert_worker.loader import Expert
 from tests.builders import floats
 from tests.worker_numerics import answer, on_device, random_models
@@ -31,6 +35,7 @@ class Kernel:
 
     script: Callable[[Any], object] = len
     work_per_row: int = 1
+    package: bytes = bytes(32)
     passes: list[list[float]] = field(default_factory=list)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -39,7 +44,9 @@ class Kernel:
         return rows * 2
 
     def expert(self) -> Expert:
-        return Expert(self, 1, wider=False, columns=1, work_per_row=self.work_per_row, family=self)
+        return Expert(
+            self, 1, wider=False, columns=1, work_per_row=self.work_per_row, family=self, package=self.package
+        )
 
 
 class Gate:
@@ -64,9 +71,13 @@ def nothing() -> None:
     pass
 
 
+def batching(queue_max: int = 100) -> Batcher:
+    return Batcher(CPU, 1, queue_max, Journal(Path("kept in memory")))
+
+
 @asynccontextmanager
 async def running(queue_max: int = 100) -> AsyncIterator[Batcher]:
-    batcher = Batcher(CPU, threads=1, queue_max=queue_max)
+    batcher = batching(queue_max)
     batcher.start()
     try:
         yield batcher
@@ -255,7 +266,7 @@ async def test_a_full_queue_refuses_the_next_until_one_is_settled() -> None:
             batcher.submit(kernel.expert(), floats([2]), nothing)
         gate.leave.set()
         await held
-        assert await settled(batcher.submit(kernel.expert(), floats([3]), nothing)) == [[6.0]]
+        assert await settled(batcher.submit(Kernel().expert(), floats([3]), nothing)) == [[6.0]]
 
 
 async def test_a_pass_stays_within_the_limits_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +280,162 @@ async def test_a_pass_stays_within_the_limits_of_one_request(monkeypatch: pytest
         assert sorted(kernel.passes) == [[0, 0], [1, 1, 5]]
 
 
+async def test_one_expert_fills_half_of_the_queue_and_others_the_rest() -> None:
+    async with running(queue_max=5) as batcher:
+        gate, other = Gate(), Kernel().expert()
+        held = await gate.hold(batcher)
+        slow = gate.kernel.expert()
+        waiting = [batcher.submit(slow, floats([1]), nothing) for _ in range(2)]
+        with pytest.raises(HocketError, match="for this expert") as refusal:
+            batcher.submit(slow, floats([1]), nothing)
+        assert refusal.value.reason is Reason.QUEUE_FULL
+        assert refusal.value.retry_after_seconds
+        waiting += [batcher.submit(other, floats([1]), nothing) for _ in range(2)]
+        with pytest.raises(HocketError, match="for cpu"):
+            batcher.submit(Kernel().expert(), floats([1]), nothing)
+        gate.leave.set()
+        await asyncio.gather(held, *waiting)
+        assert await settled(batcher.submit(slow, floats([2]), nothing)) == [[4.0]]
+        assert not batcher._unsettled_of
+
+
+async def test_a_queue_of_one_place_is_one_experts_too() -> None:
+    async with running(queue_max=1) as batcher:
+        assert await settled(batcher.submit(Kernel().expert(), floats([1]), nothing)) == [[2.0]]
+
+
+class Slow(Kernel):
+    """Takes two milliseconds for a row, and says that this is long."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda rows: time.sleep(0.002 * len(rows)), work_per_row=2**20)
+
+
+def executions() -> float:
+    return REGISTRY.get_sample_value("hocket_executions_total") or 0.0
+
+
+class TestSlices:
+    async def test_a_pass_that_nobody_waits_for_stops_within_a_tenth_of_a_second(self) -> None:
+        async with running() as batcher:
+            slow, done = Slow(), asyncio.Event()
+            rows = floats(*([n] for n in range(1024)))  # two seconds of work
+            future = batcher.submit(slow.expert(), rows, done.set)
+            while len(slow.passes) < 3:  # noqa: ASYNC110 - the thread counts them
+                await asyncio.sleep(0.001)
+            future.cancel()
+            async with asyncio.timeout(0.1):
+                await done.wait()
+            before = executions()
+            await asyncio.sleep(0.05)
+            assert executions() == before
+            assert sum(map(len, slow.passes)) < 200
+
+    async def test_a_pass_that_someone_waits_for_goes_on_to_its_end_in_bounded_slices(self) -> None:
+        async with running() as batcher:
+            slow, before = Slow(), executions()
+            rows = floats(*([n] for n in range(64)))
+            assert await settled(batcher.submit(slow.expert(), rows, nothing)) == (2 * rows).tolist()
+            assert [row for part in slow.passes for row in part] == list(range(64))
+            assert max(map(len, slow.passes)) <= 15  # thirty milliseconds
+            assert executions() == before + len(slow.passes)
+
+    async def test_rows_of_those_who_have_gone_are_left_out_and_the_others_are_answered(self) -> None:
+        async with running() as batcher:
+            gate, slow = Gate(), Slow()
+            held = await gate.hold(batcher)
+            expert = slow.expert()
+            first, gone, last = (
+                batcher.submit(expert, floats(*([n] for n in rows)), nothing)
+                for rows in (range(6), range(6, 200), range(200, 206))
+            )
+            gate.leave.set()
+            await held
+            while not slow.passes:  # noqa: ASYNC110 - the thread counts them
+                await asyncio.sleep(0)
+            gone.cancel()
+            assert await settled(first) == [[2.0 * n] for n in range(6)]
+            assert await settled(last) == [[2.0 * n] for n in range(200, 206)]
+            assert sum(map(len, slow.passes)) < 60
+
+    async def test_a_short_pass_is_one_execution(self) -> None:
+        async with running() as batcher:
+            kernel, before = Kernel(), executions()
+            await settled(batcher.submit(kernel.expert(), floats(*([n] for n in range(1024))), nothing))
+            assert (len(kernel.passes), executions()) == (1, before + 1)
+
+    @pytest.mark.parametrize("work", [1, 200, 2**14])
+    async def test_sliced_answers_are_the_same_bits(self, monkeypatch: pytest.MonkeyPatch, work: int) -> None:
+        monkeypatch.setattr("services.expert_worker.batching._SLICE_WORK", work)
+        monkeypatch.setattr("services.expert_worker.batching._SLICE_SECONDS", 1e-4)
+        rng = np.random.default_rng(work)
+        asked = [
+            (expert, rng.normal(size=(n, 33)).astype(np.float32))
+            for model in random_models(rng, 33)
+            for expert in on_device(model)
+            for n in (1, 57)
+        ]
+        async with running() as batcher:
+            futures = [batcher.submit(expert, rows, nothing) for expert, rows in asked]
+            for (expert, rows), future in zip(asked, futures, strict=True):
+                assert (await future).output.tobytes() == answer(expert, rows).tobytes()
+
+
+class TestJournal:
+    async def test_what_is_computed_is_marked_while_it_is(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal"
+        journal = Journal(path)
+        journal.open()
+        batcher = Batcher(CPU, 1, 10, journal)
+        batcher.start()
+        gate, failing = Gate(), Kernel(lambda _rows: 1 / 0, package=b"f" * 32)
+        gate.kernel.package = b"g" * 32
+        held = await gate.hold(batcher)
+        queued = batcher.submit(failing.expert(), floats([1]), nothing)
+        await asyncio.sleep(0.01)
+        assert _read(path.read_bytes()).busy == (b"g" * 32,)
+        gate.leave.set()
+        await held
+        with pytest.raises(ZeroDivisionError):
+            await queued
+        await batcher.stop()
+        assert _read(path.read_bytes()).busy == ()
+        journal.close()
+
+    async def test_suspects_share_a_pass_with_no_other_expert(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng = np.random.default_rng(2)
+        members = on_device(random_models(rng, 3)[2])
+        packages = (b"s" * 32, b"b" * 32, b"c" * 32)
+        experts = [replace(member, package=package) for member, package in zip(members, packages, strict=True)]
+        passes: list[set[bytes]] = []
+        async with running() as batcher:
+            begin = batcher._journal.begin_pass
+
+            def note(marked: Any) -> None:
+                passes.append(set(marked))
+                begin(marked)
+
+            monkeypatch.setattr(batcher._journal, "begin_pass", note)
+            for suspects, shared in ((frozenset(), [{*packages}]), ({packages[0]}, [{packages[0]}, {*packages[1:]}])):
+                batcher._journal.suspects = frozenset(suspects)
+                passes.clear()
+                rows = rng.normal(size=(2, 3)).astype(np.float32)
+                futures = [batcher.submit(expert, rows, nothing) for expert in experts]
+                for expert, future in zip(experts, futures, strict=True):
+                    assert (await future).output.tobytes() == answer(expert, rows).tobytes()
+                assert passes == shared
+
+    async def test_a_pass_has_no_more_packages_than_can_be_marked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("services.expert_worker.batching.PASS_PACKAGES_MAX", 2)
+        async with running() as batcher:
+            kernel = Kernel()
+            expert = kernel.expert()
+            await asyncio.gather(*(batcher.submit(expert, floats([n]), nothing) for n in range(5)))
+            assert sorted(map(len, kernel.passes)) == [1, 2, 2]
+
+
 async def test_stopping_finishes_what_is_queued_and_takes_nothing_more() -> None:
-    batcher = Batcher(CPU, threads=1, queue_max=10)
+    batcher = batching()
     with pytest.raises(HocketError) as refusal:
         batcher.submit(Kernel().expert(), floats([1]), nothing)
     assert refusal.value.reason is Reason.DRAINING
@@ -284,7 +449,7 @@ async def test_stopping_finishes_what_is_queued_and_takes_nothing_more() -> None
 
 
 async def test_a_loop_that_was_closed_without_stopping_does_not_kill_the_thread() -> None:
-    batcher = Batcher(CPU, threads=1, queue_max=10)
+    batcher = batching()
 
     async def leave() -> None:
         batcher.start()

@@ -170,14 +170,14 @@ class TestFeed:
         self, registry: WorkerRegistry, authority: Authority, heard: list[str], tmp_path: Path
     ) -> None:
         (tmp_path / "data").write_text("a file where the folder should be")
-        feed = Feed(registry.client(), authority, RevocationFile(tmp_path / "data" / "revocations.json"), heard.append)
+        file = RevocationFile(tmp_path / "data" / "revocations.json")
+        feed = Feed(registry.client(), authority, file, heard.append)
         registry.yank(A)
         async with going_on(feed.follow):
             await registry.until(lambda: A in authority.standing.withdrawn.digests)
             (tmp_path / "data").unlink()
             registry.yank(B)
-            await registry.until((tmp_path / "data" / "revocations.json").exists)
-        assert RevocationFile(tmp_path / "data" / "revocations.json").read().digests == {A, B}
+            await registry.until(lambda: file.read().digests == {A, B})
 
 
 class TestLease:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
@@ -67,7 +68,7 @@ class Shelf:
             await self.hold.wait()
         if digest in self.failures:
             raise self.failures[digest]
-        prepared = Prepared((torch.zeros(self.sizes.get(digest, 40), dtype=torch.uint8),), lambda _moved: ())
+        prepared = Prepared(digest, (torch.zeros(self.sizes.get(digest, 40), dtype=torch.uint8),), lambda _moved: ())
         credentials = self.credentials.get(digest) or Credentials(subject_of(digest), (), None, NOW)
         return Supplied(prepared, credentials, standing.judge(credentials))
 
@@ -393,6 +394,31 @@ class TestBudget:
         assert shelf.residency.used_bytes == 0
         shelf.residency._place = shelf.place
         await shelf.load(A)  # a passing shortage is not remembered
+
+
+class TestCatalogue:
+    """Many more packages than fit: those asked for often stay."""
+
+    @pytest.mark.parametrize(("exponent", "least", "most"), [(2.0, 0.95, 1.0), (1.1, 0.5, 0.9)])
+    async def test_of_1000_packages_the_100_that_fit_are_those_asked_for(
+        self, tmp_path: Path, exponent: float, least: float, most: float
+    ) -> None:
+        shelf = Shelf(tmp_path, budget_bytes=100 * 40)
+        digests = [f"sha256:{number:064x}" for number in range(1000)]
+        weights = np.arange(1, 1001, dtype=np.float64) ** -exponent
+        trace = np.random.default_rng(0).choice(1000, size=4000, p=weights / weights.sum())
+        for number in range(1000):
+            await shelf.load(digests[number])
+        assert shelf.resident == digests[:-101:-1]
+        for number in trace[:2000]:
+            await shelf.load(digests[number])
+        loads = counted("hocket_expert_loads_total", outcome="OK")
+        for number in trace[2000:]:
+            await shelf.load(digests[number])
+        hit_rate = 1 - (counted("hocket_expert_loads_total", outcome="OK") - loads) / 2000
+        assert least < hit_rate < most
+        assert len(shelf.resident) == 100
+        assert shelf.residency.used_bytes == 4000
 
 
 class TestLeaving:

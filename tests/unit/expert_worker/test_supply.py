@@ -15,6 +15,7 @@ from hocket.packages import Policy, TrustRoots
 from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_VERIFYING
 from services.expert_worker.authority import Standing
 from services.expert_worker.cache import CachedPackage, PackageCache
+from services.expert_worker.journal import Journal
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Supplied, Supply
 from tests.builders import apr_bytes, linear, signer
@@ -35,12 +36,14 @@ AT_ONCE_MAX = 2
 class Setting:
     cache: PackageCache
     executor: ThreadPoolExecutor
+    journal: Journal
     registry: WorkerRegistry = field(default_factory=WorkerRegistry)
     steps: list[tuple[int, int, int]] = field(default_factory=list)
     in_use: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        self.supply = Supply(self.cache, self.registry.client(), self.executor, AT_ONCE_MAX, lambda: self.in_use)
+        registry = self.registry.client()
+        self.supply = Supply(self.cache, registry, self.executor, AT_ONCE_MAX, lambda: self.in_use, self.journal)
 
     async def bring(self, digest: str, standing: Standing = TRUSTING) -> Supplied:
         return await self.supply.bring(digest, standing, lambda *step: self.steps.append(step))
@@ -59,7 +62,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
     with ThreadPoolExecutor(1) as executor:
-        yield Setting(PackageCache(tmp_path / "cache", 2**20), executor)
+        yield Setting(PackageCache(tmp_path / "cache", 2**20), executor, Journal(tmp_path / "journal"))
 
 
 def revoking(*key_ids: str) -> Standing:

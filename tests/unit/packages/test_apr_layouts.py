@@ -290,6 +290,14 @@ def test_the_deepest_tree_is_read_and_written_without_recursion() -> None:
     assert builders.same(again, deep)
 
 
+def test_a_tree_that_is_cut_anywhere_is_refused() -> None:
+    whole = bytes.fromhex(TREE + DEPTH_3)
+
+    assert decode(whole, 3)[0].layout == "DecisionTreeClassifier"
+    for size in range(1, len(bytes.fromhex(TREE))):
+        assert "the payload ends inside a tree" in str(refusal(whole[:size], 3)), size
+
+
 def test_a_tree_deeper_than_the_limit_is_refused() -> None:
     with pytest.raises(HocketError) as error:
         builders.apr_bytes(DecisionTreeClassifier(builders.chain(DEFAULT_LIMITS.tree_depth + 1)))
