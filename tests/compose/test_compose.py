@@ -208,7 +208,7 @@ async def test_a_worker_that_crashes_comes_back_and_no_call_fails(stack: Stack) 
         victim = max(_workers(await client.answer("quartet", ROWS)))
         restarts = stack.inspect(victim)["RestartCount"]
         async with traffic([client], "quartet", ROWS) as calls:
-            calls.fault()
+            await calls.fault()
             await asyncio.to_thread(stack.crash, victim)
             await calls.count(60)
             await stack.healthy(victim, restarts=restarts + 1)
@@ -220,7 +220,7 @@ async def test_a_worker_container_that_is_killed_is_not_missed(stack: Stack) -> 
     async with connect(stack.router, timeout_seconds=10.0) as client:
         victim = max(_workers(await client.answer("quartet", ROWS)))
         async with traffic([client], "quartet", ROWS) as calls:
-            calls.fault()
+            await calls.fault()
             await asyncio.to_thread(stack.docker, "kill", stack.container(victim))
             await calls.count(60)
             last = calls.calls[-1].answer
@@ -251,7 +251,7 @@ async def test_the_registry_comes_back_with_all_it_acknowledged_and_nobody_waits
             publishing = asyncio.create_task(publish(registry))
             while len(acknowledged) < 10:  # noqa: ASYNC110 - acknowledgements count themselves
                 await asyncio.sleep(0.01)
-            calls.fault()
+            await calls.fault()
             await asyncio.to_thread(stack.crash, "registry")
             await publishing
         await stack.healthy("registry", restarts=restarts + 1)
