@@ -35,6 +35,7 @@ _INLINE_WORK_MAX: Final = 2**22
 """Multiplications up to which a decision is made in the event loop: a few milliseconds."""
 _PAGE_DEFAULT: Final = 100
 _PAGE_MAX: Final = 1000
+_ON_MISSING: Final = frozenset(plan_pb2.OnMissing.values())
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
@@ -160,7 +161,7 @@ def _check(request: router_pb2.PredictRequest) -> None:
         raise HocketError(Reason.BAD_REQUEST, "min_coverage must be 0 to 1", field="min_coverage")
     if request.HasField("straggler_timeout"):
         positive_seconds(request.straggler_timeout, "straggler_timeout")
-    if request.on_missing not in plan_pb2.OnMissing.values():
+    if request.on_missing not in _ON_MISSING:
         raise HocketError(Reason.BAD_REQUEST, "on_missing must be FAIL or RENORMALISE", field="on_missing")
 
 
