@@ -64,6 +64,7 @@ async def suite(folder: Path, *settings: str, workers: int = 0) -> AsyncIterator
         f"registry.port={registry}",
         f"aggregator.port={aggregator}",
         f"worker.port={worker}",
+        *(f"{table}.drain_notice_seconds=0" for table in ("router", "registry")),  # nobody to notice
         *(f"{table}.data_dir={folder}" for table in ("router", "registry", "worker")),
         *(f"{table}.trust_dir={folder / 'trust'}" for table in ("registry", "worker")),
         *settings,

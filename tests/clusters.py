@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from hocket.errors import HocketError
 from hocket.vendored import health_pb2, health_pb2_grpc
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import AsyncIterator, Callable, Iterable
 
     from numpy.typing import NDArray
@@ -196,6 +196,15 @@ class Cluster:
     async def ready(self) -> None:
         await asyncio.gather(*(member.ready() for member in self.members.values()))
 
+    async def mend(self) -> None:
+        """Start again what does not run, and have everything go on that was stopped."""
+        for member in self.members.values():
+            if member.process is None or member.process.poll() is not None:
+                member.start()
+            else:
+                member.send(signal.SIGCONT)
+        await self.ready()
+
     def stop(self) -> None:
         """End what still runs."""
         for member in self.members.values():
@@ -233,8 +242,9 @@ class Call:
 class Traffic:
     """Callers that ask one model again and again, and hold every answer against the same expected bits."""
 
+    expected: NDArray[np.float32]
     calls: list[Call] = field(default_factory=list)
-    expected: NDArray[np.float32] | None = None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
     def failed(self) -> list[HocketError]:
@@ -246,23 +256,32 @@ class Traffic:
 
     async def fault(self) -> float:
         """The moment of a fault, as soon as there is enough traffic; without it, the run is void."""
-        async with asyncio.timeout(30):
-            while len(self.since((now := time.monotonic()) - 1.0)) < CALLS_PER_SECOND_MIN:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.05)
-        return now
+        await self._wait(lambda: len(self._well_since(time.monotonic() - 1.0)) >= CALLS_PER_SECOND_MIN)
+        return time.monotonic()
 
     async def count(self, more: int) -> None:
         """Return when that many more calls have ended well."""
-        end = sum(call.error is None for call in self.calls) + more
-        async with asyncio.timeout(30):
-            while sum(call.error is None for call in self.calls) < end:  # noqa: ASYNC110 - the calls count themselves
-                await asyncio.sleep(0.01)
+        end = len(self._well_since(0.0)) + more
+        await self._wait(lambda: len(self._well_since(0.0)) >= end)
 
     async def until(self, condition: Callable[[Answer], bool], seconds: float = 30.0) -> None:
         """Return when an answer that begins from now on meets a condition."""
         begin = time.monotonic()
+        await self._wait(
+            lambda: any(c.begin > begin and c.answer is not None and condition(c.answer) for c in self.calls[-100:]),
+            seconds,
+        )
+
+    def _well_since(self, begin: float) -> list[Call]:
+        return [call for call in self.since(begin) if call.error is None]
+
+    async def _wait(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Return when a condition holds; a caller that got other bits than expected fails the wait."""
         async with asyncio.timeout(seconds):
-            while not any(c.begin > begin and c.answer is not None and condition(c.answer) for c in self.calls[-100:]):  # noqa: ASYNC110 - as above
+            while not condition():
+                for task in self.tasks:
+                    if task.done():
+                        await task
                 await asyncio.sleep(0.02)
 
     async def _ask(self, client: RouterClient, model: str, rows: Any, pause_seconds: float) -> None:
@@ -274,8 +293,6 @@ class Traffic:
             except HocketError as refusal:
                 error = refusal
             else:
-                if self.expected is None:
-                    self.expected = answer.value
                 np.testing.assert_array_equal(answer.value, self.expected)
             self.calls.append(Call(begin, time.monotonic() - begin, answer, error))
             await asyncio.sleep(pause_seconds)
@@ -283,21 +300,27 @@ class Traffic:
 
 @asynccontextmanager
 async def traffic(
-    clients: Iterable[RouterClient], model: str, rows: Any, *, callers: int = 6, pause_seconds: float = 0.02
+    clients: Iterable[RouterClient],
+    model: str,
+    rows: Any,
+    expected: NDArray[np.float32],
+    *,
+    callers: int = 6,
+    pause_seconds: float = 0.02,
 ) -> AsyncIterator[Traffic]:
     """Ask for as long as the block lasts; the block begins when there is enough traffic for a fault."""
-    running = Traffic()
+    running = Traffic(expected)
     pool = [*clients]
-    tasks = [
+    running.tasks = [
         asyncio.create_task(running._ask(pool[number % len(pool)], model, rows, pause_seconds))
         for number in range(callers)
     ]
     try:
         await running.count(2 * CALLS_PER_SECOND_MIN)
         yield running
-        for task in tasks:
+        for task in running.tasks:
             assert not task.done(), task.exception()
     finally:
-        for task in tasks:
+        for task in running.tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*running.tasks, return_exceptions=True)

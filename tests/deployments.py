@@ -88,11 +88,12 @@ class Deployment:
 def settings_in(folder: Path, **changes: dict[str, Any]) -> SuiteSettings:
     """Settings of a suite that lives in a folder of its own, on free ports."""
     common = {"data_dir": folder, "trust_dir": folder / "trust"}
+    port = {"port": 0, "drain_notice_seconds": 0.0}
     return SuiteSettings(
-        RouterSettings(**{"port": 0, **changes.get("router", {})}),
-        AggregatorSettings(**{"port": 0, **changes.get("aggregator", {})}),
-        RegistrySettings(**{**common, "port": 0, "trust_poll_seconds": 0.05, **changes.get("registry", {})}),
-        WorkerSettings(**{**common, "port": 0, "device": "cpu", "compute_threads": 1, **changes.get("worker", {})}),
+        RouterSettings(**{**port, **changes.get("router", {})}),
+        AggregatorSettings(**{**port, **changes.get("aggregator", {})}),
+        RegistrySettings(**{**common, **port, "trust_poll_seconds": 0.05, **changes.get("registry", {})}),
+        WorkerSettings(**{**common, **port, "device": "cpu", "compute_threads": 1, **changes.get("worker", {})}),
     )
 
 

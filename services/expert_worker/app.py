@@ -83,7 +83,7 @@ class WorkerApp:
         self._registry = RegistryClient(channels.get(settings.registry), token=worker_token)
         self._announcer = Announcer(self._registry, self._state)
         self.residency = Residency(
-            settings.budget_bytes or budget_bytes(self._device),
+            settings.budget_bytes or budget_bytes(self._device, settings.workers_on_machine),
             settings.loading_max,
             settings.default_deadline_seconds,
             self._authority,
@@ -99,7 +99,10 @@ class WorkerApp:
             self._announcer.notice,
         )
         self._batcher = Batcher(
-            self._device, compute_threads(settings.compute_threads), settings.queue_max, self._journal
+            self._device,
+            compute_threads(settings.compute_threads, settings.workers_on_machine),
+            settings.queue_max,
+            self._journal,
         )
         self._servicer = WorkerServicer(
             self._name,

@@ -40,12 +40,15 @@ def choose_device(setting: str) -> torch.device:
     return device
 
 
-def budget_bytes(device: torch.device) -> int:
-    """A sensible budget for experts on a device that nobody else is filling."""
+def budget_bytes(device: torch.device, workers: int = 1) -> int:
+    """A sensible budget for experts on a device that nobody but these workers is filling.
+
+    The device's whole memory counts where several start at once: each sees what the others have taken by then.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_SHARE)
-    return int(available_host_bytes() * _HOST_SHARE)
+        free, total = torch.cuda.mem_get_info(device)
+        return int((free if workers == 1 else total / workers) * _CUDA_SHARE)
+    return int(available_host_bytes() * _HOST_SHARE / workers)
 
 
 def available_host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -59,9 +62,9 @@ def available_host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/f
     return min((value for value in found if value is not None), default=_UNKNOWN_HOST_BYTES)
 
 
-def compute_threads(setting: int) -> int:
-    """Threads of one pass: the setting, or half of the cores this process may use."""
-    return setting or max(1, len(os.sched_getaffinity(0)) // 2)
+def compute_threads(setting: int, workers: int = 1) -> int:
+    """Threads of one pass: the setting, or this worker's part of half of the cores this process may use."""
+    return setting or max(1, len(os.sched_getaffinity(0)) // 2 // workers)
 
 
 def _available_bytes(meminfo: Path) -> int | None:

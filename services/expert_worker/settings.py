@@ -34,6 +34,8 @@ class WorkerSettings:
         budget_bytes: Memory for experts on that device; 0 for a share of what is free at start.
         cache_bytes: Disk for the cache of packages; what was used longest ago makes room, what is in memory stays.
         compute_threads: Threads of one pass on a CPU; 0 for half of the cores.
+        workers_on_machine: Workers that share this machine and its device: what is chosen for `budget_bytes` and
+            `compute_threads` is divided by it.
         allow_unsigned: Admit packages that nobody trusted has signed. Logged at start, counted per use.
         preload: Digests of packages to load at start.
         queue_max: Requests waiting for the device; the next one is refused as `QUEUE_FULL`.
@@ -57,6 +59,7 @@ class WorkerSettings:
     budget_bytes: int = 0
     cache_bytes: int = 10 * 2**30
     compute_threads: int = 0
+    workers_on_machine: int = 1
     allow_unsigned: bool = False
     preload: tuple[str, ...] = ()
     queue_max: int = 512
@@ -74,12 +77,13 @@ class WorkerSettings:
                 raise ValueError(error.message) from error
         if _DEVICE.fullmatch(self.device) is None:
             raise ValueError(f"device must be auto, cpu or cuda:<number>, not {self.device!r}")
-        if self.budget_bytes < 0 or self.compute_threads < 0:
-            raise ValueError("budget_bytes and compute_threads must be 0 (choose for me) or more")
-        if min(self.queue_max, self.loading_max, self.in_flight_max) < 1:
-            raise ValueError("queue_max, loading_max and in_flight_max must be at least 1")
-        if self.cache_bytes < 0:
-            raise ValueError("cache_bytes must be 0 (keep only what is in memory) or more")
+        if min(self.budget_bytes, self.compute_threads, self.cache_bytes) < 0:
+            raise ValueError(
+                "budget_bytes and compute_threads must be 0 (choose for me) or more, cache_bytes too"
+            )
+        for name in ("queue_max", "loading_max", "in_flight_max", "workers_on_machine"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
         if self.default_deadline_seconds <= 0:
             raise ValueError("default_deadline_seconds must be above 0")
         for digest in self.preload:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -17,6 +18,7 @@ from hocket.client import connect_health
 from hocket.client.health import Health
 from hocket.errors import HocketError, Reason
 from hocket.rpc.program import (
+    METRICS_PORT_OFFSET,
     check_exposure,
     first_of,
     freeze,
@@ -82,6 +84,28 @@ async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, *, supe
         raise HocketError(Reason.NOT_READY, "the disk has failed: see the log, mend it, and start again")
 
 
+def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
+    """Pass if every process can have its ports.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if two of them are the same, or several workers would announce one address.
+    """
+    if settings.worker.advertise and workers > 1:
+        raise HocketError(
+            Reason.BAD_REQUEST, "worker.advertise is one address: several workers need hosts or processes of their own"
+        )
+    listening = [settings.router.port, settings.registry.port, settings.aggregator.port]
+    listening += range(settings.worker.port, settings.worker.port + workers)
+    offsets = (0, METRICS_PORT_OFFSET, PROBE_PORT_OFFSET) if tls else (0, METRICS_PORT_OFFSET)
+    taken = Counter(port + offset for port in listening for offset in offsets)
+    if twice := [port for port, count in taken.items() if count > 1]:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"port {twice[0]} is wanted twice: router, registry, aggregator and workers (from {settings.worker.port}) "
+            f"take a port each, and the one {METRICS_PORT_OFFSET} above it",
+        )
+
+
 def _parts(arguments: argparse.Namespace, settings: SuiteSettings) -> list[Part]:
     """The processes of a split suite, who sends work before who does it."""
     own = ["--supervised", "--log-level", arguments.log_level]
@@ -118,6 +142,7 @@ def _parts(arguments: argparse.Namespace, settings: SuiteSettings) -> list[Part]
                     "name": f"{worker.name or 'worker'}-{number}",
                     "port": worker.port + number - 1,
                     "data_dir": worker.data_dir / f"worker-{number}",
+                    "workers_on_machine": arguments.workers,
                 },
             )
             for number in range(1, arguments.workers + 1)
@@ -179,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             uvloop.run(_run(settings, tokens, tls, supervised=arguments.supervised))
             return
         parts = _parts(arguments, settings)
+        _check_ports(settings, arguments.workers, tls=tls is not None)
         if not asyncio.run(_supervise(parts, settings, tls, supervised=arguments.supervised)):
             sys.exit(_GIVEN_UP)
 

@@ -78,7 +78,7 @@ class Suite:
                     Address(table.host, table.port),
                     credentials=None if tls is None else tls.server_credentials(service),
                 ),
-                table.drain_grace_seconds,
+                table,
             )
             for service, handlers, table in (
                 ("router", self._router.handlers, settings.router),
@@ -125,9 +125,13 @@ class Suite:
             server.set_ready()
 
     async def stop(self) -> None:
-        """Drain the ports, then stop the services in reverse."""
-        for server, grace_seconds in self._servers:
-            await server.drain(grace_seconds)
+        """Drain the ports, as a process of one service does, then stop the services in reverse."""
+        for server, _ in self._servers:
+            server.set_ready(ready=False)
+        if not self.failed.is_set():
+            await asyncio.sleep(max(table.drain_notice_seconds for _, table in self._servers))
+        for server, table in self._servers:
+            await server.drain(table.drain_grace_seconds)
         for stop in self._stop_metrics:
             await asyncio.to_thread(stop)
         for app in (self._router, self._aggregator, self._worker, self._registry):

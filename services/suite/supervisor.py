@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _LINE_BYTES_MAX: Final = 2**20
 
+_NOT_STARTED: Final = 127
+"""As shells report a command that cannot be run."""
+
 _log: Final = structlog.get_logger("suite")
 
 
@@ -97,6 +100,8 @@ class Supervisor:
             while not stopping.is_set():
                 kept = [keeper for keeper in keepers.values() if not keeper.done()]
                 left = {part.service for part, keeper in keepers.items() if not keeper.done()}
+                if any(keeper.done() and keeper.exception() is not None for keeper in keepers.values()):
+                    break  # a bug of ours, which is raised below
                 if lost := {part.service for part in self._parts} - left:
                     _log.error("given up: nothing is left of a service", services=sorted(lost))
                     break
@@ -108,7 +113,9 @@ class Supervisor:
                 await asyncio.gather(*(self._end(part) for part in parts))
             for keeper in keepers.values():
                 keeper.cancel()
-            await asyncio.gather(*keepers.values(), return_exceptions=True)
+            for outcome in await asyncio.gather(*keepers.values(), return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    raise outcome
         return stopping.is_set()
 
     async def _keep(self, part: Part) -> None:
@@ -116,12 +123,15 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         limits = self._restarts
         restarts: deque[float] = deque(maxlen=limits.count_max)
+        lives = 0
         pause_seconds = limits.pause_seconds_min
         while not self._ending.is_set():
             status = await self._run_once(part)
+            lives += 1
             if self._ending.is_set():
                 return
-            if status == EXIT_REFUSED:
+            # In a later life its settings were good before: a port may be taken for a moment.
+            if status == EXIT_REFUSED and lives == 1:
                 _log.error("process refused to start: it is not started again", process=part.name)
                 return
             now = loop.time()
@@ -138,14 +148,18 @@ class Supervisor:
     async def _run_once(self, part: Part) -> int:
         """One life of a part; its exit status, negative for a signal."""
         # A session of its own: Ctrl-C in a terminal is for the supervisor, which ends the parts in order.
-        process = await asyncio.create_subprocess_exec(
-            *part.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=_LINE_BYTES_MAX,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *part.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                limit=_LINE_BYTES_MAX,
+            )
+        except OSError as error:  # no memory, no process table: that may pass
+            _log.error("process not started", process=part.name, error=str(error))
+            return _NOT_STARTED
         self._running[part] = process
         _log.info("process started", process=part.name, pid=process.pid)
         try:

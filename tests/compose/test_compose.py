@@ -36,6 +36,7 @@ ROWS = [[1.0, 2.0, 3.0]]
 USER = 10001
 EXPERTS = {f"e{number}": apr_bytes(linear(float(number), 2.0, -1.0)) for number in range(4)}
 MEAN = sum(number * 1.0 + 2.0 * 2.0 - 1.0 * 3.0 + 0.5 for number in range(4)) / 4
+EXPECTED = np.array([[MEAN]], np.float32)
 MIXTURE = """
 name = "quartet"
 {members}
@@ -207,7 +208,7 @@ async def test_a_worker_that_crashes_comes_back_and_no_call_fails(stack: Stack) 
     async with connect(stack.router, timeout_seconds=10.0) as client:
         victim = max(_workers(await client.answer("quartet", ROWS)))
         restarts = stack.inspect(victim)["RestartCount"]
-        async with traffic([client], "quartet", ROWS) as calls:
+        async with traffic([client], "quartet", ROWS, EXPECTED) as calls:
             await calls.fault()
             await asyncio.to_thread(stack.crash, victim)
             await calls.count(60)
@@ -219,7 +220,7 @@ async def test_a_worker_that_crashes_comes_back_and_no_call_fails(stack: Stack) 
 async def test_a_worker_container_that_is_killed_is_not_missed(stack: Stack) -> None:
     async with connect(stack.router, timeout_seconds=10.0) as client:
         victim = max(_workers(await client.answer("quartet", ROWS)))
-        async with traffic([client], "quartet", ROWS) as calls:
+        async with traffic([client], "quartet", ROWS, EXPECTED) as calls:
             await calls.fault()
             await asyncio.to_thread(stack.docker, "kill", stack.container(victim))
             await calls.count(60)
@@ -246,7 +247,10 @@ async def test_the_registry_comes_back_with_all_it_acknowledged_and_nobody_waits
                 return
 
     restarts = stack.inspect("registry")["RestartCount"]
-    async with connect(stack.router, timeout_seconds=10.0) as client, traffic([client], "quartet", ROWS) as calls:
+    async with (
+        connect(stack.router, timeout_seconds=10.0) as client,
+        traffic([client], "quartet", ROWS, EXPECTED) as calls,
+    ):
         async with _registry(stack) as registry:
             publishing = asyncio.create_task(publish(registry))
             while len(acknowledged) < 10:  # noqa: ASYNC110 - acknowledgements count themselves

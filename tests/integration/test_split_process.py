@@ -96,6 +96,9 @@ async def test_no_process_outlives_a_supervisor_that_was_killed(tmp_path: Path) 
         (registry, ("--set", "registry.admin_token_file=/nowhere"), "cannot read the token file"),
         (whole, ("--workers", "2"), "--workers is 1 to 64"),
         (whole, ("--split", "--set", "aggregator.port=0"), "none may be 0"),
+        (whole, ("--split", "--set", "aggregator.port=50052"), "port 50052 is wanted twice"),
+        (whole, ("--split", "--workers", "3", "--set", "router.port=50056"), "port 50056 is wanted twice"),
+        (whole, ("--split", "--workers", "2", "--set", "worker.advertise=h:1"), "worker.advertise is one address"),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_advice(

@@ -13,6 +13,7 @@ from services.suite.supervisor import Part, Restarts, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 SOON = Restarts(pause_seconds_min=0.01, pause_seconds_max=0.02, count_max=3, window_seconds=60.0)
 ENDLESS = "import sys; print('begun', file=sys.stderr, flush=True); sys.stdin.read()"
@@ -93,6 +94,27 @@ async def test_a_part_that_refuses_its_settings_is_not_started_again() -> None:
     async with supervised(part("p", "import sys; print('no', file=sys.stderr); sys.exit(2)")) as (lines, task, _):
         assert await asyncio.wait_for(asyncio.shield(task), 10) is False
     assert lines == ["p | no"]
+
+
+async def test_a_refusal_in_a_later_life_is_one_more_end(tmp_path: Path) -> None:
+    mark = tmp_path / "lived"
+    code = (
+        f"import pathlib, sys; mark = pathlib.Path({str(mark)!r}); first = not mark.exists(); mark.touch();"
+        "print('lives', file=sys.stderr); sys.exit(1 if first else 2)"
+    )
+    async with supervised(part("p", code)) as (lines, task, _):
+        assert await asyncio.wait_for(asyncio.shield(task), 10) is False
+    assert lines == ["p | lives"] * (1 + SOON.count_max)
+
+
+async def test_a_command_that_cannot_be_run_is_tried_within_bounds() -> None:
+    missing = Part("worker-1", "worker", ("/nowhere/python",), 1.0)
+    async with supervised(missing, part("worker-2", ENDLESS, "worker")) as (lines, task, _):
+        await until(lines, "worker-2 | begun")
+        await asyncio.sleep(0.3)
+        assert not task.done()
+    async with supervised(missing) as (_, task, _):
+        assert await asyncio.wait_for(asyncio.shield(task), 10) is False
 
 
 async def test_parts_end_in_their_order_and_those_of_one_service_together() -> None:
