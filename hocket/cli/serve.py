@@ -111,6 +111,7 @@ def up(
         )
     chosen = {
         "registry.data_dir": data,
+        "router.data_dir": data,
         "worker.data_dir": data,
         "registry.trust_dir": trust,
         "worker.trust_dir": trust,

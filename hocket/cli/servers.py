@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hocket.cli import certificates
+from hocket.cli import certificates, output
 from hocket.client import REGISTRY_ADDRESS, ROUTER_ADDRESS, blocking
 from hocket.client.calls import GRPC_STATUS, TLS_DETAILS
 from hocket.errors import HocketError, Reason
@@ -64,6 +64,9 @@ def router(address: str) -> Iterator[blocking.RouterClient]:
 def registry(address: str, token_file: Path | None = None) -> Iterator[blocking.RegistryClient]:
     """A connection to the registry; failures of the connection are explained."""
     token = read_token(token_file)
+    on_this_machine = address.startswith(("127.", "localhost:", "[::1]:", "unix:"))
+    if token is not None and not certificates.chosen().get("ca_file") and not on_this_machine:
+        output.say(f"warning: anyone on the way to {address} can read the token: use TLS (--ca-file)", stderr=True)
     with (
         explained(address, "registry"),
         blocking.connect_registry(address, token, **certificates.chosen()) as client,

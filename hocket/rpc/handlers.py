@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from grpc.aio import AbortError
 
 from hocket.errors import HocketError, Reason, Situation
+from hocket.identity import digest_of, is_digest
 from hocket.rpc.status import CODES, DETAILS_KEY, clip, to_status
 from hocket.telemetry import metrics
 from hocket.telemetry.context import REQUEST_ID_KEY, accept_request_id, request_id
@@ -42,6 +43,8 @@ _MARGIN_SECONDS_MAX: Final = 0.05
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Bearer tokens that guard some methods. A token of None leaves its methods open.
+
+    `sha256:<64 hex digits>` stands for the token of that hash: who only checks a token need not have it.
 
     Args:
         admin: Needed by `admin_methods`.
@@ -72,17 +75,22 @@ class Tokens:
         if needed is None:
             return
         sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if isinstance(sent, str) and _same(sent, f"Bearer {needed}"):
+        if isinstance(sent, str) and _shows(sent, needed):
             return
-        if other is not None and isinstance(sent, str) and _same(sent, f"Bearer {other}"):
+        if other is not None and isinstance(sent, str) and _shows(sent, other):
             raise HocketError(Reason.TOKEN_NOT_ALLOWED, f"this token does not allow {method}")
         raise HocketError(
             Reason.TOKEN_REQUIRED, f"{method} needs a token: send the metadata 'authorization: Bearer <token>'"
         )
 
 
-def _same(sent: str, expected: str) -> bool:
-    return hmac.compare_digest(sent.encode(), expected.encode())
+def _shows(sent: str, token: str) -> bool:
+    if is_digest(token):
+        scheme, _, sent = sent.partition(" ")
+        sent = digest_of(sent.encode()) if scheme == "Bearer" else ""
+    else:
+        token = f"Bearer {token}"
+    return hmac.compare_digest(sent.encode(), token.encode())
 
 
 @dataclass(slots=True)

@@ -27,14 +27,14 @@ from hocket.errors import HocketError, Reason
 from hocket.paths import data_folder
 from hocket.rpc.channel import Channels
 from hocket.rpc.handlers import Tokens
-from hocket.rpc.server import Address, Server, stop_requested
+from hocket.rpc.server import PROBE_PORT_OFFSET, Address, Server, stop_requested
 from hocket.rpc.tls import Tls, open_tls
 from hocket.settings import build, read_tables, read_token
 from hocket.telemetry.logs import configure_logs
 from hocket.telemetry.metrics import serve_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from hocket.rpc.handlers import Handlers
 
@@ -138,7 +138,10 @@ def read_settings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> 
         path, equals, value = assignment.partition("=")
         table, dot, key = path.partition(".")
         if not (equals and dot) or table not in TABLES:
-            raise HocketError(Reason.BAD_REQUEST, f"--set {assignment!r} is not table.key=value")
+            known = ", ".join(sorted(TABLES))
+            raise HocketError(
+                Reason.BAD_REQUEST, f"--set {assignment!r} is not table.key=value with one of the tables {known}"
+            )
         tables.setdefault(table, {})[key] = value
     return tables
 
@@ -185,8 +188,23 @@ def check_exposure(addresses: Sequence[Address], tokens: Tokens, table: str, *, 
     raise HocketError(
         Reason.BAD_REQUEST,
         f"listening beyond loopback needs [{table}] admin_token_file and worker_token_file, so that not everyone "
-        "may change what is served; --insecure starts without them",
+        f"may change what is served: --set {table}.admin_token_file=FILE --set {table}.worker_token_file=FILE, "
+        "each made by `head -c 32 /dev/urandom | base64 > FILE`; --insecure starts without them",
     )
+
+
+def check_ports(addresses: Iterable[Address], *, tls: bool) -> None:
+    """Pass if these are ports, and those above them too: metrics, and probes where there is TLS.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if one is not.
+    """
+    highest = 2**16 - 1 - (PROBE_PORT_OFFSET if tls else METRICS_PORT_OFFSET)
+    for address in addresses:
+        if not 0 <= address.port <= highest:
+            raise HocketError(
+                Reason.BAD_REQUEST, f"port {address.port} cannot be: choose 1 to {highest}, or 0 for any free one"
+            )
 
 
 @contextmanager
@@ -228,8 +246,9 @@ def run(program: Program[S], argv: Sequence[str] | None = None) -> None:
         settings = settings_of(program.settings, program.name, tables, os.environ)
         tls = open_tls(**tables.get("tls", {}))
         tokens = read_tokens(settings)
+        address = Address(settings.host, settings.port)
+        check_ports([address], tls=tls is not None)
         if program.guarded:
-            address = Address(settings.host, settings.port)
             check_exposure([address], tokens, program.name, insecure=arguments.insecure)
         uvloop.run(_serve(program, settings, tokens, tls, supervised=arguments.supervised))
 

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from hocket.rpc.convert import MESSAGE_BYTES_MAX
 from hocket.rpc.health import SERVICE as HEALTH_SERVICE
 from hocket.rpc.health import HealthServicer
-from hocket.vendored import health_pb2_grpc
+from hocket.vendored import health_pb2, health_pb2_grpc
 
 if TYPE_CHECKING:
     from hocket.rpc.handlers import Handlers
@@ -104,8 +104,8 @@ def stop_requested(*, supervised: bool = False) -> asyncio.Event:
 class Server:
     """One listening port that serves handlers beside health and reflection.
 
-    With TLS there is a second port, `PROBE_PORT_OFFSET` above, that serves health alone and without TLS: those who
-    probe, such as Kubernetes, show no certificates.
+    With TLS there is a second port, `PROBE_PORT_OFFSET` above, that serves health's Check and List alone, without TLS:
+    those who probe, such as Kubernetes, show no certificates.
 
     Args:
         handlers: What it serves; may be shared with a local channel or another port.
@@ -162,10 +162,24 @@ class Server:
         self.address = _listen(self._server, self.address, self._credentials)
         if self._credentials is not None:
             self._probes = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_PROBES_MAX)
-            health_pb2_grpc.add_HealthServicer_to_server(self.health, self._probes)
+            self._probes.add_generic_rpc_handlers((self._probe_handler(),))
             _listen(self._probes, Address(self.address.host, self.address.port + PROBE_PORT_OFFSET), None)
             await self._probes.start()
         await self._server.start()
+
+    def _probe_handler(self) -> grpc.GenericRpcHandler:
+        """Check and List: a Watch lasts as long as its caller likes, and enough of them would leave probes no room."""
+        check = grpc.unary_unary_rpc_method_handler(
+            self.health.Check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        every = grpc.unary_unary_rpc_method_handler(
+            self.health.List,
+            request_deserializer=health_pb2.HealthListRequest.FromString,
+            response_serializer=health_pb2.HealthListResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(HEALTH_SERVICE, {"Check": check, "List": every})
 
     def set_ready(self, *, ready: bool = True) -> None:
         """Say whether a request sent now would be served."""

@@ -25,6 +25,9 @@ class Announcer:
     Args:
         registry: Whom to tell.
         state: The worker's whole state now.
+
+    Attributes:
+        known: Set when the registry has first heard.
     """
 
     def __init__(self, registry: RegistryClient, state: Callable[[], WorkerState]) -> None:
@@ -32,6 +35,7 @@ class Announcer:
         self._state = state
         self._changed = asyncio.Event()
         self._told = asyncio.Event()
+        self.known = asyncio.Event()
         self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     def notice(self) -> None:
@@ -49,6 +53,7 @@ class Announcer:
                 lease_seconds = renewal.lease.ToNanoseconds() / 1e9
                 self._pause_seconds = max(_PAUSE_SECONDS_MIN, lease_seconds / _RENEWALS_PER_LEASE)
                 self._told.set()
+                self.known.set()
 
     async def tell(self, seconds: float) -> None:
         """Tell the current state, and wait for the registry to have heard, `seconds` at most."""

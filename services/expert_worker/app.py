@@ -146,7 +146,11 @@ class WorkerApp:
         self._tasks += [asyncio.create_task(self._preload(digest)) for digest in self._settings.preload]
 
     async def ready(self) -> None:
-        """It is, once it is started: what is not in memory is loaded when it is asked for."""
+        """Return when the registry knows it: until then nobody new sends requests here.
+
+        What is not in memory is loaded when it is asked for.
+        """
+        await self._announcer.known.wait()
 
     def leave(self) -> None:
         """Tell the registry, and so the routers, to send no more."""

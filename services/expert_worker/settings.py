@@ -78,9 +78,7 @@ class WorkerSettings:
         if _DEVICE.fullmatch(self.device) is None:
             raise ValueError(f"device must be auto, cpu or cuda:<number>, not {self.device!r}")
         if min(self.budget_bytes, self.compute_threads, self.cache_bytes) < 0:
-            raise ValueError(
-                "budget_bytes and compute_threads must be 0 (choose for me) or more, cache_bytes too"
-            )
+            raise ValueError("budget_bytes and compute_threads must be 0 (choose for me) or more, cache_bytes too")
         for name in ("queue_max", "loading_max", "in_flight_max", "workers_on_machine"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")

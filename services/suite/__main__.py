@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,7 @@ from hocket.errors import HocketError, Reason
 from hocket.rpc.program import (
     METRICS_PORT_OFFSET,
     check_exposure,
+    check_ports,
     first_of,
     freeze,
     parser,
@@ -85,25 +87,33 @@ async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, *, supe
 
 
 def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
-    """Pass if every process can have its ports.
+    """Pass if every process can have its ports: all are looked at before anything is started.
 
     Raises:
         HocketError: `BAD_REQUEST` if two of them are the same, or several workers would announce one address.
+        OSError: One is taken.
     """
     if settings.worker.advertise and workers > 1:
         raise HocketError(
             Reason.BAD_REQUEST, "worker.advertise is one address: several workers need hosts or processes of their own"
         )
-    listening = [settings.router.port, settings.registry.port, settings.aggregator.port]
-    listening += range(settings.worker.port, settings.worker.port + workers)
+    tables = (settings.router, settings.registry, settings.aggregator)
+    addresses = [Address(table.host, table.port) for table in tables]
+    addresses += [Address(settings.worker.host, settings.worker.port + place) for place in range(workers)]
+    check_ports(addresses, tls=tls)
     offsets = (0, METRICS_PORT_OFFSET, PROBE_PORT_OFFSET) if tls else (0, METRICS_PORT_OFFSET)
-    taken = Counter(port + offset for port in listening for offset in offsets)
+    taken = Counter(address.port + offset for address in addresses for offset in offsets)
     if twice := [port for port, count in taken.items() if count > 1]:
         raise HocketError(
             Reason.BAD_REQUEST,
             f"port {twice[0]} is wanted twice: router, registry, aggregator and workers (from {settings.worker.port}) "
             f"take a port each, and the one {METRICS_PORT_OFFSET} above it",
         )
+    for address in addresses:
+        try:
+            socket.create_server((address.host, address.port)).close()
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}, another suite perhaps: choose other ports ({error})") from error
 
 
 def _parts(arguments: argparse.Namespace, settings: SuiteSettings) -> list[Part]:
@@ -199,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings, tls = _settings(tables, os.environ), open_tls(**tables.get("tls", {}))
         tokens = read_tokens(settings.registry)
         addresses = [Address(table.host, table.port) for table in (settings.router, settings.registry)]
+        check_ports(addresses, tls=tls is not None)
         check_exposure(addresses, tokens, "registry", insecure=arguments.insecure)
         if not arguments.split:
             uvloop.run(_run(settings, tokens, tls, supervised=arguments.supervised))

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from prometheus_client import REGISTRY
 
 from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
 from hocket.rpc.channel import Channels
 from hocket.rpc.convert import MESSAGE_BYTES_MAX
 from hocket.rpc.handlers import Handlers, Tokens, add_trailing, remaining_seconds
@@ -328,6 +329,28 @@ async def test_a_guarded_method_takes_only_its_own_token(kind: str, sent: str | 
         else:
             assert (await refusal_of(call)).reason is outcome
         await read_all(stubs.aggregator.Combine(combine("fine", 1), timeout=5))  # an open method stays open
+
+
+@pytest.mark.parametrize(
+    ("sent", "outcome"),
+    [
+        ("Bearer of-the-admin", None),
+        ("Bearer of-the-admim", Reason.TOKEN_REQUIRED),
+        (f"Bearer {digest_of(b'of-the-admin')}", Reason.TOKEN_REQUIRED),
+        ("of-the-admin", Reason.TOKEN_REQUIRED),
+        ("Bearer of-the-worker", Reason.TOKEN_NOT_ALLOWED),
+    ],
+)
+async def test_who_knows_the_hash_of_a_token_can_check_it_and_not_show_it(
+    kind: str, sent: str, outcome: Reason | None
+) -> None:
+    tokens = Tokens(digest_of(b"of-the-admin"), digest_of(b"of-the-worker"), frozenset({"RunTensor"}))
+    async with serving(kind, tokens=tokens) as stubs:
+        call = stubs.worker.RunTensor(run("fine"), timeout=5, metadata=(("authorization", sent),))
+        if outcome is None:
+            await call
+        else:
+            assert (await refusal_of(call)).reason is outcome
 
 
 async def test_calls_and_refusals_are_counted(stubs: Stubs) -> None:

@@ -87,6 +87,8 @@ async def test_no_process_outlives_a_supervisor_that_was_killed(tmp_path: Path) 
     ("main", "arguments", "expected"),
     [
         (router, ("--set", "router.prot=1"), "unknown setting router.prot"),
+        (router, ("--set", "router.port=70000"), "port 70000 cannot be"),
+        (router, ("--set", "router.port=65000"), "choose 1 to 64535"),
         (router, ("--set", "nonsense"), "is not table.key=value"),
         (router, ("--config", "/nowhere.toml"), "cannot read the settings"),
         (worker, ("--set", "worker.device=tpu"), "device must be auto, cpu or cuda"),

@@ -237,7 +237,10 @@ def test_the_settings_are_good_and_the_end_has_time(name: str) -> None:
     if program.guarded:
         mounts = {mount["mountPath"] for mount in container(name)["volumeMounts"]}
         assert {str(settings.trust_dir), str(settings.admin_token_file.parent)} <= mounts
-        assert {settings.admin_token_file.name, settings.worker_token_file.name} == {"admin_token", "worker_token"}
+        assert {settings.admin_token_file.name, settings.worker_token_file.name} == {
+            "admin_token.sha256",
+            "worker_token",
+        }
         with pytest.raises(Exception, match="cannot read the token file"):
             read_tokens(settings)
     if name == "worker":
