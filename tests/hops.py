@@ -183,7 +183,9 @@ async def hops(kind: str, *, workers: int = 2, aggregators: int = 1, **changes: 
         for place, name in enumerate(nodes):
             loads.by_worker[name] = 1000 * place  # two choices prefer the first
         routing = Handlers(in_flight_max=settings.in_flight_max)
-        clients = Aggregators([AggregatorClient(channels.get(node.address)) for node in combining])
+        clients = Aggregators(
+            [AggregatorClient(channels.get(node.address)) for node in combining], settings.patience_seconds
+        )
         servicer = RouterServicer(settings, SimpleNamespace(snapshot=snapshot), loads, clients)  # type: ignore[arg-type]  # only the snapshot is read
         routing.add(router_pb2_grpc.add_RouterServiceServicer_to_server, servicer)
         router = await serve("router", routing)

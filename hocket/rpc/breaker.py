@@ -32,6 +32,8 @@ OPEN_SECONDS: Final = 5.0
 OPEN_SECONDS_MAX: Final = 60.0
 JITTER: Final = 0.2
 """Share by which the time is varied either way, so that the probes of many processes do not come together."""
+_PATIENCE_SECONDS_MIN: Final = 0.05
+"""Less silence speaks against nobody, however short the caller's deadline is."""
 _CIRCUITS_MAX: Final = 4096
 _FAULTY_SITUATIONS: Final = frozenset({Situation.UNAVAILABLE, Situation.CORRUPT, Situation.BUG})
 _FAULTY_REASONS: Final = frozenset({Reason.BAD_ANSWER, Reason.QUARANTINED})
@@ -42,6 +44,11 @@ Key = TypeVar("Key", bound=Hashable)
 def is_fault(refusal: HocketError) -> bool:
     """Whether a refusal speaks against who gave it: not what a caller has caused, and not being busy."""
     return refusal.situation in _FAULTY_SITUATIONS or refusal.reason in _FAULTY_REASONS
+
+
+def patience(set_seconds: float, left_seconds: float) -> float:
+    """Seconds of silence after which somebody counts as failing: as set, or half of the time a hurried caller has."""
+    return min(set_seconds, max(left_seconds / 2, _PATIENCE_SECONDS_MIN))
 
 
 @dataclass(slots=True, eq=False)

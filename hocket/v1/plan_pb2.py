@@ -27,35 +27,35 @@ from hocket.v1 import package_pb2 as hocket_dot_v1_dot_package__pb2
 from hocket.v1 import tensor_pb2 as hocket_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hocket/v1/plan.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17hocket/v1/package.proto\x1a\x16hocket/v1/tensor.proto\"\xfc\x01\n\x04Plan\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.hocket.v1.Mode\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\x11\n\trow_count\x18\x05 \x01(\r\x12\x14\n\x0c\x63olumn_count\x18\x06 \x01(\r\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12,\n\x0coutput_range\x18\x08 \x01(\x0b\x32\x16.hocket.v1.OutputRange\x12)\n\x07\x65xperts\x18\t \x03(\x0b\x32\x18.hocket.v1.PlannedExpert\x12\x12\n\noverflowed\x18\n \x03(\t\"\x91\x01\n\rPlannedExpert\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x03(\r\x12\x0f\n\x07weights\x18\x03 \x03(\x01\x12\x0f\n\x07\x63olumns\x18\x04 \x03(\x05\x12$\n\x08replicas\x18\x05 \x03(\x0b\x32\x12.hocket.v1.Replica\x12\x1a\n\x12unavailable_reason\x18\x06 \x01(\t\"*\n\x07Replica\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xcd\x01\n\x0c\x43ontribution\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.hocket.v1.ContributionState\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0f\n\x07weights\x18\x04 \x03(\x01\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12*\n\x07latency\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rattempt_count\x18\x08 \x01(\r\"\xd3\x01\n\x0b\x43ombination\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x10\n\x08\x63overage\x18\x03 \x03(\x01\x12.\n\rcontributions\x18\x04 \x03(\x0b\x32\x17.hocket.v1.Contribution\x12&\n\x0blower_bound\x18\x05 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12&\n\x0bupper_bound\x18\x06 \x01(\x0b\x32\x11.hocket.v1.Tensor\"l\n\x06\x46inish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.hocket.v1.FinishReason\x12#\n\x07timings\x18\x02 \x01(\x0b\x32\x12.hocket.v1.Timings\x12\x14\n\x0c\x64\x65gradations\x18\x03 \x03(\t\"\\\n\nPrediction\x12+\n\x0b\x63ombination\x18\x01 \x01(\x0b\x32\x16.hocket.v1.Combination\x12!\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Finish\"_\n\x07Timings\x12(\n\x05route\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ombine\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*<\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_PASS\x10\x01\x12\x0f\n\x0bMODE_VECTOR\x10\x02*X\n\tOnMissing\x12\x1a\n\x16ON_MISSING_UNSPECIFIED\x10\x00\x12\x13\n\x0fON_MISSING_FAIL\x10\x01\x12\x1a\n\x16ON_MISSING_RENORMALISE\x10\x02*\xd9\x01\n\x11\x43ontributionState\x12\"\n\x1e\x43ONTRIBUTION_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43ONTRIBUTION_STATE_PENDING\x10\x01\x12\x1e\n\x1a\x43ONTRIBUTION_STATE_ARRIVED\x10\x02\x12\x1d\n\x19\x43ONTRIBUTION_STATE_FAILED\x10\x03\x12 \n\x1c\x43ONTRIBUTION_STATE_TIMED_OUT\x10\x04\x12\x1f\n\x1b\x43ONTRIBUTION_STATE_EXCLUDED\x10\x05*d\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46INISH_REASON_COMPLETE\x10\x01\x12\x19\n\x15\x46INISH_REASON_PARTIAL\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hocket/v1/plan.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17hocket/v1/package.proto\x1a\x16hocket/v1/tensor.proto\"\xfc\x01\n\x04Plan\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.hocket.v1.Mode\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\x11\n\trow_count\x18\x05 \x01(\r\x12\x14\n\x0c\x63olumn_count\x18\x06 \x01(\r\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12,\n\x0coutput_range\x18\x08 \x01(\x0b\x32\x16.hocket.v1.OutputRange\x12)\n\x07\x65xperts\x18\t \x03(\x0b\x32\x18.hocket.v1.PlannedExpert\x12\x12\n\noverflowed\x18\n \x03(\t\"\x91\x01\n\rPlannedExpert\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x03(\r\x12\x0f\n\x07weights\x18\x03 \x03(\x01\x12\x0f\n\x07\x63olumns\x18\x04 \x03(\x05\x12$\n\x08replicas\x18\x05 \x03(\x0b\x32\x12.hocket.v1.Replica\x12\x1a\n\x12unavailable_reason\x18\x06 \x01(\t\"<\n\x07Replica\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08resident\x18\x03 \x01(\x08\"\xcd\x01\n\x0c\x43ontribution\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.hocket.v1.ContributionState\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0f\n\x07weights\x18\x04 \x03(\x01\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12*\n\x07latency\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rattempt_count\x18\x08 \x01(\r\"\xd3\x01\n\x0b\x43ombination\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x10\n\x08\x63overage\x18\x03 \x03(\x01\x12.\n\rcontributions\x18\x04 \x03(\x0b\x32\x17.hocket.v1.Contribution\x12&\n\x0blower_bound\x18\x05 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12&\n\x0bupper_bound\x18\x06 \x01(\x0b\x32\x11.hocket.v1.Tensor\"l\n\x06\x46inish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.hocket.v1.FinishReason\x12#\n\x07timings\x18\x02 \x01(\x0b\x32\x12.hocket.v1.Timings\x12\x14\n\x0c\x64\x65gradations\x18\x03 \x03(\t\"\\\n\nPrediction\x12+\n\x0b\x63ombination\x18\x01 \x01(\x0b\x32\x16.hocket.v1.Combination\x12!\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Finish\"_\n\x07Timings\x12(\n\x05route\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ombine\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*<\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_PASS\x10\x01\x12\x0f\n\x0bMODE_VECTOR\x10\x02*X\n\tOnMissing\x12\x1a\n\x16ON_MISSING_UNSPECIFIED\x10\x00\x12\x13\n\x0fON_MISSING_FAIL\x10\x01\x12\x1a\n\x16ON_MISSING_RENORMALISE\x10\x02*\xd9\x01\n\x11\x43ontributionState\x12\"\n\x1e\x43ONTRIBUTION_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43ONTRIBUTION_STATE_PENDING\x10\x01\x12\x1e\n\x1a\x43ONTRIBUTION_STATE_ARRIVED\x10\x02\x12\x1d\n\x19\x43ONTRIBUTION_STATE_FAILED\x10\x03\x12 \n\x1c\x43ONTRIBUTION_STATE_TIMED_OUT\x10\x04\x12\x1f\n\x1b\x43ONTRIBUTION_STATE_EXCLUDED\x10\x05*d\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46INISH_REASON_COMPLETE\x10\x01\x12\x19\n\x15\x46INISH_REASON_PARTIAL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.plan_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1286
-  _globals['_MODE']._serialized_end=1346
-  _globals['_ONMISSING']._serialized_start=1348
-  _globals['_ONMISSING']._serialized_end=1436
-  _globals['_CONTRIBUTIONSTATE']._serialized_start=1439
-  _globals['_CONTRIBUTIONSTATE']._serialized_end=1656
-  _globals['_FINISHREASON']._serialized_start=1658
-  _globals['_FINISHREASON']._serialized_end=1758
+  _globals['_MODE']._serialized_start=1304
+  _globals['_MODE']._serialized_end=1364
+  _globals['_ONMISSING']._serialized_start=1366
+  _globals['_ONMISSING']._serialized_end=1454
+  _globals['_CONTRIBUTIONSTATE']._serialized_start=1457
+  _globals['_CONTRIBUTIONSTATE']._serialized_end=1674
+  _globals['_FINISHREASON']._serialized_start=1676
+  _globals['_FINISHREASON']._serialized_end=1776
   _globals['_PLAN']._serialized_start=117
   _globals['_PLAN']._serialized_end=369
   _globals['_PLANNEDEXPERT']._serialized_start=372
   _globals['_PLANNEDEXPERT']._serialized_end=517
   _globals['_REPLICA']._serialized_start=519
-  _globals['_REPLICA']._serialized_end=561
-  _globals['_CONTRIBUTION']._serialized_start=564
-  _globals['_CONTRIBUTION']._serialized_end=769
-  _globals['_COMBINATION']._serialized_start=772
-  _globals['_COMBINATION']._serialized_end=983
-  _globals['_FINISH']._serialized_start=985
-  _globals['_FINISH']._serialized_end=1093
-  _globals['_PREDICTION']._serialized_start=1095
-  _globals['_PREDICTION']._serialized_end=1187
-  _globals['_TIMINGS']._serialized_start=1189
-  _globals['_TIMINGS']._serialized_end=1284
+  _globals['_REPLICA']._serialized_end=579
+  _globals['_CONTRIBUTION']._serialized_start=582
+  _globals['_CONTRIBUTION']._serialized_end=787
+  _globals['_COMBINATION']._serialized_start=790
+  _globals['_COMBINATION']._serialized_end=1001
+  _globals['_FINISH']._serialized_start=1003
+  _globals['_FINISH']._serialized_end=1111
+  _globals['_PREDICTION']._serialized_start=1113
+  _globals['_PREDICTION']._serialized_end=1205
+  _globals['_TIMINGS']._serialized_start=1207
+  _globals['_TIMINGS']._serialized_end=1302
 # @@protoc_insertion_point(module_scope)

@@ -258,19 +258,25 @@ class Replica(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name."""
     address: _builtins.str
     """Where to call it."""
+    resident: _builtins.bool
+    """Whether it holds the expert. One that does not has to load it first: its silence is no reason
+    to have another one load it too.
+    """
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
         address: _builtins.str = ...,
+        resident: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "resident", b"resident", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from hocket.errors import HocketError, Reason
+from hocket.rpc.breaker import patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 async def ask_all(
-    questions: Sequence[Question], *, every: bool, straggler_seconds: float | None
+    questions: Sequence[Question], *, every: bool, deadline: float, straggler_seconds: float | None
 ) -> AsyncGenerator[dict[int, Reply | ExpertError], None]:
     """Ask every question at once, and yield outcomes by place until each question has its own.
 
@@ -29,15 +30,17 @@ async def ask_all(
     Args:
         questions: At least one.
         every: Whether to yield at each answer; otherwise at failures, and when all is decided.
+        deadline: When the calls end, in `time.monotonic()` seconds.
         straggler_seconds: How long to wait in all; None for as long as the calls last.
     """
     begin = time.monotonic()
     end = math.inf if straggler_seconds is None else begin + straggler_seconds
-    look = begin + questions[0].safeguards.patience_seconds
+    patience_seconds = patience(questions[0].safeguards.patience_seconds, min(deadline, end) - begin)
+    look = begin + patience_seconds
     undecided = dict(enumerate(questions))
     try:
         for question in questions:
-            question.begin(begin)
+            question.begin(begin, patience_seconds)
         while undecided:
             if decided := {place: asked.outcome for place, asked in undecided.items() if asked.outcome is not None}:
                 for place in decided:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason, Situation
 from hocket.telemetry import metrics
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+_RETRY_SECONDS: Final = 1.0
+"""Pause advised when no worker has named one: a worker that is gone is known to be by then."""
 
 
 class Lineup:
@@ -83,6 +86,11 @@ class Lineup:
         """Each expert's output, or None while it is missing."""
         return [reply.output if isinstance(reply, Reply) else None for reply in self.replies]
 
+    @property
+    def work(self) -> int:
+        """Multiplications of one sum, at most."""
+        return sum(len(share.weights) for share in self.shares) * self._shape[1]
+
     def combined(self) -> Combined:
         """The value over the experts that have answered so far."""
         return combine(self.shares, self.outputs, self._shape, self._output_range)
@@ -111,6 +119,6 @@ def _no_replica(failure: ExpertError) -> HocketError:
     return HocketError(
         Reason.NO_REPLICA,
         "no worker can run this expert now: try again soon",
-        retry_after_seconds=failure.retry_after_seconds,
+        retry_after_seconds=failure.retry_after_seconds or _RETRY_SECONDS,
         expert_reason=failure.reason,
     )

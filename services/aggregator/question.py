@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from hocket.rpc.bulkhead import Bulkhead
 
 _RETRIES: Final = metrics.RETRIES.labels("aggregator")
-_SAME_EVERYWHERE: Final = frozenset({Situation.MALFORMED, Situation.UNKNOWN})
+_SAME_EVERYWHERE: Final = frozenset({Situation.MALFORMED, Situation.UNKNOWN, Situation.REFUSED})
+"""What is wrong with the request, or forbidden: no other replica has a better answer."""
+_SILENT: Final = frozenset({Reason.DEADLINE, Reason.STRAGGLER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Safeguards:
     """What the calls of one aggregator share, so that trouble stays where it is.
 
     Args:
-        patience_seconds: Silence of a replica after which one more is asked.
+        patience_seconds: Silence of a replica after which one more is asked; less for callers in a hurry.
         budget: Pays for every attempt of a question but its first.
         breakers: By worker and expert.
         bulkhead: By expert.
@@ -54,6 +57,10 @@ class Replica(Protocol):
     def address(self) -> str:
         """Where to call it."""
 
+    @property
+    def resident(self) -> bool:
+        """Whether it holds the expert, and does not have to load it first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -73,7 +80,7 @@ class Reply:
 
 
 class ExpertError(HocketError):
-    """An expert that did not answer: the last refusal, and how many replicas were asked.
+    """An expert that did not answer: the refusal that counts, and how many replicas were asked.
 
     Args:
         refusal: Why.
@@ -98,14 +105,16 @@ class _Attempt:
     """A call that runs.
 
     Attributes:
-        worker: Who was asked.
+        replica: Who was asked.
         probe: Its circuit, if the call finds out whether it works again.
-        silent: Whether the patience has passed without an answer.
+        silent: Whether the patience has passed without an answer from a replica that holds the expert.
+        end: When the call itself ended; it may be noticed later.
     """
 
-    worker: str
+    replica: Replica
     probe: Circuit | None
     silent: bool = False
+    end: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +124,11 @@ class Question:
     A replica that is out of reach, or whose breaker is open, is asked after the others. The next one is asked in
     place of one that is unavailable or keeps the expert in quarantine, and beside one that is silent: running an
     expert is a pure function, so it may run twice. The first answer counts; a refusal counts when nobody else is
-    being asked, or when it is about the request itself.
+    being asked, or when every replica would give it. A refusal that was waited with is the outcome when all others
+    end in silence: it says more.
+
+    A replica that has to load the expert first may well be silent: that does not speak against it, and no second one
+    is made to load it meanwhile.
 
     Times are `time.monotonic()` seconds.
 
@@ -147,20 +160,23 @@ class Question:
     _untried: list[Replica] = field(init=False)
     _begun: float = field(init=False, default=0.0)
     _asked: float = field(init=False, default=0.0)
+    _patience: float = field(init=False, default=0.0)
+    _refusal: HocketError | None = field(init=False, default=None)
 
-    def begin(self, now: float) -> None:
-        """Ask the first replica."""
-        self._begun = now
+    def begin(self, now: float, patience_seconds: float) -> None:
+        """Ask the first replica, and have so much patience with each."""
+        self._begun, self._patience = now, patience_seconds
         self._untried = [*self.replicas]
         if not self._untried:
             self.outcome = ExpertError(HocketError(self.unavailable, "nobody can run this expert now"), 0, 0.0)
             return
         try:
-            self._ask(now)
+            self.safeguards.bulkhead.enter(self.expert)
         except HocketError as refusal:
             self.outcome = ExpertError(refusal, 0, 0.0)
         else:
             self.safeguards.budget.earn()
+            self._ask(now)
 
     def settle(self, task: asyncio.Task[NDArray[np.float32]], now: float) -> None:
         """Take note that a running call has ended: the question is decided, or somebody else is still asked."""
@@ -168,73 +184,89 @@ class Question:
         attempt = self.running[task]
         if error is None:
             self._leave(task, healthy=True)
-            self._decide(Reply(task.result(), attempt.worker, self._attempts, now - self._begun))
+            self._decide(Reply(task.result(), attempt.replica.worker, self._attempts, attempt.end - self._begun))
         elif isinstance(error, HocketError):
             silent = attempt.silent and error.reason is Reason.DEADLINE
             self._leave(task, healthy=False if silent or is_fault(error) else None)
             if not self._goes_on(error, now):
-                self._decide(ExpertError(error, self._attempts, now - self._begun))
+                self._decide(self._missing(error, attempt.end))
         else:
             raise error
 
     def hedge(self, now: float) -> float:
         """Ask one more replica if those that were asked are silent, and say when to look again."""
-        patience = self.safeguards.patience_seconds
-        if now < self._asked + patience:
-            return self._asked + patience
+        if now < self._asked + self._patience:
+            return self._asked + self._patience
         for attempt in self.running.values():
-            attempt.silent = True
+            attempt.silent = attempt.replica.resident
         if not self._untried:
             return math.inf
-        if self._ask_one_more(now):
+        nobody_loads_it = all(attempt.silent for attempt in self.running.values())
+        if (nobody_loads_it or self._next.resident) and self._ask_one_more(now):
             metrics.HEDGES.inc()
-        return now + patience
+        return now + self._patience
 
     def give_up(self, refusal: HocketError, now: float) -> None:
         """Wait no longer: the expert is missing."""
-        self.outcome = ExpertError(refusal, self._attempts, now - self._begun)
-        self.close()
+        self._decide(self._missing(refusal, now))
 
     def close(self) -> None:
-        """Cancel what still runs: nobody waits for it. That says nothing about the replicas."""
-        for task in tuple(self.running):
-            self._drop(task, healthy=None)
+        """Cancel what still runs: nobody waits for it. That speaks against those alone that were silent already."""
+        for task, attempt in tuple(self.running.items()):
+            self._leave(task, healthy=False if attempt.silent else None)
+            task.cancel()
+            self.dropped.append(task)
 
     @property
     def _attempts(self) -> int:
         return len(self.replicas) - len(self._untried)
+
+    @property
+    def _next(self) -> Replica:
+        return next(filter(self._is_fit, self._untried), self._untried[0])
 
     def _goes_on(self, error: HocketError, now: float) -> bool:
         """Whether somebody may still answer after this refusal."""
         elsewhere = error.situation is Situation.UNAVAILABLE or error.reason is Reason.QUARANTINED
         if elsewhere and self._untried and self._ask_one_more(now):
             _RETRIES.inc()
-        return bool(self.running) and error.situation not in _SAME_EVERYWHERE
+        if error.situation is not Situation.UNAVAILABLE and error.reason not in _SILENT:
+            self._refusal = error
+        return bool(self.running) and (elsewhere or error.situation not in _SAME_EVERYWHERE)
+
+    def _missing(self, error: HocketError, now: float) -> ExpertError:
+        refusal = self._refusal if self._refusal is not None and error.reason in _SILENT else error
+        return ExpertError(refusal, self._attempts, now - self._begun)
 
     def _ask_one_more(self, now: float) -> bool:
-        if not self.safeguards.budget.spend():
-            return False
         try:
-            self._ask(now)
+            self.safeguards.bulkhead.enter(self.expert)
         except HocketError:
-            return False  # too many wait for this expert already
+            return False  # too many wait for this expert already: what is not asked is not paid for
+        if not self.safeguards.budget.spend():
+            self.safeguards.bulkhead.leave(self.expert)
+            return False
+        self._ask(now)
         return True
 
     def _ask(self, now: float) -> None:
-        self.safeguards.bulkhead.enter(self.expert)
-        replica = next(filter(self._is_fit, self._untried), self._untried[0])
+        """Ask the next replica. The call is in its compartment already."""
+        replica = self._next
         self._untried.remove(replica)
         self._asked = now
-        probe = self.safeguards.breakers.enter((replica.worker, self.expert))
-        task = asyncio.create_task(self._run(replica.address))
+        attempt = _Attempt(replica, self.safeguards.breakers.enter((replica.worker, self.expert)))
+        task = asyncio.create_task(self._run(attempt))
         task.add_done_callback(lambda _: self.safeguards.bulkhead.leave(self.expert))
-        self.running[task] = _Attempt(replica.worker, probe)
+        self.running[task] = attempt
 
     def _is_fit(self, replica: Replica) -> bool:
         return not self.is_away(replica.address) and self.safeguards.breakers.admits((replica.worker, self.expert))
 
-    async def _run(self, address: str) -> NDArray[np.float32]:
-        output = await self.call(address)
+    async def _run(self, attempt: _Attempt) -> NDArray[np.float32]:
+        try:
+            output = await self.call(attempt.replica.address)
+        finally:
+            attempt.end = time.monotonic()
         if output.shape != self.shape:
             raise HocketError(
                 Reason.BAD_ANSWER, f"the expert answered the shape {list(output.shape)}, not {list(self.shape)}"
@@ -245,14 +277,8 @@ class Question:
 
     def _decide(self, outcome: Reply | ExpertError) -> None:
         self.outcome = outcome
-        for task, attempt in tuple(self.running.items()):
-            self._drop(task, healthy=False if attempt.silent else None)
-
-    def _drop(self, task: asyncio.Task[NDArray[np.float32]], *, healthy: bool | None) -> None:
-        self._leave(task, healthy=healthy)
-        task.cancel()
-        self.dropped.append(task)
+        self.close()
 
     def _leave(self, task: asyncio.Task[NDArray[np.float32]], *, healthy: bool | None) -> None:
         attempt = self.running.pop(task)
-        self.safeguards.breakers.leave((attempt.worker, self.expert), attempt.probe, healthy=healthy)
+        self.safeguards.breakers.leave((attempt.replica.worker, self.expert), attempt.probe, healthy=healthy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from itertools import pairwise
@@ -23,7 +24,7 @@ from services.aggregator.question import ExpertError, Question, Reply, Safeguard
 from services.aggregator.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from numpy.typing import NDArray
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from hocket.v1.tensor_pb2 import Tensor
     from services.aggregator.settings import AggregatorSettings
 
+_INLINE_WORK_MAX: Final = 2**18
+"""Multiplications up to which a sum is made in the event loop: a few milliseconds."""
 _ROUNDING: Final = 1e-9
 """How far a row's planned weights may sum from 1: float64 rounding over any number of experts, and no more."""
 
@@ -77,16 +80,17 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             for planned, share in zip(plan.experts, shares, strict=True)
         ]
         sequence = 0
-        async with aclosing(ask_all(questions, every=request.partials, straggler_seconds=straggler)) as arrivals:
+        arriving = ask_all(questions, every=request.partials, deadline=deadline, straggler_seconds=straggler)
+        async with aclosing(arriving) as arrivals:
             async for outcomes in arrivals:
                 lineup.take(outcomes)
                 if request.partials and not lineup.is_complete:
                     sequence += 1
-                    partial = _combination(sequence, plan, lineup, lineup.combined())
+                    partial = _combination(sequence, plan, lineup, await _made(lineup, lineup.combined))
                     yield aggregator_pb2.CombineResponse(partial=partial)
         for load in loads.values():
             add_trailing(context, LOAD_KEY, load)
-        final = _combination(sequence + 1, plan, lineup, lineup.conclude())
+        final = _combination(sequence + 1, plan, lineup, await _made(lineup, lineup.conclude))
         finish = plan_pb2.Finish(reason=plan_pb2.FINISH_REASON_COMPLETE)
         if any(isinstance(reply, ExpertError) for reply in lineup.replies):
             finish.reason = plan_pb2.FINISH_REASON_PARTIAL
@@ -113,6 +117,11 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             self._workers.is_away,
             Reason.__members__.get(planned.unavailable_reason, Reason.NO_REPLICA),
         )
+
+
+async def _made(lineup: Lineup, make: Callable[[], Combined]) -> Combined:
+    """A sum over the lineup; in a thread when other calls would wait for it."""
+    return make() if lineup.work <= _INLINE_WORK_MAX else await asyncio.to_thread(make)
 
 
 def _shares(plan: plan_pb2.Plan, row_count: int) -> list[Share]:

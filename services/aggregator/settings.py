@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -14,9 +15,11 @@ class AggregatorSettings:
         port: Port to listen on; metrics are on port + 1000.
         default_deadline_seconds: Deadline of a call that brings none.
         in_flight_max: Calls combined at once; the next one is refused as `QUEUE_FULL`.
-        in_flight_per_expert_max: Of those, calls that may wait for one expert; for the next one it counts as missing,
-            with `QUEUE_FULL`. 0 for half of them.
-        patience_seconds: Silence of a worker after which another one that can run the expert is asked as well.
+        in_flight_per_expert_max: Calls to workers that run at once for one expert, hedges and those that are given up
+            but have not ended included; in a plan that would make one more it counts as missing, with `QUEUE_FULL`.
+            0 for half of `in_flight_max`.
+        patience_seconds: Silence of a worker that holds an expert after which another one that can run it is asked as
+            well; half of its time for a call that has less than twice that.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
     """
@@ -31,7 +34,13 @@ class AggregatorSettings:
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.patience_seconds <= 0:
-            raise ValueError("patience_seconds must be above 0")
+        if self.in_flight_max < 1:
+            raise ValueError("in_flight_max must be at least 1")
         if self.in_flight_per_expert_max < 0:
-            raise ValueError("in_flight_per_expert_max must not be negative")
+            raise ValueError("in_flight_per_expert_max must be 0 (choose for me) or more")
+        for name in ("default_deadline_seconds", "patience_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0")
+        for name in ("drain_notice_seconds", "drain_grace_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative")

@@ -38,7 +38,10 @@ class RouterApp:
                 settings,
                 self.directory,
                 Loads(),
-                Aggregators([AggregatorClient(channels.get(address)) for address in settings.aggregators]),
+                Aggregators(
+                    [AggregatorClient(channels.get(address)) for address in settings.aggregators],
+                    settings.patience_seconds,
+                ),
             ),
         )
         self.failed = asyncio.Event()

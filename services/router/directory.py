@@ -42,6 +42,8 @@ _BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 _EPOCH_GRACE_SECONDS: Final = 15.0
 """How long workers known from a registry's former life stay listed, while its feed is heard, until they announce
 themselves again."""
+_REGISTRY_SECONDS: Final = 3.0
+"""How long a router that starts waits for its registry before what it knew earlier counts."""
 _SWAP_SECONDS: Final = 0.01
 """How long changes are gathered before the next snapshot."""
 _MEND_SECONDS: Final = 1.0
@@ -205,8 +207,22 @@ class Directory:
         return self._snapshot
 
     async def wait_for_worker(self) -> None:
-        """Return when there is a snapshot that knows a worker."""
-        while self._snapshot is None or not self._snapshot.workers:
+        """Return when the registry, in its present life, has told of a worker.
+
+        While the registry is away, a worker that the copy on disk tells of will do after a few seconds: it is all there
+        is to know.
+        """
+        try:
+            async with asyncio.timeout(_REGISTRY_SECONDS):
+                await self._until(self._is_told_of_a_worker)
+        except TimeoutError:
+            await self._until(lambda: self._is_told_of_a_worker() or bool(not self._epoch and self._workers))
+
+    def _is_told_of_a_worker(self) -> bool:
+        return bool(self._epoch and self._workers.keys() - self._unconfirmed)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while self._snapshot is None or not condition():
             self._changed.clear()
             await self._changed.wait()
 
@@ -220,6 +236,7 @@ class Directory:
 
     async def _follow(self) -> None:
         recalled = self._kept is None
+        told = ""
         while True:
             try:
                 if not recalled and self._kept is not None:
@@ -234,7 +251,11 @@ class Directory:
             except HocketError as error:
                 if error.reason is Reason.REVISION_UNKNOWN:  # the registry was restored from a backup: begin anew
                     self._resume_after = 0
-                _log.warning("registry feed broke", reason=error.reason, message=error.message)
+                if not (self._epoch or self._failures):
+                    _log.info("waiting for the registry", reason=error.reason, message=error.message)
+                elif self._epoch and (error.reason != told or not self._failures):
+                    _log.warning("registry feed broke", reason=error.reason, message=error.message)
+                told = error.reason
             except Exception:  # noqa: BLE001 - a frozen snapshot would miss revocations: whatever it was, try again
                 _log.exception("registry feed not understood")
             await asyncio.sleep(_BACKOFF_SECONDS[min(self._failures, len(_BACKOFF_SECONDS) - 1)])
@@ -321,13 +342,16 @@ class Directory:
         # Revocations reach the router as the states of what they withdraw.
 
     async def _complete(self, view: _View, mixture: Mixture, fetch: Fetch) -> bool:
-        """Fetch what a mixture needs; whether that worked."""
+        """Fetch what a mixture needs; whether that worked, and is what the name still stands for."""
         try:
             await _bring(view, mixture.digest, fetch)
         except HocketError as error:
             view.lacking.add(mixture.name)
             _log.error("mixture not usable", mixture=mixture.name, reason=error.reason, message=error.message)
             return False
+        current = view.mixtures.get(mixture.name)
+        if current is not None and current.digest != mixture.digest:
+            return False  # a newer version came meanwhile: what that one lacks is not known here
         view.lacking.discard(mixture.name)
         return True
 
@@ -340,8 +364,12 @@ class Directory:
                 mixture = view.mixtures.get(name)
                 if mixture is None:
                     view.lacking.discard(name)
-                elif await self._complete(view, mixture, self._registry.fetch_mixture):
-                    self._swap_soon(models=True)
+                    continue
+                try:
+                    if await self._complete(view, mixture, self._registry.fetch_mixture):
+                        self._swap_soon(models=True)
+                except Exception:  # noqa: BLE001 - one that nobody understands must not keep the others from theirs
+                    _log.exception("mixture not understood", mixture=name)
 
     def _confirm_workers(self, epoch: str, told: set[str]) -> None:
         """Who was not told of in the opening state is gone; after a restart of the registry, only after a while."""

@@ -53,7 +53,7 @@ class Load:
 
     Args:
         in_flight: Requests that run on a leaf now.
-        in_flight_max: Requests the whole router may run.
+        in_flight_max: Requests for the model that the router may run: the L of capacity factors.
     """
 
     in_flight: Callable[[int], int]

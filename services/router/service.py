@@ -53,7 +53,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._directory = directory
         self._loads = loads
         self._aggregators = aggregators
-        self._bulkhead = Bulkhead(settings.in_flight_per_model_max or max(1, settings.in_flight_max // 2), "model")
+        self._bulkhead = Bulkhead(settings.compartment, "model")
 
     async def Predict(
         self, request: router_pb2.PredictRequest, context: Context
@@ -139,7 +139,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         asked = (
             self._directory.snapshot,
             self._loads,
-            self._settings.in_flight_max,
+            self._settings.compartment,
             request.model,
             request.input,
             request.top_k if request.HasField("top_k") else None,

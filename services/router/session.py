@@ -91,7 +91,7 @@ def decide(
     Args:
         snapshot: What the router knows.
         loads: What runs where.
-        in_flight_max: Requests the whole router may run.
+        in_flight_max: Requests for one model that the router may run.
         address: As in `PredictRequest.model`.
         tensor: As in `PredictRequest.input`.
         top_k: Members of the top level that answer, or None for the model's own number.
@@ -178,7 +178,10 @@ def _planned(leaf: Leaf, weights: list[float], replicas: Sequence[Worker], unava
         rows=rows,
         weights=weights if len(rows) == len(weights) else [weights[row] for row in rows],
         columns=leaf.columns,
-        replicas=[plan_pb2.Replica(worker=worker.name, address=worker.address) for worker in replicas],
+        replicas=[
+            plan_pb2.Replica(worker=worker.name, address=worker.address, resident=leaf.expert.digest in worker.resident)
+            for worker in replicas
+        ],
         unavailable_reason=unavailable,
     )
 

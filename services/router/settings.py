@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,13 @@ class RouterSettings:
         data_dir: Where it keeps the last view of the registry (`router.view`), to serve from when it starts while the
             registry is down; None to keep none.
         registry: Address of the registry whose feed it follows.
-        aggregators: Addresses of the aggregators, used in turn; one that is away is left out.
+        aggregators: Addresses of the aggregators: the least busy is asked, and one that is away after all others.
         default_deadline_seconds: Deadline of a call that brings none.
-        in_flight_max: Calls answered at once, the L of capacity factors; the next one is refused as `QUEUE_FULL`.
-        in_flight_per_model_max: Of those, calls for one model; the next one is refused as `QUEUE_FULL`. 0 for half of
-            them.
+        in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
+        in_flight_per_model_max: Of those, calls for one model, the L of its capacity factors; the next one is refused
+            as `QUEUE_FULL`. 0 for three quarters: a suite with one model loses few of its calls, and a model that
+            hangs leaves the others enough to be answered.
+        patience_seconds: Silence of an aggregator after which a call that ends without an answer counts against it.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
     """
@@ -36,11 +39,25 @@ class RouterSettings:
     default_deadline_seconds: float = 30.0
     in_flight_max: int = 256
     in_flight_per_model_max: int = 0
+    patience_seconds: float = 0.5
     drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.aggregators:
             raise ValueError("aggregators must name at least one address")
+        if self.in_flight_max < 1:
+            raise ValueError("in_flight_max must be at least 1")
         if self.in_flight_per_model_max < 0:
-            raise ValueError("in_flight_per_model_max must not be negative")
+            raise ValueError("in_flight_per_model_max must be 0 (choose for me) or more")
+        for name in ("default_deadline_seconds", "patience_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0")
+        for name in ("drain_notice_seconds", "drain_grace_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative")
+
+    @property
+    def compartment(self) -> int:
+        """Calls of one model answered at once."""
+        return min(self.in_flight_per_model_max or math.ceil(0.75 * self.in_flight_max), self.in_flight_max)

@@ -26,7 +26,7 @@ from hocket.rpc.channel import Channels
 from hocket.rpc.convert import matrix_to_tensor
 from hocket.v1 import expert_worker_pb2, plan_pb2
 from tests.builders import METADATA, apr_bytes, chain, floats, linear
-from tests.clusters import Cluster, traffic
+from tests.clusters import CALLS_PER_SECOND_MIN, Cluster, traffic
 from tests.registries import numbers, trust_in
 from tests.signing import ACME_SEED, ZETA_ID, ZETA_SEED
 
@@ -166,6 +166,20 @@ async def test_when_an_aggregator_is_killed_the_routers_go_to_the_other(cluster:
     assert calls.failed == []
 
 
+async def test_while_an_aggregator_hangs_the_other_goes_on(cluster: Cluster) -> None:
+    async with asked(cluster) as calls:
+        fault = await calls.fault()
+        cluster["aggregator-2"].send(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(2.0)
+            went_on = len(calls.since(fault))
+        finally:
+            cluster["aggregator-2"].send(signal.SIGCONT)
+        await calls.count(20)
+    assert went_on >= 2 * CALLS_PER_SECOND_MIN
+    assert calls.failed == []  # what it held has only waited
+
+
 async def test_when_a_router_is_killed_only_what_it_was_answering_is_lost(cluster: Cluster) -> None:
     async with asked(cluster) as calls:
         await calls.fault()
@@ -229,11 +243,8 @@ async def test_a_revocation_reaches_running_workers_and_survives_their_restart(c
     zeta = Publisher("zeta", ZETA_SEED)
     async with cluster.registry() as registry:
         digest = await zeta.publish(registry, apr_bytes(linear(5.0, 5.0, 5.0), metadata={**METADATA, "name": "z"}), "z")
-        async with connect(cluster["router-1"].address) as router:
-            await known(router, digest)
-            assert (await router.answer(digest, ROWS)).value.shape == (1, 1)
         for name in ("worker-1", "worker-2"):
-            assert await refusal(cluster[name], digest) is None
+            await answers(cluster[name], digest)
         async with asked(cluster) as calls:
             await calls.fault()
             await registry.revoke_key(ZETA_ID)
@@ -246,22 +257,18 @@ async def test_a_revocation_reaches_running_workers_and_survives_their_restart(c
             cluster["registry"].kill()
             cluster["worker-1"].kill()
             cluster["worker-1"].start()  # it is not ready before the registry knows it, but it answers
-            await answers(cluster["worker-1"])
+            await answers(cluster["worker-1"], digest_of(EXPERTS[0]))
             assert await refusal(cluster["worker-1"], digest) is Reason.KEY_REVOKED
             await cluster["registry"].restart()
         assert calls.failed == []
 
 
-async def answers(member: Member) -> None:
-    """Return when a worker can be asked."""
-    async with asyncio.timeout(30), worker(member) as client:
-        while True:
-            try:
-                await client.list_experts()
-            except HocketError:
-                await asyncio.sleep(0.05)
-            else:
-                return
+async def answers(member: Member, expert: str) -> None:
+    """Return when a worker answers for an expert: it may still have to find its way back to the registry."""
+    async with asyncio.timeout(30):
+        while await refusal(member, expert) is Reason.UNREACHABLE:  # noqa: ASYNC110 - it is another process
+            await asyncio.sleep(0.05)
+    assert await refusal(member, expert) is None
 
 
 async def refusal(member: Member, expert: str) -> Reason | None:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def suite(kind: str, folder: Path) -> AsyncIterator[Deployment]:
-    async with deployed(kind, folder, router={"in_flight_max": 16, "in_flight_per_model_max": 16}) as deployment:
+    async with deployed(kind, folder, router={"in_flight_max": 16}) as deployment:
         yield deployment
 
 
@@ -349,7 +349,7 @@ async def test_a_full_expert_hands_over_only_where_the_mixture_says_so(suite: De
     await published(suite, A, busy)
     await suite.put(fixed("roomy", busy, A, weights=(9, 1), top_k=1))
     await suite.put(fixed("tight", busy, A, weights=(9, 1), top_k=1, capacity_factor=1.0))
-    running = [asyncio.create_task(suite.router.answer("tight", rows)) for _ in range(8)]  # ceil(1 * 1 * 16 / 2)
+    running = [asyncio.create_task(suite.router.answer("tight", rows)) for _ in range(6)]  # ceil(1 * 1 * 12 / 2)
     async with asyncio.timeout(5):
         while not (decision := await suite.router.route("tight", ROWS)).plan.overflowed:  # noqa: ASYNC110 - in a server
             await asyncio.sleep(0.005)
@@ -364,9 +364,8 @@ async def test_a_full_expert_hands_over_only_where_the_mixture_says_so(suite: De
 
 
 async def test_one_more_request_than_the_router_may_run_is_shed_with_a_pause(suite: Deployment) -> None:
-    busy, rows = slow(13), MANY_ROWS
-    digest = await suite.publish(busy)
-    running = [asyncio.create_task(suite.router.answer(digest, rows)) for _ in range(16)]
+    digest, other = await suite.publish(slow(13)), await suite.publish(slow(14))
+    running = [asyncio.create_task(suite.router.answer(busy, MANY_ROWS)) for busy in (digest, other) for _ in range(8)]
     await asyncio.sleep(0.1)
     failed = await refusal(suite, digest, ROWS)
     assert (failed.reason, failed.retry_after_seconds) == (Reason.QUEUE_FULL, 0.1)

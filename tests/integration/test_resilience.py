@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ from hocket.client.router import Answer, Partial, Planned, RouterClient
 from hocket.errors import HocketError, Reason
 from hocket.rpc.breaker import FAILURES_MAX
 from hocket.v1 import plan_pb2
+from services.aggregator import combine, lineup
+from services.aggregator import service as aggregator_service
 from services.router import service
 from tests.hops import Hops, digest, hops
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
 ROW = [[1.0, 2.0]]
-IN_TIME = 0.1
+DEADLINE = 1.0
+IN_TIME = 0.5
 """Seconds after its deadline, or after its caller has gone, in which all work for a call has ended."""
 
 each_kind = pytest.mark.parametrize("kind", ["one process", "sockets"])
@@ -140,12 +143,12 @@ async def test_a_hanging_model_fills_its_compartment_and_the_others_are_answered
     changes: dict[str, Any] = {"router": {"in_flight_max": 8}, "aggregator": {"patience_seconds": 30}}
     async with hops(kind, **changes) as calls:
         calls.scripts["worker-0"].hanging = {digest(1)}
-        hanging = [asyncio.create_task(calls.client.answer("one", ROW)) for _ in range(4)]
-        await until(lambda: calls.scripts["worker-0"].running == 4)
+        hanging = [asyncio.create_task(calls.client.answer("one", ROW)) for _ in range(6)]  # three quarters
+        await until(lambda: calls.scripts["worker-0"].running == 6)
         refused = await refusal(calls, "one", ROW)
         assert (refused.reason, refused.retry_after_seconds) == (Reason.QUEUE_FULL, 0.1)
-        well = [asyncio.create_task(calls.client.answer("two", ROW)) for _ in range(4)]
-        assert [only(await answer)[0] for answer in well] == [2.0] * 4
+        well = [asyncio.create_task(calls.client.answer("two", ROW)) for _ in range(2)]
+        assert [only(await answer)[0] for answer in well] == [2.0] * 2
         for answer in hanging:
             answer.cancel()
         await asyncio.wait(hanging)
@@ -170,6 +173,26 @@ async def test_a_hanging_expert_is_missing_from_further_mixtures_and_holds_nobod
         await asyncio.wait(hanging)
 
 
+@pytest.mark.parametrize(("inline", "threads"), [(2, 0), (1, 2)])
+async def test_a_sum_that_takes_long_holds_nobody_else_up(
+    monkeypatch: pytest.MonkeyPatch, inline: int, threads: int
+) -> None:
+    elsewhere = []
+
+    def spied(*asked: Any) -> combine.Combined:
+        elsewhere.append(threading.current_thread() is not threading.main_thread())
+        return combine.combine(*asked)
+
+    monkeypatch.setattr(lineup, "combine", spied)
+    monkeypatch.setattr(aggregator_service, "_INLINE_WORK_MAX", inline)  # two experts, one row, one column
+    async with hops("one process") as calls:
+        calls.scripts["worker-0"].hanging = {digest(2)}
+        events = [event async for event in calls.client.predict("both", ROW, partials=True)]
+        assert isinstance(events[-1], Answer)
+        assert events[-1].value.item() == 1.5
+        assert (len(elsewhere), sum(elsewhere)) == (2, threads)
+
+
 # Deadlines and callers who go.
 
 
@@ -177,17 +200,18 @@ async def test_a_hanging_expert_is_missing_from_further_mixtures_and_holds_nobod
 @pytest.mark.parametrize("model", ["one", "both"])
 @pytest.mark.parametrize("hedged", [False, True])
 async def test_at_its_deadline_a_call_has_ended_everywhere(kind: str, model: str, hedged: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    async with hops(kind, aggregator={"patience_seconds": 0.05 if hedged else 30}) as calls:
+    async with hops(kind, workers=2 if hedged else 1, aggregator={"patience_seconds": 0.05}) as calls:
         for script in calls.scripts.values():
             script.hanging = {digest(1), digest(2)}
-        calls.client = RouterClient(calls.channels.get(calls.router.address), timeout_seconds=0.2)
+        calls.client = RouterClient(calls.channels.get(calls.router.address), timeout_seconds=DEADLINE)
         begin = time.monotonic()
         refused = await refusal(calls, model, ROW)
-        assert refused.reason is (Reason.DEADLINE if model == "one" else Reason.COVERAGE)
+        # On a busy machine the caller's own deadline may come before what was missing can be said.
+        assert refused.reason in ({Reason.DEADLINE} if model == "one" else {Reason.COVERAGE, Reason.DEADLINE})
         assert refused.metadata.get("expert_reason", "DEADLINE") == "DEADLINE"
-        assert 0.1 < time.monotonic() - begin < 0.2 + IN_TIME
-        await asyncio.sleep(IN_TIME)
-        assert calls.running == 0
+        assert DEADLINE / 2 < time.monotonic() - begin < DEADLINE + IN_TIME
+        await until(lambda: not calls.running)
+        assert time.monotonic() - begin < DEADLINE + 2 * IN_TIME
         experts = 1 if model == "one" else 2
         assert sum(script.executions for script in calls.scripts.values()) == experts * (2 if hedged else 1)
 

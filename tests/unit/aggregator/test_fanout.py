@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -54,6 +55,7 @@ class Stage:
         running: Calls that run now.
         cancelled: Replicas whose calls were cancelled.
         away: Workers known to be out of reach.
+        cold: Workers that would have to load the expert.
     """
 
     per_expert_max: int = 100
@@ -61,6 +63,7 @@ class Stage:
     running: int = 0
     cancelled: list[str] = field(default_factory=list)
     away: set[str] = field(default_factory=set)
+    cold: set[str] = field(default_factory=set)
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class Stage:
     def question(self, *scripts: list[Step], expert: str = "e", **options: Any) -> Question:
         """An expert with one replica per script: `w0`, `w1`, ..."""
         played = {f"w{place}": script for place, script in enumerate(scripts)}
-        replicas = [Replica(worker=name, address=name) for name in played]
+        replicas = [Replica(worker=name, address=name, resident=name not in self.cold) for name in played]
 
         async def call(name: str) -> NDArray[np.float32]:
             self.asked.append(name)
@@ -87,9 +90,12 @@ class Stage:
 
         return Question(self.safeguards, expert, replicas, SHAPE, call, lambda name: name in self.away, **options)
 
-    async def ask(self, *scripts: list[Step], **options: Any) -> Reply | ExpertError:
+    async def ask(
+        self, *scripts: list[Step], deadline: float = math.inf, straggler: float | None = None, **options: Any
+    ) -> Reply | ExpertError:
         """The outcome of one question; afterwards nothing runs and nothing is counted."""
-        [outcomes] = [outcomes async for outcomes in all_of([self.question(*scripts, **options)])]
+        asking = all_of([self.question(*scripts, **options)], deadline=deadline, straggler=straggler)
+        [outcomes] = [outcomes async for outcomes in asking]
         self.check_nothing_is_left()
         return outcomes[0]
 
@@ -125,9 +131,10 @@ async def play(script: list[Step]) -> NDArray[np.float32]:
 
 
 async def all_of(
-    questions: list[Question], *, every: bool = False, straggler: float | None = None
+    questions: list[Question], *, every: bool = False, deadline: float = math.inf, straggler: float | None = None
 ) -> AsyncGenerator[dict[int, Reply | ExpertError], None]:
-    async with asyncio.timeout(60), aclosing(ask_all(questions, every=every, straggler_seconds=straggler)) as arrivals:
+    asking = ask_all(questions, every=every, deadline=deadline, straggler_seconds=straggler)
+    async with asyncio.timeout(60), aclosing(asking) as arrivals:
         async for outcomes in arrivals:
             yield outcomes
 
@@ -259,7 +266,7 @@ async def test_a_probe_that_nobody_waits_for_is_freed(stage: Stage, ending: str)
         [outcomes] = [outcomes async for outcomes in all_of([question], straggler=0.01)]
         assert reason_of(outcomes[0]) is Reason.STRAGGLER
     else:
-        asking = asyncio.create_task(anext(ask_all([question], every=False, straggler_seconds=None)))
+        asking = asyncio.create_task(anext(ask_all([question], every=False, deadline=math.inf, straggler_seconds=None)))
         await asyncio.sleep(0 if ending == "cancelled before its first step" else 0.01)
         asking.cancel()
         await asyncio.wait([asking])
@@ -308,15 +315,33 @@ async def test_a_hedge_that_is_refused_is_replaced_by_the_next_replica(stage: St
     assert answered(await stage.ask([NEVER], [Reason.UNREACHABLE], [value(3)])) == ("w2", 3, 3.0)
 
 
-@pytest.mark.parametrize("reason", [Reason.UNREACHABLE, Reason.QUEUE_FULL, Reason.KEY_REVOKED, Reason.EXPERT_LOADING])
+@pytest.mark.parametrize("reason", [Reason.UNREACHABLE, Reason.QUEUE_FULL, Reason.QUARANTINED, Reason.EXPERT_LOADING])
 @in_virtual_time
 async def test_a_hedge_never_makes_an_answer_worse(stage: Stage, reason: Reason) -> None:
     assert answered(await stage.ask([PATIENCE * 1.5, value(1)], [reason])) == ("w0", 2, 1.0)
 
 
+@pytest.mark.parametrize("reason", [Reason.BAD_TENSOR, Reason.UNKNOWN_EXPERT, Reason.KEY_REVOKED, Reason.YANKED])
 @in_virtual_time
-async def test_a_refusal_of_the_request_itself_does_not_wait_for_the_silent_one(stage: Stage) -> None:
-    assert reason_of(await stage.ask([NEVER], [Reason.BAD_TENSOR])) is Reason.BAD_TENSOR
+async def test_a_refusal_that_all_would_give_does_not_wait_for_the_silent_one(stage: Stage, reason: Reason) -> None:
+    assert reason_of(await stage.ask([NEVER], [reason])) is reason
+
+
+@pytest.mark.parametrize("reason", [Reason.QUEUE_FULL, Reason.EXPERT_LOADING, Reason.QUARANTINED, Reason.INTERNAL])
+@pytest.mark.parametrize("end", [Reason.DEADLINE, Reason.STRAGGLER])
+@in_virtual_time
+async def test_a_refusal_says_more_than_the_silence_of_the_others(stage: Stage, reason: Reason, end: Reason) -> None:
+    if end is Reason.DEADLINE:
+        outcome = await stage.ask([PATIENCE * 3, Reason.DEADLINE], [reason])
+    else:
+        outcome = await stage.ask([NEVER], [reason], straggler=PATIENCE * 3)
+    assert isinstance(outcome, ExpertError)
+    assert (outcome.reason, outcome.attempts, outcome.seconds) == (reason, 2, PATIENCE * 3)
+
+
+@in_virtual_time
+async def test_that_another_one_was_away_says_less_than_silence(stage: Stage) -> None:
+    assert reason_of(await stage.ask([NEVER], [Reason.UNREACHABLE], straggler=PATIENCE * 3)) is Reason.STRAGGLER
 
 
 @in_virtual_time
@@ -336,13 +361,79 @@ async def test_a_deadline_counts_against_a_replica_only_when_it_outlasts_the_pat
 
 
 @in_virtual_time
-async def test_a_caller_that_goes_says_nothing_about_a_silent_replica(stage: Stage) -> None:
-    [outcomes] = [o async for o in all_of([stage.question([NEVER], [NEVER])], straggler=PATIENCE * 1.5)]
-    outcome = outcomes[0]
+async def test_who_gives_up_speaks_against_those_alone_that_were_silent_already(stage: Stage) -> None:
+    outcome = await stage.ask([NEVER], [NEVER], straggler=PATIENCE * 2.5)
     assert isinstance(outcome, ExpertError)
     assert (outcome.reason, outcome.attempts) == (Reason.STRAGGLER, 2)
-    assert (stage.failures("w0"), stage.failures("w1")) == (0, 0)
+    assert (stage.failures("w0"), stage.failures("w1")) == (1, 1)
+    await stage.ask([NEVER], [NEVER], straggler=PATIENCE * 2.5, expert="other")
+    assert stage.failures("w0", "other") == 1
+
+
+@in_virtual_time
+async def test_a_caller_that_goes_speaks_against_those_alone_that_were_silent_already(stage: Stage) -> None:
+    asking = asyncio.create_task(anext(all_of([stage.question([NEVER], [NEVER])])))
+    await asyncio.sleep(PATIENCE * 1.5)
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert (stage.failures("w0"), stage.failures("w1")) == (1, 0)
     stage.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("limit", ["deadline", "straggler"])
+@in_virtual_time
+async def test_a_caller_in_a_hurry_has_patience_for_half_of_its_time(stage: Stage, limit: str) -> None:
+    begin = asyncio.get_running_loop().time()
+    options: dict[str, Any] = {limit: PATIENCE / 2}
+    outcome = await stage.ask([NEVER], [value(2)], **options)
+    assert answered(outcome) == ("w1", 2, 2.0)
+    assert isinstance(outcome, Reply)
+    assert (begin, outcome.seconds) == (0.0, PATIENCE / 4)
+    assert stage.failures("w0") == 1
+
+
+@in_virtual_time
+async def test_a_moment_without_an_answer_is_no_silence_however_short_the_deadline(stage: Stage) -> None:
+    assert reason_of(await stage.ask([0.03, Reason.DEADLINE], [value(2)], deadline=0.03)) is Reason.DEADLINE
+    assert (stage.failures("w0"), stage.asked) == (0, ["w0"])
+
+
+# Experts that have to be loaded.
+
+
+@in_virtual_time
+async def test_an_expert_that_nobody_holds_is_loaded_once_however_long_that_takes(stage: Stage) -> None:
+    stage.cold = {"w0", "w1", "w2"}
+    assert answered(await stage.ask([PATIENCE * 4.5, value(1)], [value(2)], [value(3)])) == ("w0", 1, 1.0)
+    assert (stage.asked, stage.failures("w0")) == (["w0"], 0)
+
+
+@in_virtual_time
+async def test_a_load_that_outlasts_its_caller_does_not_speak_against_the_replica(stage: Stage) -> None:
+    stage.cold = {"w0", "w1"}
+    await stage.ask([NEVER], [value(2)], straggler=PATIENCE * 4)
+    await stage.ask([PATIENCE * 4.5, Reason.DEADLINE], [value(2)])
+    assert (stage.asked, stage.failures("w0")) == (["w0", "w0"], 0)
+
+
+@in_virtual_time
+async def test_a_silent_replica_that_holds_the_expert_is_hedged_with_one_that_loads_it(stage: Stage) -> None:
+    stage.cold = {"w1", "w2"}
+    assert answered(await stage.ask([NEVER], [PATIENCE * 4, value(2)], [value(3)])) == ("w1", 2, 2.0)
+    assert (stage.asked, stage.failures("w0")) == (["w0", "w1"], 1)
+
+
+@in_virtual_time
+async def test_a_replica_that_loads_is_hedged_with_one_that_holds_the_expert(stage: Stage) -> None:
+    stage.cold = {"w0"}
+    assert answered(await stage.ask([NEVER], [value(2)])) == ("w1", 2, 2.0)
+    assert stage.failures("w0") == 0
+
+
+@in_virtual_time
+async def test_a_load_that_is_refused_goes_on_at_the_next_replica(stage: Stage) -> None:
+    stage.cold = {"w0", "w1"}
+    assert answered(await stage.ask([PATIENCE * 2, Reason.DRAINING], [PATIENCE * 2, value(2)])) == ("w1", 2, 2.0)
 
 
 # What that costs.
@@ -414,7 +505,7 @@ async def test_a_failure_is_announced_at_once(stage: Stage) -> None:
 @in_virtual_time
 async def test_a_consumer_that_leaves_takes_every_call_along(stage: Stage) -> None:
     questions = [stage.question([NEVER], [NEVER]), stage.question([Reason.KEY_REVOKED])]
-    async with aclosing(ask_all(questions, every=False, straggler_seconds=None)) as arrivals:
+    async with aclosing(ask_all(questions, every=False, deadline=math.inf, straggler_seconds=None)) as arrivals:
         assert list(await anext(arrivals)) == [1]
         assert stage.running == 1
     stage.check_nothing_is_left()
@@ -441,6 +532,16 @@ async def test_one_silent_replica_of_many_experts_is_hedged_alone(stage: Stage) 
     assert len(stage.asked) == 7
 
 
+@pytest.mark.parametrize("every", [True, False])
+@in_virtual_time
+async def test_each_expert_took_its_own_time_however_late_that_is_noticed(stage: Stage, every: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    questions = [stage.question([delay, value(1)]) for delay in (0.1, 0.4, 0.2)]
+    outcomes: dict[int, Reply | ExpertError] = {}
+    async for arrived in all_of(questions, every=every):
+        outcomes.update(arrived)
+    assert [outcomes[place].seconds for place in range(3)] == pytest.approx([0.1, 0.4, 0.2])
+
+
 @in_virtual_time
 async def test_two_answers_in_the_same_step_are_one(stage: Stage) -> None:
     start = asyncio.Event()
@@ -451,7 +552,7 @@ async def test_two_answers_in_the_same_step_are_one(stage: Stage) -> None:
         await start.wait()
         return value(1)
 
-    replicas = [Replica(worker=name, address=name) for name in ("w0", "w1")]
+    replicas = [Replica(worker=name, address=name, resident=True) for name in ("w0", "w1")]
     question = Question(stage.safeguards, "e", replicas, SHAPE, both, lambda _: False)
     [outcomes] = [outcomes async for outcomes in all_of([question])]
     assert answered(outcomes[0])[1] == 2
@@ -485,6 +586,27 @@ async def test_an_expert_that_has_answered_fills_no_compartment_while_others_han
     held.cancel()
     await asyncio.wait([held])
     stage.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_hedges_that_a_full_compartment_refuses_cost_nothing() -> None:
+    stage = Stage(per_expert_max=20)
+    stage.exhaust()
+    for _ in range(10):
+        stage.budget.earn()
+    questions = [stage.question([NEVER], [NEVER], expert="hanging") for _ in range(20)]
+    async for _ in all_of(questions, straggler=PATIENCE * 10.5):
+        pass
+    assert answered(await stage.ask([Reason.UNREACHABLE], [value(2)], expert="well")) == ("w1", 2, 2.0)
+    stage.check_nothing_is_left()
+    assert sum(stage.budget.spend() for _ in range(10)) == 2  # 30 calls have paid for three repeats, and one was made
+
+
+@in_virtual_time
+async def test_a_hedge_without_budget_leaves_its_compartment() -> None:
+    stage = Stage(per_expert_max=2)
+    stage.exhaust()
+    assert answered(await stage.ask([PATIENCE * 1.5, value(1)], [value(2)])) == ("w0", 1, 1.0)
 
 
 @in_virtual_time

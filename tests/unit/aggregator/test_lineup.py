@@ -67,6 +67,13 @@ def test_a_lone_expert_whose_workers_are_away_says_so_and_not_that_the_aggregato
     assert refused.retry_after_seconds == 1.5
 
 
+def test_whoever_is_told_to_try_again_is_told_when() -> None:
+    line = lineup([1.0], insist=True, pass_through=True)
+    with pytest.raises(HocketError) as caught:
+        line.take({0: failure(Reason.UNREACHABLE)})
+    assert caught.value.retry_after_seconds == 1.0
+
+
 def test_less_than_the_least_coverage_is_no_answer() -> None:
     for asked, fits in ((0.25, True), (0.26, False)):
         line = lineup([0.25, 0.75], min_coverage=asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,8 +11,19 @@ from services.aggregator.settings import AggregatorSettings
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"patience_seconds": 0.0}, {"patience_seconds": -1.0}, {"in_flight_per_expert_max": -1}]
+    ("name", "wrong", "fits"),
+    [
+        ("in_flight_max", 0, 1),
+        ("in_flight_per_expert_max", -1, 0),
+        ("default_deadline_seconds", 0.0, 0.1),
+        ("patience_seconds", 0.0, 0.1),
+        ("patience_seconds", math.nan, 0.1),
+        ("patience_seconds", math.inf, 3600.0),
+        ("drain_notice_seconds", -0.1, 0.0),
+        ("drain_grace_seconds", -0.1, 0.0),
+    ],
 )
-def test_a_patience_or_a_compartment_of_less_than_nothing_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        AggregatorSettings(**wrong)
+def test_what_would_stop_the_aggregator_is_refused(name: str, wrong: Any, fits: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        AggregatorSettings(**{name: wrong})
+    assert getattr(AggregatorSettings(**{name: fits}), name) == fits

@@ -13,7 +13,7 @@ import pytest
 from hocket.errors import HocketError, Reason
 from hocket.rpc.breaker import FAILURES_MAX, OPEN_SECONDS
 from hocket.v1 import aggregator_pb2, plan_pb2
-from services.router.aggregators import PATIENCE_SECONDS, Aggregators
+from services.router.aggregators import Aggregators
 from tests.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ Step: TypeAlias = "float | str | HocketError"
 
 FINE: list[Step] = ["final"]
 NEVER = 3600.0
+PATIENCE = 0.5
 SECONDS = 10.0
 
 
@@ -88,12 +89,12 @@ class Some:
 
     def __init__(self, *scripts: list[Step]) -> None:
         self.clients = [Scripted(script) for script in scripts]
-        self.aggregators = Aggregators(self.clients)  # type: ignore[arg-type]  # scripted ones
+        self.aggregators = Aggregators(self.clients, PATIENCE)  # type: ignore[arg-type]  # scripted ones
         self.aggregators._breakers._clock = time.monotonic  # of the test
 
-    async def call(self) -> int:
+    async def call(self, seconds: float = SECONDS) -> int:
         """The number of events it delivers."""
-        events = self.aggregators.combine(aggregator_pb2.CombineRequest(), time.monotonic() + SECONDS, lambda _: None)
+        events = self.aggregators.combine(aggregator_pb2.CombineRequest(), time.monotonic() + seconds, lambda _: None)
         async with aclosing(events):
             return len([event async for event in events])
 
@@ -112,11 +113,81 @@ class Some:
 
 
 @in_virtual_time
-async def test_aggregators_take_turns() -> None:
+async def test_aggregators_that_are_equally_busy_take_turns() -> None:
     some = Some(FINE, FINE, FINE)
     for _ in range(6):
         assert await some.call() == 1
     assert some.asked == [2, 2, 2]
+
+
+@in_virtual_time
+async def test_the_one_with_the_fewest_calls_in_flight_is_asked() -> None:
+    some = Some([1.0, "final"], FINE)
+    slow, quick = some.clients
+    running = [asyncio.create_task(some.call()) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    for _ in range(10):
+        await some.call()
+    assert (slow.asked, quick.asked) == (1, 11)
+    await asyncio.gather(*running)
+    for _ in range(4):
+        await some.call()
+    assert (slow.asked, quick.asked) == (3, 13)
+
+
+@in_virtual_time
+async def test_one_that_hangs_holds_up_no_more_calls_than_the_others_run() -> None:
+    some = Some([NEVER], [0.05, "final"])
+    ended = 0
+
+    async def keep_asking() -> None:
+        nonlocal ended
+        while True:
+            await some.call(SECONDS)
+            ended += 1
+
+    asking = [asyncio.create_task(keep_asking()) for _ in range(8)]
+    await asyncio.sleep(SECONDS / 2)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    assert some.clients[0].asked == 4  # half of those there are, once
+    assert ended > 4 * (SECONDS / 2 / 0.05) * 0.9
+    assert set(some.aggregators._in_flight.values()) == {0}
+
+
+@in_virtual_time
+@pytest.mark.parametrize("delivered", [False, True])
+@pytest.mark.parametrize("waited", [PATIENCE * 0.9, PATIENCE * 1.1])
+async def test_a_caller_that_goes_after_the_patience_speaks_against_a_silent_one(
+    waited: float,
+    delivered: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    some = Some(["partial", NEVER] if delivered else [NEVER], FINE)
+    for _ in range(2 * FAILURES_MAX):
+        asking = asyncio.create_task(some.call())
+        await asyncio.sleep(waited)
+        asking.cancel()
+        await asyncio.wait([asking])
+    assert some.asked == [FAILURES_MAX] * 2
+    for _ in range(4):
+        asking = asyncio.create_task(some.call())
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait([asking])
+    silent = waited > PATIENCE and not delivered
+    assert some.clients[0].asked == FAILURES_MAX + (0 if silent else 2)
+
+
+@in_virtual_time
+async def test_a_caller_in_a_hurry_has_patience_for_half_of_its_time() -> None:
+    some = Some([PATIENCE / 2, transport(Reason.DEADLINE)], FINE)
+    for _ in range(2 * FAILURES_MAX):
+        await asyncio.gather(some.call(PATIENCE * 0.6), return_exceptions=True)
+    some.clients[0].script = FINE
+    for _ in range(4):
+        await some.call()
+    assert some.clients[0].asked == FAILURES_MAX
 
 
 @in_virtual_time
@@ -191,7 +262,7 @@ async def test_ten_calls_pay_for_one_more() -> None:
 @in_virtual_time
 @pytest.mark.parametrize(
     "gone",
-    [AWAY, DRAINING, [transport(Reason.INTERNAL)], [PATIENCE_SECONDS, transport(Reason.DEADLINE)]],
+    [AWAY, DRAINING, [transport(Reason.INTERNAL)], [PATIENCE * 1.1, transport(Reason.DEADLINE)]],
     ids=["unreachable", "draining", "broken", "silent"],
 )
 async def test_one_that_keeps_failing_is_asked_last_until_a_probe_succeeds(gone: list[Step]) -> None:
@@ -232,7 +303,7 @@ async def test_a_probe_whose_caller_goes_is_freed() -> None:
     some.clients[0].script = [NEVER]
     for _ in range(2):
         asking = asyncio.create_task(some.call())
-        await asyncio.sleep(1)
+        await asyncio.sleep(PATIENCE / 2)
         asking.cancel()
         await asyncio.wait([asking])
     assert (some.clients[0].asked, some.clients[0].running) == (FAILURES_MAX + 1, 0)

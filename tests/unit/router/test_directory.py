@@ -286,6 +286,64 @@ async def test_a_mixture_whose_body_cannot_be_had_now_is_not_lost() -> None:
         assert registry.asked == [0]
 
 
+async def test_an_old_version_that_is_complete_at_last_does_not_stand_for_the_new_one() -> None:
+    low = package(1)
+    old, new = (MixtureRecord("m", (ExpertId(low.digest),), FixedGate((weight,)), 1) for weight in (1, 2))
+    arrived, released = asyncio.Event(), asyncio.Event()
+    fetched: list[str] = []
+
+    class Late(ScriptedRegistry):
+        async def fetch_mixture(self, mixture: str) -> FetchedMixture:
+            fetched.append(mixture)
+            if fetched.count(mixture) == 1:
+                raise HocketError(Reason.UNREACHABLE, "a blip")
+            if mixture == old.digest:
+                arrived.set()
+                await released.wait()
+            return await super().fetch_mixture(mixture)
+
+    registry = Late()
+    first, second = registry.hold(old), registry.hold(new)
+
+    async def feed(after_revision: int) -> AsyncIterator[WatchResponse]:
+        registry.asked.append(after_revision)
+        for item in (event(package=low), synced(), event(2, mixture=first)):
+            yield item
+        await arrived.wait()
+        yield event(3, mixture=second)
+        released.set()
+        await asyncio.Event().wait()
+
+    registry.watch = feed  # type: ignore[method-assign]  # a feed that waits
+    async with following(registry) as directory:
+        await until(lambda: "m" in directory.snapshot.addresses if released.is_set() else False)
+        assert directory.snapshot.resolve("m").digest == new.digest
+
+
+async def test_what_nobody_understands_does_not_keep_other_mixtures_from_theirs() -> None:
+    low = package(1)
+    damaged, well = (MixtureRecord(name, (ExpertId(low.digest),), FixedGate((1,)), 1) for name in ("a", "b"))
+    asked: list[str] = []
+
+    class Broken(ScriptedRegistry):
+        async def fetch_mixture(self, mixture: str) -> FetchedMixture:
+            asked.append(mixture)
+            if asked.count(mixture) == 1:
+                raise HocketError(Reason.UNREACHABLE, "a blip")
+            if mixture == damaged.digest:
+                raise KeyError(mixture)
+            if asked.count(damaged.digest) < 3:
+                raise HocketError(Reason.UNREACHABLE, "a blip")
+            return await super().fetch_mixture(mixture)
+
+    registry = Broken()
+    held = [registry.hold(damaged), registry.hold(well)]
+    registry.feeds = [[event(package=low), synced(), *(event(2, mixture=message) for message in held)]]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 2)
+        await until(lambda: "b" in directory.snapshot.addresses)
+
+
 async def test_what_leads_through_an_inner_mixture_of_unknown_state_does_not_serve() -> None:
     low = package(1)
     inner = MixtureRecord("inner", (ExpertId(low.digest),), FixedGate((1,)), 1)
@@ -341,7 +399,8 @@ async def test_an_event_nobody_understands_does_not_end_the_following() -> None:
         await until(lambda: revision_of(directory) == 2)
 
 
-async def test_the_last_view_serves_before_the_registry_speaks(tmp_path: Path) -> None:
+async def test_the_last_view_serves_before_the_registry_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REGISTRY_SECONDS", 0.2)
     low = package(1, ("low", ACTIVE))
     record = MixtureRecord("kept", (ExpertId(low.digest),), FixedGate((1,)), 1)
     registry = ScriptedRegistry()
@@ -354,10 +413,28 @@ async def test_the_last_view_serves_before_the_registry_speaks(tmp_path: Path) -
         await until((tmp_path / "router" / "router.view").exists)
     silent = ScriptedRegistry(*[HocketError(Reason.UNREACHABLE, "down")] * 1000)
     async with following(silent, kept) as directory:
-        await asyncio.wait_for(directory.wait_for_worker(), 2)
+        await until(lambda: directory._snapshot is not None)
         assert directory.snapshot.resolve("kept").digest == record.digest
         assert directory.snapshot.resolve("acme/low@1").digest == low.digest
+        await asyncio.wait_for(directory.wait_for_worker(), 2)  # and after a while that is all there is to know
         assert silent.asked[:1] in ([], [0])  # the feed will be read from its beginning
+
+
+async def test_what_was_known_earlier_is_not_ready_while_the_registry_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_REGISTRY_SECONDS", 0.05)
+    kept = Kept(tmp_path / "router.view")
+    await asyncio.to_thread(kept.write, [event(worker=WorkerState(worker="a")), synced(1)], [])
+    registry = ScriptedRegistry([synced(2, "e2")])  # which no worker has found yet
+    async with following(registry, kept) as directory:
+        await until(lambda: revision_of(directory) == 2)
+        assert [worker.name for worker in directory.snapshot.workers] == ["a"]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(directory.wait_for_worker(), 0.3)
+    told = ScriptedRegistry([event(2, "e2", worker=WorkerState(worker="a")), synced(2, "e2")])
+    async with following(told, kept) as directory:
+        await asyncio.wait_for(directory.wait_for_worker(), 2)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"cut", b"flip"])

@@ -86,6 +86,16 @@ def test_a_plan_names_model_revision_experts_and_replicas() -> None:
     assert not plan.overflowed
 
 
+def test_a_plan_says_which_replicas_hold_the_expert() -> None:
+    workers = tuple(
+        Worker(name, f"local:{name}", frozenset({"apr"}), 100, frozenset(resident), draining=False)
+        for name, resident in (("a", {HIGH.digest}), ("b", {LOW.digest, HIGH.digest}))
+    )
+    low, high = decided(mixed(LOW, HIGH), workers=workers).plan.experts
+    assert [(replica.worker, replica.resident) for replica in low.replicas] == [("b", True), ("a", False)]
+    assert {(replica.worker, replica.resident) for replica in high.replicas} == {("a", True), ("b", True)}
+
+
 def test_a_lone_expert_passes_through() -> None:
     assert decided(lone_model(LOW, 0, "m")).plan.mode == plan_pb2.MODE_PASS
 

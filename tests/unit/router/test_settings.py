@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,31 @@ import pytest
 from services.router.settings import RouterSettings
 
 
-@pytest.mark.parametrize("wrong", [{"aggregators": ()}, {"in_flight_per_model_max": -1}])
-def test_nobody_to_ask_or_a_compartment_of_less_than_nothing_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        RouterSettings(**wrong)
+@pytest.mark.parametrize(
+    ("name", "wrong", "fits"),
+    [
+        ("aggregators", (), ("a:1",)),
+        ("in_flight_max", 0, 1),
+        ("in_flight_per_model_max", -1, 0),
+        ("default_deadline_seconds", 0.0, 0.1),
+        ("patience_seconds", 0.0, 0.1),
+        ("patience_seconds", math.nan, 0.1),
+        ("patience_seconds", math.inf, 3600.0),
+        ("drain_notice_seconds", -0.1, 0.0),
+        ("drain_grace_seconds", -0.1, 0.0),
+    ],
+)
+def test_what_would_stop_the_router_is_refused(name: str, wrong: Any, fits: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        RouterSettings(**{name: wrong})
+    assert getattr(RouterSettings(**{name: fits}), name) == fits
+
+
+@pytest.mark.parametrize(
+    ("in_flight_max", "per_model_max", "compartment"), [(256, 0, 192), (1, 0, 1), (2, 0, 2), (256, 3, 3), (16, 300, 16)]
+)
+def test_the_compartment_of_a_model_is_part_of_the_router(
+    in_flight_max: int, per_model_max: int, compartment: int
+) -> None:
+    settings = RouterSettings(in_flight_max=in_flight_max, in_flight_per_model_max=per_model_max)
+    assert settings.compartment == compartment
