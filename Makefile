@@ -44,10 +44,10 @@ check: $(VENV)/.installed $(BUF) ## Lint, types, contracts, layers
 	@$(BIN)/pytest -q tests/shape
 
 test: $(VENV)/.installed $(BUF) $(NODE_CLIENT) ## The fast tests, with coverage
-	@$(BIN)/pytest -q -m "not long and not gpu and not compose" -n 2 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
+	@$(BIN)/pytest -q -m "not long and not gpu and not compose" -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: $(VENV)/.installed $(BUF) $(NODE_CLIENT) ## Everything that needs no GPU, long proofs included
-	@$(BIN)/pytest -q -m "not gpu and not compose" -n 2 --dist loadgroup
+	@$(BIN)/pytest -q -m "not gpu and not compose" -n 2 --dist loadfile
 
 test-compose: $(VENV)/.installed ## docker-compose.yml for real; needs a Docker engine, or root to start one
 	@$(BIN)/pytest -q -m compose tests/compose

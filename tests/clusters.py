@@ -305,8 +305,8 @@ async def traffic(
     rows: Any,
     expected: NDArray[np.float32],
     *,
-    callers: int = 6,
-    pause_seconds: float = 0.02,
+    callers: int = 4,
+    pause_seconds: float = 0.06,  # some 60 calls per second: enough for a fault, and the cores are free for restarts
 ) -> AsyncIterator[Traffic]:
     """Ask for as long as the block lasts; the block begins when there is enough traffic for a fault."""
     running = Traffic(expected)

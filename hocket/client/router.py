@@ -178,10 +178,13 @@ class RouterClient:
             straggler_timeout_seconds=straggler_timeout_seconds,
             on_missing=on_missing,
         )
-        async for event in events:
+        answer = None
+        async for event in events:  # to its end: leaving before would count as a cancellation on the server
             if isinstance(event, Answer):
-                return event
-        raise HocketError(Reason.INTERNAL, "the stream ended without a final value")
+                answer = event
+        if answer is None:
+            raise HocketError(Reason.INTERNAL, "the stream ended without a final value")
+        return answer
 
     async def route(self, model: str, rows: ArrayLike, *, top_k: int | None = None) -> router_pb2.RouteResponse:
         """What `predict` would do now, with every score; nothing runs.

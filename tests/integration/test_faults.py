@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from hocket.client import Answer
     from tests.clusters import Member, Traffic
 
-pytestmark = pytest.mark.xdist_group("faults")  # one cluster for all of them
-
 ACME = Publisher("acme", ACME_SEED)
 MIXTURE = "quartet"
 EXPERTS = [apr_bytes(linear(float(number), 2.0, -1.0)) for number in range(4)]
@@ -156,16 +154,6 @@ async def test_a_worker_that_hangs_costs_a_bounded_wait_and_then_none(cluster: C
     assert statistics.median(call.seconds for call in calls.since(late)) < PATIENCE_SECONDS
 
 
-async def test_when_an_aggregator_is_killed_the_routers_go_to_the_other(cluster: Cluster) -> None:
-    async with asked(cluster) as calls:
-        await calls.fault()
-        cluster["aggregator-1"].kill()
-        await calls.count(60)
-        await cluster["aggregator-1"].restart()
-        await calls.count(20)
-    assert calls.failed == []
-
-
 async def test_while_an_aggregator_hangs_the_other_goes_on(cluster: Cluster) -> None:
     async with asked(cluster) as calls:
         fault = await calls.fault()
@@ -180,6 +168,16 @@ async def test_while_an_aggregator_hangs_the_other_goes_on(cluster: Cluster) -> 
     assert calls.failed == []  # what it held has only waited
 
 
+async def test_when_an_aggregator_is_killed_the_routers_go_to_the_other(cluster: Cluster) -> None:
+    async with asked(cluster) as calls:
+        await calls.fault()
+        cluster["aggregator-1"].kill()
+        await calls.count(60)
+        await cluster["aggregator-1"].restart()
+        await calls.count(20)
+    assert calls.failed == []
+
+
 async def test_when_a_router_is_killed_only_what_it_was_answering_is_lost(cluster: Cluster) -> None:
     async with asked(cluster) as calls:
         await calls.fault()
@@ -188,7 +186,7 @@ async def test_when_a_router_is_killed_only_what_it_was_answering_is_lost(cluste
         lost = len(calls.failed)
         await cluster["router-1"].restart()
         await calls.count(40)
-    assert lost <= 6  # the callers: one call each
+    assert lost <= 4  # the callers: one call each
     assert all(error.situation is Situation.UNAVAILABLE for error in calls.failed)
     assert len(calls.failed) == lost
 
@@ -316,7 +314,7 @@ async def test_work_ends_on_all_hops_within_100_ms_when(cluster: Cluster, how: s
         if "caller" in how:
             asking.cancel()
             await asyncio.wait([asking])
-        assert asking.done()
+        assert asking.cancelled() or isinstance(asking.exception(), HocketError)
     await asyncio.sleep(0.1)
     ended = await executions(cluster)
     assert await in_progress(cluster) == 0

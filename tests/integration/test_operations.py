@@ -10,11 +10,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from tests.clusters import ROOT, free_port
 
 BLOCKS = re.findall(r"<!-- run -->\n```sh\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_four_processes_run_by_hand_as_written(tmp_path: Path) -> None:
     (text,) = BLOCKS
     router = free_port()

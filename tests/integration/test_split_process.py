@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+import structlog
 
 from examples.publishing import Publisher, known
 from examples.running import suite
@@ -24,7 +25,7 @@ from services.suite.__main__ import main as whole
 from tests.builders import apr_bytes, linear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 TOKEN = "a-token-long-enough-to-count"
@@ -81,6 +82,13 @@ async def test_no_process_outlives_a_supervisor_that_was_killed(tmp_path: Path) 
         psutil.Process(running.pid).kill()
         gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 10)
         assert (len(gone), alive) == (4, [])
+
+
+@pytest.fixture(autouse=True)
+def _own_logs() -> Iterator[None]:
+    """A program that runs in this process sets up its logs for this test alone."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize(
