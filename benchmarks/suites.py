@@ -75,7 +75,8 @@ async def _spread(router: RouterClient) -> None:
         async with grpc.aio.insecure_channel(home.address) as channel:
             async for _ in ExpertWorkerClient(channel).load(expert):
                 pass
-    while {planned.expert: planned.replicas[0] for planned in (await _plan(router)).experts} != homes:  # noqa: ASYNC110 - the same
+    names = {expert: home.worker for expert, home in homes.items()}
+    while {planned.expert: planned.replicas[0].worker for planned in (await _plan(router)).experts} != names:  # noqa: ASYNC110 - the same
         await asyncio.sleep(0.05)
 
 
