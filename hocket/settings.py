@@ -10,6 +10,7 @@ must not be a silent default.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -100,6 +101,31 @@ def build(settings: type[T], values: Mapping[str, Any], table: str) -> T:
         return settings(**converted)
     except (TypeError, ValueError) as error:
         raise HocketError(Reason.BAD_REQUEST, f"settings [{table}]: {error}") from error
+
+
+def check_counts(settings: object, *names: str) -> None:
+    """Return if these settings are at least 1.
+
+    Raises:
+        ValueError: One is not; `build` turns that into a refusal.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1")
+
+
+def check_call_seconds(settings: object, *names: str) -> None:
+    """Return if these settings are finite and above 0, and the two of a drain finite and not negative.
+
+    Raises:
+        ValueError: One is not; `build` turns that into a refusal.
+    """
+    for name in names:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} must be above 0")
+    for name in ("drain_notice_seconds", "drain_grace_seconds"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} must not be negative")
 
 
 def _convert(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - one branch per type of setting

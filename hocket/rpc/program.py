@@ -272,13 +272,26 @@ async def _serve(program: Program[S], settings: S, tokens: Tokens, tls: Tls | No
         await first_of(stopping, app.failed)
         getting_ready.cancel()
         log.info("draining")
-        server.set_ready(ready=False)
         if not app.failed.is_set():
             app.leave()
-            await asyncio.sleep(settings.drain_notice_seconds)
-        await server.drain(settings.drain_grace_seconds)
+        await drain([(server, settings)], give_notice=not app.failed.is_set())
     if app.failed.is_set():
         raise HocketError(Reason.NOT_READY, f"the {program.name} cannot go on: see the log, mend it, and start again")
+
+
+async def drain(servers: Sequence[tuple[Server, ServiceSettings]], *, give_notice: bool) -> None:
+    """End ports in order: not ready, still taking calls for a moment so that callers learn of it, then drained.
+
+    Args:
+        servers: Each with the settings that say how long.
+        give_notice: Whether there is such a moment.
+    """
+    for server, _ in servers:
+        server.set_ready(ready=False)
+    if give_notice:
+        await asyncio.sleep(max(settings.drain_notice_seconds for _, settings in servers))
+    for server, settings in servers:
+        await server.drain(settings.drain_grace_seconds)
 
 
 async def _get_ready(app: App, server: Server, log: Any) -> None:  # noqa: ANN401 - structlog's logger

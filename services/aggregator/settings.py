@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from hocket.settings import check_call_seconds, check_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,7 @@ class AggregatorSettings:
     drain_grace_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.in_flight_max < 1:
-            raise ValueError("in_flight_max must be at least 1")
+        check_counts(self, "in_flight_max")
         if self.in_flight_per_expert_max < 0:
             raise ValueError("in_flight_per_expert_max must be 0 (choose for me) or more")
-        for name in ("default_deadline_seconds", "patience_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0")
-        for name in ("drain_notice_seconds", "drain_grace_seconds"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative")
+        check_call_seconds(self, "default_deadline_seconds", "patience_seconds")

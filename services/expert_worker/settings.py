@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError
 from hocket.identity import check_name, is_digest
+from hocket.settings import check_counts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,9 +80,7 @@ class WorkerSettings:
             raise ValueError(f"device must be auto, cpu or cuda:<number>, not {self.device!r}")
         if min(self.budget_bytes, self.compute_threads, self.cache_bytes) < 0:
             raise ValueError("budget_bytes and compute_threads must be 0 (choose for me) or more, cache_bytes too")
-        for name in ("queue_max", "loading_max", "in_flight_max", "workers_on_machine"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        check_counts(self, "queue_max", "loading_max", "in_flight_max", "workers_on_machine")
         if self.default_deadline_seconds <= 0:
             raise ValueError("default_deadline_seconds must be above 0")
         for digest in self.preload:

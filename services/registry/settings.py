@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hocket.packages import DEFAULT_LIMITS
+from hocket.settings import check_counts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,4 @@ class RegistrySettings:
         for name in ("lease_seconds", "trust_poll_seconds", "upload_idle_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("package_bytes_max", "uploads_max", "workers_max", "in_flight_max"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        check_counts(self, "package_bytes_max", "uploads_max", "workers_max", "in_flight_max")

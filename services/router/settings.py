@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hocket.settings import check_call_seconds, check_counts
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,16 +48,10 @@ class RouterSettings:
     def __post_init__(self) -> None:
         if not self.aggregators:
             raise ValueError("aggregators must name at least one address")
-        if self.in_flight_max < 1:
-            raise ValueError("in_flight_max must be at least 1")
+        check_counts(self, "in_flight_max")
         if self.in_flight_per_model_max < 0:
             raise ValueError("in_flight_per_model_max must be 0 (choose for me) or more")
-        for name in ("default_deadline_seconds", "patience_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0")
-        for name in ("drain_notice_seconds", "drain_grace_seconds"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative")
+        check_call_seconds(self, "default_deadline_seconds", "patience_seconds")
 
     @property
     def compartment(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from hocket.rpc.channel import LOCAL, Channels
 from hocket.rpc.handlers import Tokens
-from hocket.rpc.program import METRICS_PORT_OFFSET
+from hocket.rpc.program import METRICS_PORT_OFFSET, drain
 from hocket.rpc.server import Address, Server
 from hocket.telemetry.metrics import serve_metrics
 from services.aggregator.app import AggregatorApp
@@ -126,12 +126,7 @@ class Suite:
 
     async def stop(self) -> None:
         """Drain the ports, as a process of one service does, then stop the services in reverse."""
-        for server, _ in self._servers:
-            server.set_ready(ready=False)
-        if not self.failed.is_set():
-            await asyncio.sleep(max(table.drain_notice_seconds for _, table in self._servers))
-        for server, table in self._servers:
-            await server.drain(table.drain_grace_seconds)
+        await drain(self._servers, give_notice=not self.failed.is_set())
         for stop in self._stop_metrics:
             await asyncio.to_thread(stop)
         for app in (self._router, self._aggregator, self._worker, self._registry):

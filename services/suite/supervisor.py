@@ -123,15 +123,13 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         limits = self._restarts
         restarts: deque[float] = deque(maxlen=limits.count_max)
-        lives = 0
         pause_seconds = limits.pause_seconds_min
         while not self._ending.is_set():
             status = await self._run_once(part)
-            lives += 1
             if self._ending.is_set():
                 return
             # In a later life its settings were good before: a port may be taken for a moment.
-            if status == EXIT_REFUSED and lives == 1:
+            if status == EXIT_REFUSED and not restarts:
                 _log.error("process refused to start: it is not started again", process=part.name)
                 return
             now = loop.time()
