@@ -5,10 +5,8 @@ The parts nest: a line includes the lines it names. What a socket adds is the di
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
-import os
 import queue
 import statistics
 import tempfile
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import uvloop
 
-from benchmarks.report import record
+from benchmarks.report import command_line, record
 from examples.publishing import Publisher, known, softmax_mixture
 from hocket.client.registry import RegistryClient
 from hocket.client.router import RouterClient
@@ -198,10 +196,7 @@ async def _measure(router_app: RouterApp, channels: Channels, tensor: Any, diges
 
 def main() -> None:
     """Measure; `--no-save` only prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-save", action="store_true", help="do not keep the result")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    arguments = command_line(__doc__).parse_args()
     configure_logs("warning")
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
         uvloop.run(run(Path(folder), save=not arguments.no_save))

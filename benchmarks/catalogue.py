@@ -6,12 +6,10 @@ be read. What is measured is real: packages are signed, published, fetched, veri
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import hashlib
 import itertools
-import os
 import statistics
 import tempfile
 import threading
@@ -24,7 +22,7 @@ import numpy as np
 import uvloop
 from prometheus_client import REGISTRY
 
-from benchmarks.report import record
+from benchmarks.report import command_line, record
 from examples.publishing import Publisher
 from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.client.registry import RegistryClient
@@ -348,10 +346,7 @@ async def run(folder: Path, *, save: bool) -> None:
 
 def main() -> None:
     """Measure; `--no-save` only prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-save", action="store_true", help="do not keep the result")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    arguments = command_line(__doc__).parse_args()
     configure_logs("warning")
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
         uvloop.run(run(Path(folder), save=not arguments.no_save))

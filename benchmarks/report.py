@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_line(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The arguments of a benchmark; it and the servers it starts compute on one thread each.
+
+    Args:
+        description: What is measured.
+        rounds: How many rounds it takes, if it takes rounds.
+    """
+    # A row of four dot products is no work for two threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = argparse.ArgumentParser(description=description)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="rounds per side; the median counts")
+    parser.add_argument("--no-save", action="store_true", help="do not keep the result")
+    return parser
 
 
 def hardware() -> dict[str, str]:

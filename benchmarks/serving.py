@@ -5,8 +5,6 @@ Every server is a process of its own; the client is this one.
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,7 +14,7 @@ import grpc
 import uvloop
 
 from benchmarks.mixture import DESCRIPTION, Mixture
-from benchmarks.report import record
+from benchmarks.report import command_line, record
 from benchmarks.sides import CALLS, ROUNDS, Figures, Side, compare, server, stream, unary
 from benchmarks.suites import PREDICT, first_answer, predict_request, start
 
@@ -78,12 +76,9 @@ def _report(found: Mapping[tuple[int, str], Figures], device: str, *, save: bool
 
 def main() -> None:
     """Measure; `--no-save` only prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, rounds=ROUNDS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the worker computes")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds per side; the median counts")
-    parser.add_argument("--no-save", action="store_true", help="do not keep the result")
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a row of four dot products is no work for two threads
     device = "cuda:0" if arguments.device == "cuda" else "cpu"
     uvloop.run(run(device, arguments.rounds, save=not arguments.no_save))
 

@@ -5,8 +5,6 @@ Every server is a process of its own; the client is this one. See `benchmarks.re
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,7 +15,7 @@ import psutil
 import uvloop
 
 from benchmarks.mixture import DESCRIPTION, Mixture
-from benchmarks.report import record
+from benchmarks.report import command_line, record
 from benchmarks.sides import CALLS, ROUNDS, Figures, Side, compare, cpu_by_process, server, stream
 from benchmarks.suites import PREDICT, WORKERS, first_answer, predict_request, start
 
@@ -138,11 +136,7 @@ def _report(found: Mapping[tuple[int, str], Figures], where: Mapping[str, str], 
 
 def main() -> None:
     """Measure; `--no-save` only prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds per side; the median counts")
-    parser.add_argument("--no-save", action="store_true", help="do not keep the result")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a row of four dot products is no work for two threads
+    arguments = command_line(__doc__, rounds=ROUNDS).parse_args()
     uvloop.run(run(arguments.rounds, save=not arguments.no_save))
 
 

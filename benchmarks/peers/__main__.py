@@ -6,7 +6,6 @@ asks it anything.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import socket
@@ -24,7 +23,7 @@ import uvloop
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from benchmarks.mixture import DESCRIPTION, Mixture, check, row
-from benchmarks.report import record
+from benchmarks.report import command_line, record
 from benchmarks.sides import CALLS, ROUNDS, Figures, Side, compare, idle_share, server, stream, unary
 from benchmarks.suites import PREDICT, first_answer, predict_request, start
 
@@ -182,11 +181,7 @@ def _report(found: Mapping[tuple[int, str], Figures], notes: Mapping[str, Any], 
 
 def main() -> None:
     """Measure; `--no-save` only prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds per side; the median counts")
-    parser.add_argument("--no-save", action="store_true", help="do not keep the result")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a row of four dot products is no work for two threads
+    arguments = command_line(__doc__, rounds=ROUNDS).parse_args()
     uvloop.run(run(arguments.rounds, save=not arguments.no_save))
 
 
