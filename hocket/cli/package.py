@@ -29,7 +29,7 @@ from hocket.packages import (
 
 if TYPE_CHECKING:
     from hocket.packages import EmbeddedFacts, Proof, ReleaseFacts
-    from hocket.packages.model import PackageFacts
+    from hocket.packages.model import ModelFacts
 
 app = typer.Typer()
 
@@ -200,7 +200,7 @@ def _release_beside(path: Path) -> tuple[tuple[bytes, ...], HocketError | None]:
     return releases, None
 
 
-def _cannot_serve(data: bytes, facts: PackageFacts) -> str | None:
+def _cannot_serve(data: bytes, facts: ModelFacts) -> str | None:
     if facts.encrypted:
         return "it is encrypted"
     try:
@@ -209,9 +209,7 @@ def _cannot_serve(data: bytes, facts: PackageFacts) -> str | None:
         return error.message
 
 
-def _document(
-    facts: PackageFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None
-) -> dict[str, Any]:
+def _document(facts: ModelFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None) -> dict[str, Any]:
     return {
         "format": facts.format,
         "digest": facts.digest,
@@ -230,7 +228,7 @@ def _document(
     }
 
 
-def _model_json(facts: PackageFacts) -> dict[str, Any]:
+def _model_json(facts: ModelFacts) -> dict[str, Any]:
     return {
         "name": facts.name,
         "expert_layout": facts.expert_layout,
@@ -260,7 +258,7 @@ def _release_json(release: ReleaseFacts | HocketError) -> dict[str, Any]:
 
 
 def _print_card(
-    path: Path, facts: PackageFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None
+    path: Path, facts: ModelFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None
 ) -> None:
     labels = None if facts.labels is None else ", ".join("(dropped)" if name is None else name for name in facts.labels)
     kind = facts.layout or facts.model_type

@@ -44,6 +44,40 @@ class Limits:
     """Nodes of all trees of one package together."""
     tree_depth: int = 1024
     """Splits on the way from the root to a leaf."""
+    archive_bytes: int = 1024 * _MIB
+    """Contents of all files of an archive together."""
+    archive_ratio: int = 100
+    """Contents per byte of the archive, beyond `archive_ratio_free_bytes`: weights of zeros compress no better."""
+    archive_ratio_free_bytes: int = 16 * _MIB
+    """Contents that `archive_ratio` does not count: small files may compress as well as they like."""
+    archive_files: int = 2048
+    """Files and folders in an archive, repetitions included."""
+    archive_text_bytes: int = 64 * _MIB
+    """One file of an archive that holds no weights: tokenizers are the largest."""
+    pax_bytes: int = 2**16
+    """One extended header of a tar archive."""
+    file_name_chars: int = 255
+    """A file's whole name inside an archive."""
+    file_name_depth: int = 8
+    """Parts of that name."""
+    manifest_bytes: int = _MIB
+    """A JSON document of a package: manifest and adapter configuration."""
+    tensors: int = 2**14
+    """Tensors in one safetensors file."""
+    tensor_header_bytes: int = 8 * _MIB
+    """The header of a safetensors file."""
+    capabilities: int = 256
+    """Capabilities and tags of one expert, each; and modules, constraints and stop sequences."""
+    keywords: int = 512
+    """Keywords that route to one expert, and as many that do not."""
+    tag_chars: int = 128
+    """One capability, tag, keyword, module or constraint."""
+    grammar_bytes: int = _MIB
+    """The grammar of one expert."""
+    soft_prompt_tokens: int = 512
+    """Rows of all soft prompts of one expert together."""
+    rank: int = 1024
+    """Rank of an adapter."""
 
 
 DEFAULT_LIMITS: Final = Limits()

@@ -233,7 +233,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
-class PackageFacts:
+class ModelFacts:
     """What is known about a package from its bytes. Says nothing about trust.
 
     Attributes:

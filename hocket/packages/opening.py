@@ -7,7 +7,7 @@ signature are verified and held against the trusted keys. Only of bytes that pas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of, key_id_of
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
+    from hocket.packages.adapter import AdapterFacts
     from hocket.packages.apr import Container
-    from hocket.packages.model import Model, PackageFacts
+    from hocket.packages.model import Model, ModelFacts
 
 _FORMAT: Final = "apr"
+
+PackageFacts: TypeAlias = "ModelFacts | AdapterFacts"
+"""What is known about a package: of an `.apr` file, or of an `.expert` file."""
 
 _MOST_TELLING_FIRST: Final = (
     # somebody trusted signed, and it does not count: a person can act on that
@@ -76,7 +80,7 @@ class Provenance:
 class Package:
     """A package that may serve."""
 
-    facts: PackageFacts
+    facts: ModelFacts
     provenance: Provenance
     model: Model
 
@@ -98,7 +102,7 @@ class ReleaseFacts:
 class Inspection:
     """Everything a file says about itself, believed or not."""
 
-    facts: PackageFacts
+    facts: ModelFacts
     embedded: EmbeddedFacts
     releases: tuple[ReleaseFacts, ...]
 

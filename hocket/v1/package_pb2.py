@@ -26,25 +26,39 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/package.proto\x12\thocket.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x02\n\x07Package\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.hocket.v1.TrustState\x12$\n\x08releases\x18\x05 \x03(\x0b\x32\x12.hocket.v1.Release\x12\x38\n\x12\x65mbedded_signature\x18\x06 \x01(\x0b\x32\x1c.hocket.v1.EmbeddedSignature\x12\x1a\n\x12unsigned_by_policy\x18\x07 \x01(\x08\x12$\n\x05model\x18\x08 \x01(\x0b\x32\x15.hocket.v1.ModelFacts\x12\x30\n\x0cpublish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"q\n\x07Release\x12\x11\n\tpublisher\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.hocket.v1.TrustState\"4\n\x11\x45mbeddedSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0f\n\x07trusted\x18\x02 \x01(\x08\"\x9f\x03\n\nModelFacts\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\t\x12\x15\n\rmodel_type_id\x18\x02 \x01(\r\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x15\n\rexpert_layout\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x13\n\x0b\x63ompression\x18\x07 \x01(\t\x12\x11\n\tencrypted\x18\x08 \x01(\x08\x12\r\n\x05\x66lags\x18\t \x03(\t\x12\x15\n\rfeature_count\x18\n \x01(\r\x12(\n\x07\x63olumns\x18\x0b \x03(\x0b\x32\x17.hocket.v1.OutputColumn\x12,\n\x0coutput_range\x18\x0c \x01(\x0b\x32\x16.hocket.v1.OutputRange\x12\x14\n\x0c\x65xpert_count\x18\r \x01(\r\x12\x17\n\x0fparameter_bytes\x18\x0e \x01(\x04\x12)\n\x08metadata\x18\x0f \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x19\n\x11\x66\x65\x61ture_count_min\x18\x10 \x01(\r\"=\n\x0cOutputColumn\x12\x12\n\x05label\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\x42\x08\n\x06_label\"+\n\x0bOutputRange\x12\r\n\x05lower\x18\x01 \x01(\x02\x12\r\n\x05upper\x18\x02 \x01(\x02*\x91\x01\n\nTrustState\x12\x1b\n\x17TRUST_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TRUST_STATE_ACTIVE\x10\x01\x12\x16\n\x12TRUST_STATE_YANKED\x10\x02\x12\x1b\n\x17TRUST_STATE_KEY_REVOKED\x10\x03\x12\x19\n\x15TRUST_STATE_UNTRUSTED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/package.proto\x12\thocket.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf1\x02\n\x07Package\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.hocket.v1.TrustState\x12$\n\x08releases\x18\x05 \x03(\x0b\x32\x12.hocket.v1.Release\x12\x38\n\x12\x65mbedded_signature\x18\x06 \x01(\x0b\x32\x1c.hocket.v1.EmbeddedSignature\x12\x1a\n\x12unsigned_by_policy\x18\x07 \x01(\x08\x12&\n\x05model\x18\x08 \x01(\x0b\x32\x15.hocket.v1.ModelFactsH\x00\x12*\n\x07\x61\x64\x61pter\x18\n \x01(\x0b\x32\x17.hocket.v1.AdapterFactsH\x00\x12\x30\n\x0cpublish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\n\n\x08\x63ontents\"q\n\x07Release\x12\x11\n\tpublisher\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.hocket.v1.TrustState\"4\n\x11\x45mbeddedSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0f\n\x07trusted\x18\x02 \x01(\x08\"\x9f\x03\n\nModelFacts\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\t\x12\x15\n\rmodel_type_id\x18\x02 \x01(\r\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x15\n\rexpert_layout\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x13\n\x0b\x63ompression\x18\x07 \x01(\t\x12\x11\n\tencrypted\x18\x08 \x01(\x08\x12\r\n\x05\x66lags\x18\t \x03(\t\x12\x15\n\rfeature_count\x18\n \x01(\r\x12(\n\x07\x63olumns\x18\x0b \x03(\x0b\x32\x17.hocket.v1.OutputColumn\x12,\n\x0coutput_range\x18\x0c \x01(\x0b\x32\x16.hocket.v1.OutputRange\x12\x14\n\x0c\x65xpert_count\x18\r \x01(\r\x12\x17\n\x0fparameter_bytes\x18\x0e \x01(\x04\x12)\n\x08metadata\x18\x0f \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x19\n\x11\x66\x65\x61ture_count_min\x18\x10 \x01(\r\"=\n\x0cOutputColumn\x12\x12\n\x05label\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\x42\x08\n\x06_label\"+\n\x0bOutputRange\x12\r\n\x05lower\x18\x01 \x01(\x02\x12\r\n\x05upper\x18\x02 \x01(\x02\"\xac\x04\n\x0c\x41\x64\x61pterFacts\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12$\n\x04kind\x18\x05 \x01(\x0e\x32\x16.hocket.v1.AdapterKind\x12\"\n\x04\x62\x61se\x18\x06 \x01(\x0b\x32\x14.hocket.v1.BaseModel\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x16\n\x0etarget_modules\x18\x08 \x03(\t\x12\x1a\n\x12soft_prompt_tokens\x18\t \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\n \x03(\t\x12\x0c\n\x04tags\x18\x0b \x03(\t\x12(\n\x07routing\x18\x0c \x01(\x0b\x32\x17.hocket.v1.RoutingHints\x12+\n\x0b\x63onstraints\x18\r \x01(\x0b\x32\x16.hocket.v1.Constraints\x12\x13\n\x0bhas_grammar\x18\x0e \x01(\x08\x12\x0f\n\x07license\x18\x0f \x01(\t\x12\x13\n\x0b\x63ompression\x18\x10 \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x11 \x01(\x04\x12\x38\n\x12upstream_signature\x18\x12 \x01(\x0b\x32\x1c.hocket.v1.UpstreamSignature\x12\x10\n\x08warnings\x18\x13 \x03(\t\x12)\n\x08metadata\x18\x14 \x01(\x0b\x32\x17.google.protobuf.Struct\"p\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\x17\n\x0fprompt_template\x18\x05 \x01(\t\"a\n\x0cRoutingHints\x12\x10\n\x08keywords\x18\x01 \x03(\t\x12\x18\n\x10\x65xclude_keywords\x18\x02 \x03(\t\x12\x13\n\x0brouter_hint\x18\x03 \x01(\t\x12\x10\n\x08priority\x18\x04 \x01(\x02\"a\n\x0b\x43onstraints\x12\x12\n\nload_order\x18\x01 \x01(\r\x12\x11\n\tmax_chain\x18\x02 \x01(\r\x12\x10\n\x08requires\x18\x03 \x03(\t\x12\x19\n\x11incompatible_with\x18\x04 \x03(\t\"\x8c\x01\n\x11UpstreamSignature\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.hocket.v1.UpstreamOutcome\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tpublisher\x18\x03 \x01(\t\x12\x12\n\ncreated_at\x18\x04 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x05 \x01(\t*\x91\x01\n\nTrustState\x12\x1b\n\x17TRUST_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TRUST_STATE_ACTIVE\x10\x01\x12\x16\n\x12TRUST_STATE_YANKED\x10\x02\x12\x1b\n\x17TRUST_STATE_KEY_REVOKED\x10\x03\x12\x19\n\x15TRUST_STATE_UNTRUSTED\x10\x04*\x8d\x01\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_KIND_LORA\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_KIND_DORA\x10\x02\x12\x14\n\x10\x41\x44\x41PTER_KIND_IA3\x10\x03\x12\x1c\n\x18\x41\x44\x41PTER_KIND_SOFT_PROMPT\x10\x04*\xaf\x01\n\x0fUpstreamOutcome\x12 \n\x1cUPSTREAM_OUTCOME_UNSPECIFIED\x10\x00\x12\x1d\n\x19UPSTREAM_OUTCOME_UNSIGNED\x10\x01\x12\x1a\n\x16UPSTREAM_OUTCOME_VALID\x10\x02\x12!\n\x1dUPSTREAM_OUTCOME_WEIGHTS_ONLY\x10\x03\x12\x1c\n\x18UPSTREAM_OUTCOME_INVALID\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.package_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRUSTSTATE']._serialized_start=1111
-  _globals['_TRUSTSTATE']._serialized_end=1256
+  _globals['_TRUSTSTATE']._serialized_start=2183
+  _globals['_TRUSTSTATE']._serialized_end=2328
+  _globals['_ADAPTERKIND']._serialized_start=2331
+  _globals['_ADAPTERKIND']._serialized_end=2472
+  _globals['_UPSTREAMOUTCOME']._serialized_start=2475
+  _globals['_UPSTREAMOUTCOME']._serialized_end=2650
   _globals['_PACKAGE']._serialized_start=102
-  _globals['_PACKAGE']._serialized_end=413
-  _globals['_RELEASE']._serialized_start=415
-  _globals['_RELEASE']._serialized_end=528
-  _globals['_EMBEDDEDSIGNATURE']._serialized_start=530
-  _globals['_EMBEDDEDSIGNATURE']._serialized_end=582
-  _globals['_MODELFACTS']._serialized_start=585
-  _globals['_MODELFACTS']._serialized_end=1000
-  _globals['_OUTPUTCOLUMN']._serialized_start=1002
-  _globals['_OUTPUTCOLUMN']._serialized_end=1063
-  _globals['_OUTPUTRANGE']._serialized_start=1065
-  _globals['_OUTPUTRANGE']._serialized_end=1108
+  _globals['_PACKAGE']._serialized_end=471
+  _globals['_RELEASE']._serialized_start=473
+  _globals['_RELEASE']._serialized_end=586
+  _globals['_EMBEDDEDSIGNATURE']._serialized_start=588
+  _globals['_EMBEDDEDSIGNATURE']._serialized_end=640
+  _globals['_MODELFACTS']._serialized_start=643
+  _globals['_MODELFACTS']._serialized_end=1058
+  _globals['_OUTPUTCOLUMN']._serialized_start=1060
+  _globals['_OUTPUTCOLUMN']._serialized_end=1121
+  _globals['_OUTPUTRANGE']._serialized_start=1123
+  _globals['_OUTPUTRANGE']._serialized_end=1166
+  _globals['_ADAPTERFACTS']._serialized_start=1169
+  _globals['_ADAPTERFACTS']._serialized_end=1725
+  _globals['_BASEMODEL']._serialized_start=1727
+  _globals['_BASEMODEL']._serialized_end=1839
+  _globals['_ROUTINGHINTS']._serialized_start=1841
+  _globals['_ROUTINGHINTS']._serialized_end=1938
+  _globals['_CONSTRAINTS']._serialized_start=1940
+  _globals['_CONSTRAINTS']._serialized_end=2037
+  _globals['_UPSTREAMSIGNATURE']._serialized_start=2040
+  _globals['_UPSTREAMSIGNATURE']._serialized_end=2180
 # @@protoc_insertion_point(module_scope)

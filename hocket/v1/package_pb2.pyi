@@ -55,6 +55,70 @@ TRUST_STATE_UNTRUSTED: TrustState.ValueType  # 4
 """No proof holds any more: a key has expired or left the trust folder."""
 Global___TrustState: _TypeAlias = TrustState  # noqa: Y015
 
+class _AdapterKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_KIND_UNSPECIFIED: _AdapterKind.ValueType  # 0
+    """Never sent."""
+    ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 1
+    """A low-rank update of projections."""
+    ADAPTER_KIND_DORA: _AdapterKind.ValueType  # 2
+    """A low-rank update whose rows keep a learned length."""
+    ADAPTER_KIND_IA3: _AdapterKind.ValueType  # 3
+    """Factors on what projections read or give."""
+    ADAPTER_KIND_SOFT_PROMPT: _AdapterKind.ValueType  # 4
+    """Embeddings before the text, and nothing else."""
+
+class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
+    """What an adapter does to the base language model that it rides on."""
+
+ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
+"""Never sent."""
+ADAPTER_KIND_LORA: AdapterKind.ValueType  # 1
+"""A low-rank update of projections."""
+ADAPTER_KIND_DORA: AdapterKind.ValueType  # 2
+"""A low-rank update whose rows keep a learned length."""
+ADAPTER_KIND_IA3: AdapterKind.ValueType  # 3
+"""Factors on what projections read or give."""
+ADAPTER_KIND_SOFT_PROMPT: AdapterKind.ValueType  # 4
+"""Embeddings before the text, and nothing else."""
+Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
+
+class _UpstreamOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UpstreamOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpstreamOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UPSTREAM_OUTCOME_UNSPECIFIED: _UpstreamOutcome.ValueType  # 0
+    """Never sent."""
+    UPSTREAM_OUTCOME_UNSIGNED: _UpstreamOutcome.ValueType  # 1
+    """There is none."""
+    UPSTREAM_OUTCOME_VALID: _UpstreamOutcome.ValueType  # 2
+    """It covers every file, the manifest included."""
+    UPSTREAM_OUTCOME_WEIGHTS_ONLY: _UpstreamOutcome.ValueType  # 3
+    """It covers every file but the manifest."""
+    UPSTREAM_OUTCOME_INVALID: _UpstreamOutcome.ValueType  # 4
+    """It does not verify, or covers other files than are there."""
+
+class UpstreamOutcome(_UpstreamOutcome, metaclass=_UpstreamOutcomeEnumTypeWrapper):
+    """What an upstream signature is worth."""
+
+UPSTREAM_OUTCOME_UNSPECIFIED: UpstreamOutcome.ValueType  # 0
+"""Never sent."""
+UPSTREAM_OUTCOME_UNSIGNED: UpstreamOutcome.ValueType  # 1
+"""There is none."""
+UPSTREAM_OUTCOME_VALID: UpstreamOutcome.ValueType  # 2
+"""It covers every file, the manifest included."""
+UPSTREAM_OUTCOME_WEIGHTS_ONLY: UpstreamOutcome.ValueType  # 3
+"""It covers every file but the manifest."""
+UPSTREAM_OUTCOME_INVALID: UpstreamOutcome.ValueType  # 4
+"""It does not verify, or covers other files than are there."""
+Global___UpstreamOutcome: _TypeAlias = UpstreamOutcome  # noqa: Y015
+
 @_typing.final
 class Package(_message.Message):
     """A file that holds one expert or several, with everything the registry knows about it."""
@@ -69,13 +133,14 @@ class Package(_message.Message):
     EMBEDDED_SIGNATURE_FIELD_NUMBER: _builtins.int
     UNSIGNED_BY_POLICY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     PUBLISH_TIME_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """`sha256:<64 hex>` of the file's bytes: its identity."""
     size_bytes: _builtins.int
     """Size of the file in bytes."""
     format: _builtins.str
-    """Container format: `apr`."""
+    """Container format: `apr` or `expert`."""
     state: Global___TrustState.ValueType
     """Whether it may serve."""
     unsigned_by_policy: _builtins.bool
@@ -90,7 +155,11 @@ class Package(_message.Message):
 
     @_builtins.property
     def model(self) -> Global___ModelFacts:
-        """What the file holds."""
+        """Of an `.apr` file: tensor experts."""
+
+    @_builtins.property
+    def adapter(self) -> Global___AdapterFacts:
+        """Of an `.expert` file: an adapter for a base language model."""
 
     @_builtins.property
     def publish_time(self) -> _timestamp_pb2.Timestamp:
@@ -107,13 +176,16 @@ class Package(_message.Message):
         embedded_signature: Global___EmbeddedSignature | None = ...,
         unsigned_by_policy: _builtins.bool = ...,
         model: Global___ModelFacts | None = ...,
+        adapter: Global___AdapterFacts | None = ...,
         publish_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["embedded_signature", b"embedded_signature", "model", b"model", "publish_time", b"publish_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "contents", b"contents", "embedded_signature", b"embedded_signature", "model", b"model", "publish_time", b"publish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "embedded_signature", b"embedded_signature", "format", b"format", "model", b"model", "publish_time", b"publish_time", "releases", b"releases", "size_bytes", b"size_bytes", "state", b"state", "unsigned_by_policy", b"unsigned_by_policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "contents", b"contents", "digest", b"digest", "embedded_signature", b"embedded_signature", "format", b"format", "model", b"model", "publish_time", b"publish_time", "releases", b"releases", "size_bytes", b"size_bytes", "state", b"state", "unsigned_by_policy", b"unsigned_by_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_contents: _TypeAlias = _typing.Literal["model", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_contents: _TypeAlias = _typing.Literal["contents", b"contents"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_contents) -> _WhichOneofReturnType_contents | None: ...
 
 Global___Package: _TypeAlias = Package  # noqa: Y015
 
@@ -326,3 +398,275 @@ class OutputRange(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OutputRange: _TypeAlias = OutputRange  # noqa: Y015
+
+@_typing.final
+class AdapterFacts(_message.Message):
+    """What the adapter of a package is, and what it says about itself in its manifest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_VERSION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    SOFT_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    HAS_GRAMMAR_FIELD_NUMBER: _builtins.int
+    LICENSE_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
+    UPSTREAM_SIGNATURE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    format_version: _builtins.str
+    """The manifest's schema: `1.0` or `2.0`."""
+    name: _builtins.str
+    """The manifest's name; the same as in every release."""
+    version: _builtins.str
+    """The manifest's version; the same as in every release."""
+    description: _builtins.str
+    """For people."""
+    kind: Global___AdapterKind.ValueType
+    """What it is."""
+    rank: _builtins.int
+    """Largest rank of its updates; 0 for kinds that have none."""
+    soft_prompt_tokens: _builtins.int
+    """Rows that its soft prompts put before the text."""
+    has_grammar: _builtins.bool
+    """Whether a grammar for its answers is inside."""
+    license: _builtins.str
+    """SPDX name of its licence, as written."""
+    compression: _builtins.str
+    """How the archive is compressed: `gzip`, `zstd` or `zip`."""
+    parameter_bytes: _builtins.int
+    """Bytes of its tensors as stored."""
+    @_builtins.property
+    def base(self) -> Global___BaseModel:
+        """What it rides on."""
+
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Projections that it adapts, by name."""
+
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it can do, as its author says: `language:en`, `task:text2sql`."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words to be found by."""
+
+    @_builtins.property
+    def routing(self) -> Global___RoutingHints:
+        """When it wants to be asked. Absent for an expert that is never chosen by itself, and wherever nobody trusted has
+        released the package: then nobody answers for these words.
+        """
+
+    @_builtins.property
+    def constraints(self) -> Global___Constraints:
+        """How it goes together with other experts."""
+
+    @_builtins.property
+    def upstream_signature(self) -> Global___UpstreamSignature:
+        """The signature that the format's own tools leave inside. Shown, never decisive."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know before using it."""
+
+    @_builtins.property
+    def metadata(self) -> _struct_pb2.Struct:
+        """The manifest. Only GetPackage fills this in."""
+
+    def __init__(
+        self,
+        *,
+        format_version: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        description: _builtins.str = ...,
+        kind: Global___AdapterKind.ValueType = ...,
+        base: Global___BaseModel | None = ...,
+        rank: _builtins.int = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        soft_prompt_tokens: _builtins.int = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        routing: Global___RoutingHints | None = ...,
+        constraints: Global___Constraints | None = ...,
+        has_grammar: _builtins.bool = ...,
+        license: _builtins.str = ...,
+        compression: _builtins.str = ...,
+        parameter_bytes: _builtins.int = ...,
+        upstream_signature: Global___UpstreamSignature | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        metadata: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "constraints", b"constraints", "metadata", b"metadata", "routing", b"routing", "upstream_signature", b"upstream_signature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "capabilities", b"capabilities", "compression", b"compression", "constraints", b"constraints", "description", b"description", "format_version", b"format_version", "has_grammar", b"has_grammar", "kind", b"kind", "license", b"license", "metadata", b"metadata", "name", b"name", "parameter_bytes", b"parameter_bytes", "rank", b"rank", "routing", b"routing", "soft_prompt_tokens", b"soft_prompt_tokens", "tags", b"tags", "target_modules", b"target_modules", "upstream_signature", b"upstream_signature", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterFacts: _TypeAlias = AdapterFacts  # noqa: Y015
+
+@_typing.final
+class BaseModel(_message.Message):
+    """The language model that an adapter was made for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHTS_SHA256_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As the manifest spells it: a name, a hub id or a path."""
+    digest: _builtins.str
+    """`sha256:<64 hex>` of the base's directory; empty when not stated."""
+    weights_sha256: _builtins.str
+    """Hex SHA-256 of its weight file; empty when not stated."""
+    quantization: _builtins.str
+    """How it was quantised in training; for display."""
+    prompt_template: _builtins.str
+    """Prompt template that the adapter was trained with; empty leaves it to the base."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        weights_sha256: _builtins.str = ...,
+        quantization: _builtins.str = ...,
+        prompt_template: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "prompt_template", b"prompt_template", "quantization", b"quantization", "weights_sha256", b"weights_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BaseModel: _TypeAlias = BaseModel  # noqa: Y015
+
+@_typing.final
+class RoutingHints(_message.Message):
+    """Hints for choosing an expert by the text of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYWORDS_FIELD_NUMBER: _builtins.int
+    EXCLUDE_KEYWORDS_FIELD_NUMBER: _builtins.int
+    ROUTER_HINT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    router_hint: _builtins.str
+    """A boolean expression over features of the text."""
+    priority: _builtins.float
+    """Between 0 and 1."""
+    @_builtins.property
+    def keywords(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words that speak for it, lower-case."""
+
+    @_builtins.property
+    def exclude_keywords(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words that speak against it, lower-case."""
+
+    def __init__(
+        self,
+        *,
+        keywords: _abc.Iterable[_builtins.str] | None = ...,
+        exclude_keywords: _abc.Iterable[_builtins.str] | None = ...,
+        router_hint: _builtins.str = ...,
+        priority: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_keywords", b"exclude_keywords", "keywords", b"keywords", "priority", b"priority", "router_hint", b"router_hint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutingHints: _TypeAlias = RoutingHints  # noqa: Y015
+
+@_typing.final
+class Constraints(_message.Message):
+    """How an expert goes together with others. Patterns are `name`, `name@range` or `publisher/name@range`, where a range
+    is versions compared by `= < <= > >=`, joined by commas, or `*`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOAD_ORDER_FIELD_NUMBER: _builtins.int
+    MAX_CHAIN_FIELD_NUMBER: _builtins.int
+    REQUIRES_FIELD_NUMBER: _builtins.int
+    INCOMPATIBLE_WITH_FIELD_NUMBER: _builtins.int
+    load_order: _builtins.int
+    """Experts compose in ascending order."""
+    max_chain: _builtins.int
+    """Most experts in one composition; 0 leaves it to the suite."""
+    @_builtins.property
+    def requires(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Experts that must be there as well."""
+
+    @_builtins.property
+    def incompatible_with(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Experts that must not be there."""
+
+    def __init__(
+        self,
+        *,
+        load_order: _builtins.int = ...,
+        max_chain: _builtins.int = ...,
+        requires: _abc.Iterable[_builtins.str] | None = ...,
+        incompatible_with: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incompatible_with", b"incompatible_with", "load_order", b"load_order", "max_chain", b"max_chain", "requires", b"requires"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Constraints: _TypeAlias = Constraints  # noqa: Y015
+
+@_typing.final
+class UpstreamSignature(_message.Message):
+    """A signature made by the `.expert` format's own tools. It says that the files are whole, not who made them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    PUBLISHER_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    outcome: Global___UpstreamOutcome.ValueType
+    """What it is worth."""
+    key_id: _builtins.str
+    """SHA-256 hex of the raw public key beside it; empty if that cannot be read."""
+    publisher: _builtins.str
+    """Who claims to have signed. The signature does not cover this."""
+    created_at: _builtins.str
+    """When, as claimed. The signature does not cover this."""
+    explanation: _builtins.str
+    """Why it is not valid, for people."""
+    def __init__(
+        self,
+        *,
+        outcome: Global___UpstreamOutcome.ValueType = ...,
+        key_id: _builtins.str = ...,
+        publisher: _builtins.str = ...,
+        created_at: _builtins.str = ...,
+        explanation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "explanation", b"explanation", "key_id", b"key_id", "outcome", b"outcome", "publisher", b"publisher"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpstreamSignature: _TypeAlias = UpstreamSignature  # noqa: Y015

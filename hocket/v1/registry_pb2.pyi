@@ -255,22 +255,34 @@ class ListPackagesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     PUBLISHER_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Entries per page; 0 means 100, more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first."""
     publisher: _builtins.str
     """Only packages with a release of this publisher."""
+    capability: _builtins.str
+    """Only experts with this capability, such as `task:text2sql`; case does not matter."""
+    base: _builtins.str
+    """Only adapters for this base: its digest, or its name. Of a name the last part counts, case does not matter."""
+    text: _builtins.str
+    """Only packages in whose name, description, tags, capabilities or labels all of these words occur."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         publisher: _builtins.str = ...,
+        capability: _builtins.str = ...,
+        base: _builtins.str = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "publisher", b"publisher"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "capability", b"capability", "page_size", b"page_size", "page_token", b"page_token", "publisher", b"publisher", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

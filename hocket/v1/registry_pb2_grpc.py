@@ -118,10 +118,12 @@ class RegistryServiceServicer(object):
         """Takes a package in: hashed, its release and signatures checked, parsed, stored, then visible.
         Idempotent by (digest, publisher, name, version).
 
-        INVALID_ARGUMENT: `DIGEST_MISMATCH`, `BAD_REQUEST`, `BAD_RELEASE`, `TOO_LARGE`, and every `BAD_...` and
-        `UNSUPPORTED_...` reason of a package (docs/packages.md).
+        INVALID_ARGUMENT: `DIGEST_MISMATCH`, `BAD_REQUEST`, `BAD_RELEASE`, `TOO_LARGE`, and every `BAD_...`,
+        `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.
         FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-        `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`.
+        `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`; for an adapter `NAME_MISMATCH` when release and
+        manifest disagree, and `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
+        `TOO_MANY_EXPERTS` when what it requires is not here or does not go together.
         ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
         the name of the mixture that the package is by itself belongs to another package.
         """

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hocket.packages import Limits, Proof
-    from hocket.packages.model import PackageFacts
+    from hocket.packages.model import ModelFacts
 
 PACKAGE_FORMAT: Final = "apr"
 MIXTURE_FORMAT: Final = "mixture"
@@ -148,7 +148,7 @@ class AdmittedPackage:
         mixture: The mixture that it is by itself; None for a single expert.
     """
 
-    facts: PackageFacts
+    facts: ModelFacts
     proof: Proof
     release: bytes
     embedded_key_id: str | None

@@ -15,14 +15,14 @@ from services.registry.admission import Shape, State, expert_shape
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from hocket.packages.model import PackageFacts
+    from hocket.packages import model
     from services.registry.store import MixtureRow, NameRow, PackageRow, ReleaseRow
 
 _EXACT_INTEGER_MAX: Final = 2**53
 """Beyond this a number of a Struct, which is a double, would be another one."""
 
 
-def facts_message(facts: PackageFacts) -> ModelFacts:
+def facts_message(facts: model.ModelFacts) -> ModelFacts:
     """What a package holds, without metadata. A width that the package does not say is 0."""
     message = ModelFacts(
         format_version=facts.format_version,
@@ -140,7 +140,7 @@ def name_message(name: NameRow, row: MixtureRow | None) -> Mixture:
     return mixture_message(row, name)
 
 
-def _columns(facts: PackageFacts) -> list[OutputColumn]:
+def _columns(facts: model.ModelFacts) -> list[OutputColumn]:
     if facts.labels is None:
         return [OutputColumn() for _ in range(facts.output_columns)]
     return [OutputColumn(dropped=True) if label is None else OutputColumn(label=label) for label in facts.labels]

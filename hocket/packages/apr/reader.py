@@ -11,13 +11,13 @@ from hocket.packages.apr.layouts import candidates, read_model
 from hocket.packages.apr.metadata import read_metadata
 from hocket.packages.apr.payload import decompress
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
-from hocket.packages.model import MixtureOfExperts, Model, PackageFacts
+from hocket.packages.model import MixtureOfExperts, Model, ModelFacts
 
 if TYPE_CHECKING:
     from hocket.packages.apr.container import Container
 
 
-def describe(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS) -> PackageFacts:
+def describe(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS) -> ModelFacts:
     """What header and metadata alone say: all there is to know of an encrypted file.
 
     Args:
@@ -32,7 +32,7 @@ def describe(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS)
     return _facts(container, digest, read_metadata(container.metadata, limits), not_servable=sealed)
 
 
-def decode(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS) -> tuple[PackageFacts, Model]:
+def decode(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS) -> tuple[ModelFacts, Model]:
     """Read metadata and model.
 
     A model that is well formed but cannot answer is decoded all the same; `not_servable` then says why.
@@ -91,9 +91,9 @@ def _own(metadata: dict[str, Any]) -> dict[str, Any]:
     return hocket
 
 
-def _facts(container: Container, digest: str, metadata: dict[str, Any], **model: Any) -> PackageFacts:  # noqa: ANN401 - named by PackageFacts
+def _facts(container: Container, digest: str, metadata: dict[str, Any], **model: Any) -> ModelFacts:  # noqa: ANN401 - named by ModelFacts
     header = container.header
-    return PackageFacts(
+    return ModelFacts(
         format="apr",
         digest=digest,
         size_bytes=container.size_bytes,

@@ -15,8 +15,8 @@ from hocket.packages.model import (
     DecisionTreeRegressor,
     KMeans,
     LinearRegression,
+    ModelFacts,
     MoeConfig,
-    PackageFacts,
     RandomForestClassifier,
     RandomForestRegressor,
 )
@@ -26,7 +26,7 @@ KMEANS = builders.models()["KMeans"]
 STUMP = DecisionTreeClassifier(builders.grow((0, 0.5, (0, 1), (2, 1))))
 
 
-def facts(model: Any, **options: Any) -> PackageFacts:
+def facts(model: Any, **options: Any) -> ModelFacts:
     data = builders.apr_bytes(model, **options)
     return apr.decode(apr.split(data), digest_of(data))[0]
 

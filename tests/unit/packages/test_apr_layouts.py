@@ -12,7 +12,7 @@ from hocket.errors import HocketError, Reason
 from hocket.packages import apr
 from hocket.packages.apr.layouts import candidates, read_model
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
-from hocket.packages.model import DecisionTreeClassifier, PackageFacts
+from hocket.packages.model import DecisionTreeClassifier, ModelFacts
 from tests import apr_oracle, builders
 
 LINEAR = "01 0200000000000000 00000040 000080bf 0000003f 01"
@@ -29,7 +29,7 @@ NAN = "0000c07f"
 
 def decode(
     payload: str | bytes, model_type_id: int = 1, limits: Limits = DEFAULT_LIMITS, **hocket: Any
-) -> tuple[PackageFacts, Any]:
+) -> tuple[ModelFacts, Any]:
     image = bytes.fromhex(payload) if isinstance(payload, str) else payload
     version = hocket.pop("aprender_version", "0.11.0")
     metadata = {**builders.METADATA, "aprender_version": version, "custom": {"hocket": hocket}}

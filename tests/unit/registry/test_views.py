@@ -19,10 +19,10 @@ from tests.builders import apr_bytes, models
 from tests.registries import labelled
 
 if TYPE_CHECKING:
-    from hocket.packages.model import PackageFacts
+    from hocket.packages.model import ModelFacts
 
 
-def facts_of(data: bytes) -> PackageFacts:
+def facts_of(data: bytes) -> ModelFacts:
     facts, _ = apr.decode(apr.split(data), "sha256:" + "0" * 64)
     return facts
 
