@@ -1,4 +1,4 @@
-"""Packages: files that hold an expert, and what makes their bytes trusted.
+"""Packages: files that hold experts, and what makes their bytes trusted.
 
 A tour. Everything here takes bytes and values and gives values back; nothing touches a disk or a network.
 
@@ -7,6 +7,11 @@ decoded, and the result says which proofs held:
 
     package = open_package(data, releases=[envelope], trust=roots, now=datetime.now(UTC))
     package.facts, package.model, package.provenance.proofs
+
+The magic bytes say which of two formats it is. An `.apr` file holds tensor experts: `facts` are `ModelFacts` and
+`model` is one of `hocket.packages.model`. An `.expert` file holds an adapter for a base language model: `facts` are
+`AdapterFacts` and `model` is an `Adapter`, both of `hocket.packages.adapter`. Its manifest has a name and a version,
+which every release of it repeats (`check_release_name`).
 
 `TrustRoots` are the trusted keys (`hocket.trust_folder` reads them from a folder), `Policy` is what the operator
 accepts beyond proof, `Revocations` are the keys withdrawn since. Any of them may change while a package is resident:
@@ -18,7 +23,7 @@ To show a package without believing it, `inspect_package`. To publish one, bind 
     envelope = sign_release(release, seed)
 
 Keys are made by `generate_seed` and spelled by `hocket.identity`; `hocket.keyring` keeps them in files. The formats
-have modules of their own: `hocket.packages.apr` reads and writes `.apr` files.
+have modules of their own: `hocket.packages.apr` and `hocket.packages.expert`.
 """
 
 from __future__ import annotations
@@ -30,8 +35,10 @@ from hocket.packages.opening import (
     EmbeddedFacts,
     Inspection,
     Package,
+    PackageFacts,
     Provenance,
     ReleaseFacts,
+    check_release_name,
     evaluate,
     inspect_package,
     open_package,
@@ -54,6 +61,7 @@ __all__ = [
     "Inspection",
     "Limits",
     "Package",
+    "PackageFacts",
     "Policy",
     "Proof",
     "Provenance",
@@ -65,6 +73,7 @@ __all__ = [
     "Subject",
     "TrustRoots",
     "TrustedKey",
+    "check_release_name",
     "evaluate",
     "generate_seed",
     "inspect_package",

@@ -62,7 +62,7 @@ class Limits:
     """Parts of that name."""
     manifest_bytes: int = _MIB
     """A JSON document of a package: manifest and adapter configuration."""
-    tensors: int = 2**14
+    tensors: int = 2**12
     """Tensors in one safetensors file."""
     tensor_header_bytes: int = 8 * _MIB
     """The header of a safetensors file."""

@@ -1,7 +1,8 @@
 """From bytes to a package somebody vouches for. Bytes in, a package or one refusal out.
 
-The order is the point. The file is hashed. Its fixed-size fields and lengths take it apart. Releases and the embedded
-signature are verified and held against the trusted keys. Only of bytes that passed all that is any content decoded.
+The order is the point. The file is hashed. Releases and the signature embedded in an `.apr` file, whose fixed-size
+fields and lengths take it apart, are verified and held against the trusted keys. Only of bytes that passed all that is
+any content decompressed and decoded. The magic bytes say which format it is, never a file's name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of, key_id_of
-from hocket.packages import apr
+from hocket.packages import apr, expert
+from hocket.packages.adapter import AdapterFacts
 from hocket.packages.keys import verify
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.release import ClaimedRelease, Purpose, Subject, read_release, verify_release
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from hocket.packages.adapter import AdapterFacts
+    from hocket.identity import ReleaseName
+    from hocket.packages.adapter import Adapter
     from hocket.packages.apr import Container
     from hocket.packages.model import Model, ModelFacts
 
-_FORMAT: Final = "apr"
+_APR: Final = "apr"
+_EXPERT: Final = "expert"
 
 PackageFacts: TypeAlias = "ModelFacts | AdapterFacts"
 """What is known about a package: of an `.apr` file, or of an `.expert` file."""
@@ -48,7 +52,7 @@ _NOBODY_VOUCHES: Final = frozenset({Reason.SIGNER_NOT_TRUSTED, Reason.UNSIGNED})
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedFacts:
-    """The signature inside a file.
+    """The signature inside an `.apr` file, which proves as much as a release; `.expert` files have none of the kind.
 
     Attributes:
         present: Whether there is one.
@@ -78,11 +82,11 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package that may serve."""
+    """A package that may serve: a model with its facts, or an adapter with its facts."""
 
-    facts: ModelFacts
+    facts: PackageFacts
     provenance: Provenance
-    model: Model
+    model: Model | Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class ReleaseFacts:
 
     Attributes:
         claim: What it claims, true or not.
-        refused: Why it proves nothing about the file; None if it is a proof.
+        refused: Why it proves nothing about the file, or names it otherwise than its manifest; None if it is a proof.
     """
 
     claim: ClaimedRelease
@@ -102,7 +106,7 @@ class ReleaseFacts:
 class Inspection:
     """Everything a file says about itself, believed or not."""
 
-    facts: ModelFacts
+    facts: PackageFacts
     embedded: EmbeddedFacts
     releases: tuple[ReleaseFacts, ...]
 
@@ -118,10 +122,11 @@ def open_package(
     limits: Limits = DEFAULT_LIMITS,
     digest: str | None = None,
 ) -> Package:
-    """Open a package, in this order: hash, take apart, verify, and only then decode.
+    """Open a package, in this order: hash, verify, and only then decompress and decode.
 
     A package is accepted if at least one proof holds, whatever becomes of the others (see `evaluate`). An embedded
-    signature has to verify even where another proof holds, though its key need not be trusted then.
+    signature has to verify even where another proof holds, though its key need not be trusted then. The signature
+    that upstream's tools leave inside an `.expert` file is no proof: it is found in the facts, whatever it is worth.
 
     Args:
         data: The whole file.
@@ -134,9 +139,9 @@ def open_package(
         digest: The digest the bytes are supposed to have, when they were asked for by it.
 
     Raises:
-        HocketError: `DIGEST_MISMATCH` if the bytes are not those asked for; the container's refusals
-            (`hocket.packages.apr.split`); `SIGNATURE_INVALID` for a broken embedded signature; the refusals of
-            `evaluate`; then `ENCRYPTED` and the content's refusals (`hocket.packages.apr.decode`).
+        HocketError: `DIGEST_MISMATCH` if the bytes are not those asked for; for an `.apr` file the container's
+            refusals (`hocket.packages.apr.split`) and `SIGNATURE_INVALID` for a broken embedded signature; the
+            refusals of `evaluate`; then the content's (`hocket.packages.apr.decode`, `hocket.packages.expert.decode`).
     """
     actual = digest_of(data)
     if digest is not None and digest != actual:
@@ -146,6 +151,11 @@ def open_package(
             expected=digest,
             actual=actual,
         )
+    if expert.is_expert(data):
+        subject = Subject(Purpose.PACKAGE, actual, len(data), _EXPERT)
+        proofs = evaluate(subject, releases, None, trust=trust, policy=policy, revoked=revoked, now=now)
+        adapter_facts, adapter = expert.decode(data, actual, limits)
+        return Package(adapter_facts, Provenance(proofs, EmbeddedFacts()), adapter)
     container = apr.split(data, limits)
     embedded = _embedded_facts(container, trust, revoked, now)
     if embedded.present and not embedded.verified:
@@ -154,7 +164,7 @@ def open_package(
             "the signature inside the file is not one of its content by the key it names: "
             "the file was altered, fetch it from its publisher again",
         )
-    subject = Subject(Purpose.PACKAGE, actual, len(data), _FORMAT)
+    subject = Subject(Purpose.PACKAGE, actual, len(data), _APR)
     proofs = evaluate(subject, releases, embedded.key_id, trust=trust, policy=policy, revoked=revoked, now=now)
     facts, model = apr.decode(container, actual, limits)
     return Package(facts, Provenance(proofs, embedded), model)
@@ -225,25 +235,52 @@ def inspect_package(
 ) -> Inspection:
     """Show what a file says, without deciding anything: nothing is refused for want of trust.
 
-    Metadata is parsed, the model is not.
+    Of an `.apr` file metadata is parsed, the model is not; an `.expert` file is read as a whole.
 
     Raises:
         HocketError: For bytes that are not a well-formed package or release: the refusals of
-            `hocket.packages.apr.split` and `describe`, and `BAD_RELEASE`.
+            `hocket.packages.apr.split` and `describe`, or of `hocket.packages.expert.decode`; and `BAD_RELEASE`.
     """
     digest = digest_of(data)
-    container = apr.split(data, limits)
-    subject = Subject(Purpose.PACKAGE, digest, len(data), _FORMAT)
+    facts: PackageFacts
+    if expert.is_expert(data):
+        facts, _ = expert.decode(data, digest, limits)
+        embedded = EmbeddedFacts()
+    else:
+        container = apr.split(data, limits)
+        facts = apr.describe(container, digest, limits)
+        embedded = _embedded_facts(container, trust, revoked, now)
+    subject = Subject(Purpose.PACKAGE, digest, len(data), facts.format)
     shown = []
     for envelope in releases:
         claim = read_release(envelope)
         try:
             verify_release(envelope, subject, trust=trust, revoked=revoked, now=now)
+            check_release_name(facts, claim.release.name)
             shown.append(ReleaseFacts(claim, None))
         except HocketError as error:
             shown.append(ReleaseFacts(claim, error.reason))
-    embedded = _embedded_facts(container, trust, revoked, now)
-    return Inspection(apr.describe(container, digest, limits), embedded, tuple(shown))
+    return Inspection(facts, embedded, tuple(shown))
+
+
+def check_release_name(facts: PackageFacts, name: ReleaseName) -> None:
+    """Return if a release may give this name to a package: an adapter has the one that its manifest says.
+
+    Others are found by that name when they require it, so a second name would be a second meaning.
+
+    Args:
+        facts: Of the package.
+        name: That its release binds to it, or shall bind.
+
+    Raises:
+        HocketError: `NAME_MISMATCH` if manifest and release disagree on name or version.
+    """
+    if isinstance(facts, AdapterFacts) and (facts.name, facts.version) != (name.name, name.version):
+        raise HocketError(
+            Reason.NAME_MISMATCH,
+            f"the manifest says {facts.name}@{facts.version}, the release {name.name}@{name.version}: release it under "
+            "the manifest's name and version, or change the manifest and pack again",
+        )
 
 
 def _embedded_facts(container: Container, trust: TrustRoots, revoked: Revocations, now: datetime) -> EmbeddedFacts:

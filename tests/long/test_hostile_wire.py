@@ -125,7 +125,11 @@ def rpcs(plan: plan_pb2.Plan) -> list[Rpc]:
             gives_stream=True,
         ),
         Rpc(registry, "GetPackage", [registry_pb2.GetPackageRequest(package="acme/iris@1.0.0")]),
-        Rpc(registry, "ListPackages", [registry_pb2.ListPackagesRequest(page_size=2, publisher="acme")]),
+        Rpc(
+            registry,
+            "ListPackages",
+            [registry_pb2.ListPackagesRequest(page_size=2, publisher="acme", capability="a:b", base="c/d", text="e f")],
+        ),
         Rpc(registry, "YankPackage", [registry_pb2.YankPackageRequest(digest=UNKNOWN, explanation="wrong")]),
         Rpc(registry, "RevokeKey", [registry_pb2.RevokeKeyRequest(key="ab" * 32, explanation="lost")]),
         Rpc(

@@ -32,7 +32,7 @@ from hocket.packages.apr import split, write
 from hocket.packages.apr.container import join
 from hocket.packages.apr.header import Flag
 from hocket.packages.keys import public_key_of, sign
-from hocket.packages.model import LinearRegression
+from hocket.packages.model import LinearRegression, ModelFacts
 from tests.signing import (
     ACME_ID,
     ACME_SEED,
@@ -359,7 +359,9 @@ class TestInspection:
         assert {release.claim.release.name for release in shown} == {NAME}
 
     def test_an_encrypted_file_is_shown(self) -> None:
-        assert self.inspect(file(payload=bytes(100), flags=Flag.ENCRYPTED)).facts.encrypted
+        facts = self.inspect(file(payload=bytes(100), flags=Flag.ENCRYPTED)).facts
+        assert isinstance(facts, ModelFacts)
+        assert facts.encrypted
 
     def test_malformed_bytes_are_refused(self) -> None:
         for data, releases, reason in (

@@ -1,0 +1,73 @@
+"""The identity of a base language model: what of its folder decides what it computes, in one digest.
+
+The digest is the SHA-256 of the canonical JSON (RFC 8785) of `{file name: SHA-256 of its content in hex}`, over the
+files at the folder's root that shape the model or its text: configuration, safetensors weights, tokenizer, chat
+template. README, pickled weights and whatever else lies there do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Final
+
+import rfc8785
+
+from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_COUNTED: Final = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+_WEIGHTS: Final = "*.safetensors"
+_CHUNK_BYTES: Final = 2**20
+
+
+def base_digest(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> str:
+    """The digest of a base's folder, `sha256:<hex>`.
+
+    Args:
+        folder: A Hugging Face model directory.
+        on_progress: Told the bytes hashed so far, and all of them.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if it cannot be read, or is no model: without `config.json` or safetensors weights.
+    """
+    try:
+        files = sorted(
+            path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, n) for n in _COUNTED)
+        )
+        names = [path.name for path in files]
+        if "config.json" not in names or not any(fnmatchcase(name, _WEIGHTS) for name in names):
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                f"{folder} is no base model: a Hugging Face folder has a config.json and *.safetensors weights",
+            )
+        total = sum(path.stat().st_size for path in files)
+        done = 0
+        hashes: dict[str, str] = {}
+        for path in files:
+            file_hash = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    file_hash.update(chunk)
+                    done += len(chunk)
+                    if on_progress is not None:
+                        on_progress(done, total)
+            hashes[path.name] = file_hash.hexdigest()
+    except OSError as error:
+        raise HocketError(Reason.BAD_REQUEST, f"cannot read the base {folder}: {error.strerror}") from error
+    return digest_of(rfc8785.dumps(hashes))

@@ -1,0 +1,203 @@
+"""Whether the tensors of an adapter are those that its configuration speaks of.
+
+Names are PEFT's: `base_model.model.`, the path of a module in the base, and what the tensor does there. With rank r:
+
+    <module>.lora_A.weight          [r, in]
+    <module>.lora_B.weight          [out, r]
+    <module>.lora_magnitude_vector  [out]               DoRA
+    <module>.ia3_l                  [1, in] or [out, 1]  feed-forward modules, and others
+    prompt_embeddings               [tokens, hidden]
+
+Every tensor has to be understood and every module named has to have its tensors, because an adapter with a part
+missing still answers, only wrongly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from hocket.errors import HocketError, Reason
+from hocket.packages.adapter import AdapterConfig, AdapterKind
+from hocket.packages.limits import DEFAULT_LIMITS, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from hocket.packages.adapter import RawTensor
+
+PROMPT: Final = "prompt_embeddings"
+
+_PREFIX: Final = "base_model.model."
+_A: Final = "lora_A.weight"
+_B: Final = "lora_B.weight"
+_MAGNITUDE: Final = "lora_magnitude_vector"
+_IA3: Final = "ia3_l"
+_PARTS: Final[dict[AdapterKind, tuple[str, ...]]] = {
+    AdapterKind.LORA: (_A, _B),
+    AdapterKind.DORA: (_A, _B, _MAGNITUDE),
+    AdapterKind.IA3: (_IA3,),
+}
+_BEYOND: Final[dict[str, str]] = {
+    "lora_embedding_A": "adapts the embedding table, which the suite cannot: train without it",
+    "lora_embedding_B": "adapts the embedding table, which the suite cannot: train without it",
+    "base_layer.weight": "is a copy of the base's weights: save the adapter with save_embedding_layers=False",
+}
+"""What PEFT saves besides, and why it cannot be served."""
+_MATRIX: Final = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the tensors show.
+
+    Attributes:
+        rank: The largest of all modules; 0 for kinds without one.
+        projections: Last part of the names of the modules they adapt, each once, in order.
+        not_servable: Why they cannot serve, for people; None if they can.
+    """
+
+    rank: int = 0
+    projections: tuple[str, ...] = ()
+    not_servable: str | None = None
+
+
+def check_tensors(config: AdapterConfig, tensors: Mapping[str, RawTensor], limits: Limits = DEFAULT_LIMITS) -> Findings:
+    """Compare tensors with a configuration that the suite supports.
+
+    Raises:
+        HocketError: `BAD_ADAPTER` if they do not belong together; `TOO_LARGE` beyond a limit.
+    """
+    if not tensors:
+        raise _bad("the weights hold no tensor")
+    if config.kind is AdapterKind.SOFT_PROMPT:
+        _check_prompt(config, tensors)
+        return Findings()
+    modules: dict[str, dict[str, RawTensor]] = {}
+    for name, tensor in tensors.items():
+        for beyond, why in _BEYOND.items():
+            if name.endswith(f".{beyond}"):
+                return Findings(config.rank, projections_of(config.target_modules, limits), f"tensor {name} {why}")
+        module, part = _split(name, config.kind)
+        if len(module) > limits.tag_chars:
+            raise HocketError(
+                Reason.TOO_LARGE, f"a module's name has {len(module)} characters, more than {limits.tag_chars}"
+            )
+        modules.setdefault(module, {})[part] = tensor
+    _check_coverage(config, modules)
+    ranks = values_for(modules, config.rank_pattern, config.rank)
+    for module, parts in modules.items():
+        _check_module(config, module, parts, ranks[module])
+    return Findings(max(ranks.values()), projections_of(modules, limits))
+
+
+def projections_of(modules: Iterable[str], limits: Limits) -> tuple[str, ...]:
+    """Last parts of names of modules, each once, in order.
+
+    Raises:
+        HocketError: `TOO_LARGE` if there are too many to list.
+    """
+    found = sorted({module.rpartition(".")[2] for module in modules})
+    if len(found) > limits.capabilities:
+        raise HocketError(
+            Reason.TOO_LARGE, f"{len(found)} kinds of modules are adapted, more than the limit of {limits.capabilities}"
+        )
+    return tuple(found)
+
+
+def values_for(modules: Iterable[str], pattern: Mapping[str, T], default: T) -> dict[str, T]:
+    """Ranks or alphas of modules: that of the first name in the pattern that a module's path ends with.
+
+    Args:
+        modules: Paths in the base, such as `model.layers.0.self_attn.q_proj`.
+        pattern: `rank_pattern` or `alpha_pattern`.
+        default: What holds where no name fits.
+    """
+    places = {name: place for place, name in enumerate(pattern)}
+    values = {}
+    for module in modules:
+        fitting = [name for name in _endings(module) if name in places]
+        values[module] = pattern[min(fitting, key=places.__getitem__)] if fitting else default
+    return values
+
+
+def _split(name: str, kind: AdapterKind) -> tuple[str, str]:
+    """The path of a tensor's module in the base, and what the tensor does there."""
+    if name.startswith(_PREFIX):
+        for part in _PARTS[kind]:
+            if name.endswith(f".{part}") and (module := name[len(_PREFIX) : -len(part) - 1]):
+                return module, part
+    raise _bad(f"tensor {name[:200]!r} is none that PEFT saves for this configuration ({kind})")
+
+
+def _check_coverage(config: AdapterConfig, modules: Mapping[str, object]) -> None:
+    """Whether the configuration names every module, and no module that has no tensors."""
+    targets = set(config.target_modules)
+    missing = set(targets)
+    for module in modules:
+        fitting = targets.intersection(_endings(module))
+        if not fitting:
+            raise _bad(f"tensors adapt {module!r}, which target_modules does not name")
+        missing -= fitting
+    if missing:
+        raise _bad(f"target_modules names {min(missing)!r}, but no tensor adapts it: the weights are incomplete")
+
+
+def _check_module(config: AdapterConfig, module: str, parts: Mapping[str, RawTensor], rank: int) -> None:
+    """Whether the tensors of one module are all there and fit each other."""
+    for part in _PARTS[config.kind]:
+        if part not in parts:
+            raise _bad(f"{module!r} has no {part}: the weights are incomplete")
+    if config.kind is AdapterKind.IA3:
+        _check_factors(config, module, parts[_IA3])
+        return
+    first, second = parts[_A].shape, parts[_B].shape
+    if len(first) != _MATRIX or len(second) != _MATRIX:
+        raise _bad(f"lora_A and lora_B of {module!r} are not matrices: {_shape(first)} and {_shape(second)}")
+    if (first[0], second[1]) != (rank, rank):
+        raise _bad(
+            f"lora_A and lora_B of {module!r} have the shapes {_shape(first)} and {_shape(second)}, "
+            f"which is not of the rank {rank} that adapter_config.json says"
+        )
+    if config.kind is AdapterKind.DORA and parts[_MAGNITUDE].shape != (second[0],):
+        raise _bad(
+            f"{_MAGNITUDE} of {module!r} has the shape {_shape(parts[_MAGNITUDE].shape)}, "
+            f"not one number for each of the {second[0]} outputs"
+        )
+
+
+def _check_factors(config: AdapterConfig, module: str, factors: RawTensor) -> None:
+    reads = not set(config.feedforward_modules).isdisjoint(_endings(module))
+    shape = factors.shape
+    if len(shape) != _MATRIX or shape[0 if reads else 1] != 1:
+        expected = "[1, in], as for the feed-forward module it is" if reads else "[out, 1], as it is not feed-forward"
+        raise _bad(f"{_IA3} of {module!r} has the shape {_shape(shape)}, not {expected}")
+
+
+def _check_prompt(config: AdapterConfig, tensors: Mapping[str, RawTensor]) -> None:
+    for name in tensors:
+        if name != PROMPT:
+            raise _bad(f"tensor {name[:200]!r} is none that PEFT saves for prompt tuning")
+    shape = tensors[PROMPT].shape
+    if len(shape) != _MATRIX or shape[0] != config.token_count:
+        raise _bad(
+            f"{PROMPT} has the shape {_shape(shape)}, not one row for each of {config.token_count} virtual tokens"
+        )
+
+
+def _endings(module: str) -> Iterator[str]:
+    """The path itself, then without its first part, and so on: what a name may be to fit it."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return str(list(shape))
+
+
+def _bad(why: str) -> HocketError:
+    return HocketError(Reason.BAD_ADAPTER, f"the adapter cannot be used: {why}")

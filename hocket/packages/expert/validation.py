@@ -1,0 +1,65 @@
+"""Whether a package is fit to be published: everything that its author should know, at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hocket.errors import HocketError
+from hocket.identity import digest_of
+from hocket.packages.expert.archive import read_archive
+from hocket.packages.expert.manifest import parse_manifest
+from hocket.packages.expert.names import MANIFEST
+from hocket.packages.expert.reader import decode
+from hocket.packages.expert.strict import Problem, problems
+from hocket.packages.limits import DEFAULT_LIMITS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hocket.packages.adapter import AdapterFacts
+    from hocket.packages.limits import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        errors: Why a registry would refuse the package; with `strict` also what it lacks for others.
+        warnings: What a person should know.
+        facts: What the package is; None if it cannot be read.
+    """
+
+    errors: tuple[Problem, ...]
+    warnings: tuple[str, ...] = ()
+    facts: AdapterFacts | None = None
+
+
+def validate(data: bytes, *, strict: bool = False, limits: Limits = DEFAULT_LIMITS) -> Report:
+    """Read a package as a registry would.
+
+    Args:
+        data: The whole file.
+        strict: Whether to ask for what upstream's parser, its schema and its guides ask authors for.
+        limits: Bounds on sizes.
+    """
+    try:
+        facts, _ = decode(data, digest_of(data), limits)
+    except HocketError as error:
+        return Report((Problem(error.field or "", error.message),))
+    errors = [] if facts.not_servable is None else [Problem("", facts.not_servable)]
+    if strict:
+        errors += _missed_by_others(read_archive(data, limits).files, limits)
+    return Report(tuple(errors), facts.warnings, facts)
+
+
+def _missed_by_others(files: Mapping[str, bytes], limits: Limits) -> list[Problem]:
+    """What authors are asked for, and what upstream's parser refuses beyond that."""
+    found = problems(parse_manifest(files[MANIFEST], limits=limits), files)
+    try:
+        parse_manifest(files[MANIFEST], upstream=True, limits=limits)
+    except HocketError as error:
+        if error.field not in {problem.path for problem in found}:
+            found.append(Problem(error.field or "", error.message))
+    return found
