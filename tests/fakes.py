@@ -45,6 +45,36 @@ def expert_package(digest: str, name: str, **model: Any) -> package_pb2.Package:
     )
 
 
+def adapter_package(
+    digest: str, name: str, *requires: str, version: str = "1.0.0", **facts: Any
+) -> package_pb2.Package:
+    """A package of publisher acme as a registry describes it: a DoRA adapter for Qwen3-0.6B."""
+    stated = {
+        "format_version": "2.0",
+        "description": f"The test expert {name}",
+        "kind": package_pb2.ADAPTER_KIND_DORA,
+        "base": package_pb2.BaseModel(name="F:\\models\\Qwen3-0.6B"),
+        "constraints": package_pb2.Constraints(load_order=6, requires=requires),
+        **facts,
+    }
+    return package_pb2.Package(
+        digest=digest,
+        size_bytes=300,
+        format="expert",
+        state=package_pb2.TRUST_STATE_ACTIVE,
+        releases=[
+            package_pb2.Release(
+                publisher="acme",
+                name=name,
+                version=version,
+                key_id="ab" * 32,
+                state=package_pb2.TRUST_STATE_ACTIVE,
+            )
+        ],
+        adapter=package_pb2.AdapterFacts(name=name, version=version, **stated),
+    )
+
+
 class ScriptedRouter(RouterServiceServicer):
     """One mixture, `digits`, of the experts `low` and `high`, weighted 0.75 and 0.25; values are fixed.
 
@@ -197,12 +227,14 @@ class ScriptedRegistry(RegistryServiceServicer):
         blobs: The bytes of packages, by digest.
         mixtures: Header and gate tensor, by name.
         withdrawn: Digests yanked and keys revoked, with the explanation.
+        lists: What lists were asked for.
     """
 
     packages: dict[str, package_pb2.Package] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     mixtures: dict[str, tuple[registry_pb2.PutMixtureHeader, bytes]] = field(default_factory=dict)
     withdrawn: dict[str, str] = field(default_factory=dict)
+    lists: list[registry_pb2.ListPackagesRequest] = field(default_factory=list)
 
     async def PublishPackage(
         self, requests: AsyncIterator[registry_pb2.PublishPackageRequest], context: Any
@@ -241,7 +273,9 @@ class ScriptedRegistry(RegistryServiceServicer):
     async def ListPackages(
         self, request: registry_pb2.ListPackagesRequest, context: Any
     ) -> registry_pb2.ListPackagesResponse:
+        """Of the filters only the publisher counts."""
         del context
+        self.lists.append(request)
         wanted = [
             package
             for package in self.packages.values()

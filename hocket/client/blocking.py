@@ -170,9 +170,12 @@ class RegistryClient:
         """Describe one package, with its metadata."""
         return self._session.run(self._registry.get_package(package))
 
-    def list_packages(self, *, publisher: str = "") -> Generator[Package, None, None]:
-        """Every package by digest, without metadata."""
-        return self._session.iterate(self._registry.list_packages(publisher=publisher))
+    def list_packages(
+        self, *, publisher: str = "", capability: str = "", base: str = "", text: str = ""
+    ) -> Generator[Package, None, None]:
+        """Packages by digest, without metadata: all, or those that every filter given is true of."""
+        packages = self._registry.list_packages(publisher=publisher, capability=capability, base=base, text=text)
+        return self._session.iterate(packages)
 
     def download(
         self, digest: str, *, on_progress: Progress | None = None

@@ -102,15 +102,27 @@ class RegistryClient:
             request = registry_pb2.GetPackageRequest(package=package)
             return (await self._stub.GetPackage(request, **self._options())).package
 
-    async def list_packages(self, *, publisher: str = "") -> AsyncGenerator[Package, None]:
-        """Every package by digest, without metadata.
+    async def list_packages(
+        self, *, publisher: str = "", capability: str = "", base: str = "", text: str = ""
+    ) -> AsyncGenerator[Package, None]:
+        """Packages by digest, without metadata: all, or those that every filter given is true of.
 
         Args:
-            publisher: Only those with a release of this publisher; empty for all.
+            publisher: Has released it.
+            capability: What an adapter can do, such as `task:text2sql`.
+            base: What an adapter rides on: its digest, or its name, of which the last part counts.
+            text: Words that all occur in its names, description, tags, capabilities or labels.
         """
         token = ""
         while True:
-            request = registry_pb2.ListPackagesRequest(page_size=_PAGE_SIZE, page_token=token, publisher=publisher)
+            request = registry_pb2.ListPackagesRequest(
+                page_size=_PAGE_SIZE,
+                page_token=token,
+                publisher=publisher,
+                capability=capability,
+                base=base,
+                text=text,
+            )
             with refusals():
                 page = await self._stub.ListPackages(request, **self._options())
             for package in page.packages:

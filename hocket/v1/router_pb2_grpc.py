@@ -74,7 +74,8 @@ class RouterServiceServicer(object):
 
         INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
         2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
-        FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn.
+        FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
+        `NOT_SERVABLE` for an adapter, which does not answer rows.
         ABORTED: `COVERAGE` when experts are missing that the request insists on.
         RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
         `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
@@ -108,7 +109,8 @@ class RouterServiceServicer(object):
     def GetMixture(self, request, context):
         """Describes one model: members, labels, output range, and for each member who signed it.
 
-        NOT_FOUND: `UNKNOWN_MODEL`.
+        NOT_FOUND: `UNKNOWN_MODEL`. FAILED_PRECONDITION: `NOT_SERVABLE` for an adapter; GetPackage of the
+        registry describes it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

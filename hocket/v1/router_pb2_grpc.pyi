@@ -43,7 +43,8 @@ class RouterServiceStub:
 
     INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
     2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
-    FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn.
+    FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
+    `NOT_SERVABLE` for an adapter, which does not answer rows.
     ABORTED: `COVERAGE` when experts are missing that the request insists on.
     RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
     `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
@@ -65,7 +66,8 @@ class RouterServiceStub:
     GetMixture: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetMixtureRequest, _router_pb2.GetMixtureResponse]
     """Describes one model: members, labels, output range, and for each member who signed it.
 
-    NOT_FOUND: `UNKNOWN_MODEL`.
+    NOT_FOUND: `UNKNOWN_MODEL`. FAILED_PRECONDITION: `NOT_SERVABLE` for an adapter; GetPackage of the
+    registry describes it.
     """
 
 @_typing.type_check_only
@@ -83,7 +85,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
 
     INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
     2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
-    FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn.
+    FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
+    `NOT_SERVABLE` for an adapter, which does not answer rows.
     ABORTED: `COVERAGE` when experts are missing that the request insists on.
     RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
     `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
@@ -105,7 +108,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     GetMixture: _aio.UnaryUnaryMultiCallable[_router_pb2.GetMixtureRequest, _router_pb2.GetMixtureResponse]  # type: ignore[assignment]
     """Describes one model: members, labels, output range, and for each member who signed it.
 
-    NOT_FOUND: `UNKNOWN_MODEL`.
+    NOT_FOUND: `UNKNOWN_MODEL`. FAILED_PRECONDITION: `NOT_SERVABLE` for an adapter; GetPackage of the
+    registry describes it.
     """
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -126,7 +130,8 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
         2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
-        FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn.
+        FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
+        `NOT_SERVABLE` for an adapter, which does not answer rows.
         ABORTED: `COVERAGE` when experts are missing that the request insists on.
         RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
         `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
@@ -166,7 +171,8 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_router_pb2.GetMixtureResponse, _abc.Awaitable[_router_pb2.GetMixtureResponse]]:
         """Describes one model: members, labels, output range, and for each member who signed it.
 
-        NOT_FOUND: `UNKNOWN_MODEL`.
+        NOT_FOUND: `UNKNOWN_MODEL`. FAILED_PRECONDITION: `NOT_SERVABLE` for an adapter; GetPackage of the
+        registry describes it.
         """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

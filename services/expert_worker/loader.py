@@ -10,6 +10,7 @@ import torch
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
+from hocket.packages.adapter import Adapter, AdapterFacts
 from hocket.rpc.convert import VALUES_MAX
 from services.expert_worker.compute import Kernel, Linear, Logistic, Mean, Nearest, Trees, Votes
 from services.expert_worker.journal import raw_digest
@@ -96,9 +97,15 @@ def prepare(package: Package) -> Prepared:
     """Lay out a package's experts for computing. The result shares no memory with the package.
 
     Raises:
-        HocketError: `NOT_SERVABLE` if the package says that it cannot answer.
+        HocketError: `NOT_SERVABLE` if the package says that it cannot answer, or holds no tensor experts.
     """
     facts, model = package.facts, package.model
+    if isinstance(facts, AdapterFacts) or isinstance(model, Adapter):
+        raise HocketError(
+            Reason.NOT_SERVABLE,
+            f"{facts.digest} is an adapter expert: it answers text, on a base language model, and this worker runs "
+            "tensor experts",
+        )
     if facts.not_servable is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"{facts.digest} cannot serve: {facts.not_servable}")
     tensors, kernels = _lay_out(model, facts.output_columns)

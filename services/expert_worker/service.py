@@ -134,7 +134,7 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         if in_use_count is None:
             raise HocketError(
                 Reason.UNKNOWN_EXPERT,
-                f"{request.digest} is not resident here: `hocket experts` shows what is",
+                f"{request.digest} is not resident here: `hocket experts show` tells where it is",
                 digest=request.digest,
             )
         return expert_worker_pb2.UnloadExpertResponse(in_use_count=in_use_count)

@@ -3,7 +3,8 @@
 1. An upload rests on a proof that holds now: its release, if it brought one, else the signature inside the file, else
    the policy. A release that proves nothing is refused, even where the signature inside the file would have been
    enough: whoever sent it wanted the name.
-2. Only then is anything decoded. What cannot answer is not taken, nor what answers more columns than are sent.
+2. Only then is anything decoded. What cannot answer is not taken, nor what answers more columns than are sent, nor an
+   adapter that is released under another name or version than its manifest says.
 3. A mixture's members are here, may serve, agree on the width of the input, and either all score labels or all give
    numbers. Labels are scattered into one ordered list: the record's, else the members' in order.
 4. What was admitted is judged again whenever trust changes, each proof as of the moment when it came: that a key's time
@@ -18,9 +19,20 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hocket.errors import HocketError, Reason
-from hocket.identity import ExpertId, digest_of
+from hocket.identity import ExpertId, check_name, check_version, digest_of
 from hocket.mixtures import LABELS_MAX, MEMBERS_MAX, MixtureRecord, SoftmaxGate, gate_tensor, parse_mixture, read_gate
-from hocket.packages import Policy, Purpose, Revocations, Subject, TrustRoots, evaluate, open_package, verify_release
+from hocket.packages import (
+    Policy,
+    Purpose,
+    Revocations,
+    Subject,
+    TrustRoots,
+    check_release_name,
+    evaluate,
+    open_package,
+    verify_release,
+)
+from hocket.packages.adapter import AdapterFacts
 from hocket.packages.model import MixtureOfExperts
 from hocket.rpc.convert import COLUMNS_MAX
 
@@ -30,8 +42,9 @@ if TYPE_CHECKING:
 
     from hocket.packages import Limits, Proof
     from hocket.packages.model import ModelFacts
+    from hocket.packages.opening import PackageFacts
 
-PACKAGE_FORMAT: Final = "apr"
+EXPERT_FORMAT: Final = "expert"
 MIXTURE_FORMAT: Final = "mixture"
 DEPTH_MAX: Final = 2
 """Mixtures inside each other: a mixture of mixtures of experts."""
@@ -148,7 +161,7 @@ class AdmittedPackage:
         mixture: The mixture that it is by itself; None for a single expert.
     """
 
-    facts: ModelFacts
+    facts: PackageFacts
     proof: Proof
     release: bytes
     embedded_key_id: str | None
@@ -209,7 +222,8 @@ def admit_package(
         now: The time, with its zone.
 
     Raises:
-        HocketError: The refusals of `hocket.packages.open_package` and of `prove`; `NOT_SERVABLE`.
+        HocketError: The refusals of `hocket.packages.open_package` and of `prove`; `NOT_SERVABLE`; for
+            an adapter `NAME_MISMATCH`, or `BAD_REQUEST` if no release could bear the name in its manifest.
     """
     releases = (release,) if release else ()
     opened = open_package(
@@ -227,14 +241,13 @@ def admit_package(
     proof = prove(subject, release, embedded_key_id, terms=terms, now=now)
     if facts.not_servable is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"this package cannot answer: {facts.not_servable}", digest=facts.digest)
-    columns = expert_shape(facts.n_features, facts.n_features_min, facts.labels, facts.output_columns).column_count
-    if columns > COLUMNS_MAX:
-        raise HocketError(
-            Reason.NOT_SERVABLE,
-            f"this package answers {columns} columns, an answer has at most {COLUMNS_MAX}: "
-            "train it with fewer classes or clusters, or drop columns (custom.hocket.labels: null)",
-            digest=facts.digest,
-        )
+    if proof.release is not None:
+        check_release_name(facts, proof.release)
+    if isinstance(facts, AdapterFacts):
+        check_name(facts.name)  # one that a release could bear, even where none does
+        check_version(facts.version)
+    else:
+        _check_columns(facts)
     mixture = _own_mixture(facts.digest, opened.model) if isinstance(opened.model, MixtureOfExperts) else None
     return AdmittedPackage(facts, proof, proof.envelope or b"", embedded_key_id, mixture)
 
@@ -400,6 +413,17 @@ def _labels(record: MixtureRecord, members: Sequence[Shape]) -> tuple[str, ...] 
     if missing := next((label for label in union if label not in listed), None):
         raise _not_aligned(f"the record's labels lack {missing!r}, which one of them scores")
     return record.labels
+
+
+def _check_columns(facts: ModelFacts) -> None:
+    columns = expert_shape(facts.n_features, facts.n_features_min, facts.labels, facts.output_columns).column_count
+    if columns > COLUMNS_MAX:
+        raise HocketError(
+            Reason.NOT_SERVABLE,
+            f"this package answers {columns} columns, an answer has at most {COLUMNS_MAX}: "
+            "train it with fewer classes or clusters, or drop columns (custom.hocket.labels: null)",
+            digest=facts.digest,
+        )
 
 
 def _own_mixture(digest: str, model: MixtureOfExperts) -> OwnMixture:

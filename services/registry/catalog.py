@@ -13,19 +13,23 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from google.protobuf.struct_pb2 import Struct
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName, digest_of, is_digest, key_bytes, key_id_of
 from hocket.mixtures import MixtureRef, SoftmaxGate
 from hocket.packages import DEFAULT_LIMITS, Limits, Policy, TrustRoots
+from hocket.packages.adapter import AdapterFacts
 from hocket.telemetry import metrics
 from hocket.trust_folder import TrustFolder
 from hocket.v1.registry_pb2 import KeyRevocation
 from services.registry import views
 from services.registry.admission import Shape, State, Terms, prove
 from services.registry.blobs import Blobs
+from services.registry.composing import check_requirements
 from services.registry.disk import FOLDER_MODE, disk, sync_folder
 from services.registry.members import shape_of
+from services.registry.searching import search_row
 from services.registry.settling import microseconds, settle_all, settle_own_mixture, settle_package
 from services.registry.store import MixtureRow, PackageRow, ReleaseRow, Store
 
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
     from services.registry.admission import AdmittedMixture, AdmittedPackage
     from services.registry.blobs import Draft, Reader
     from services.registry.feed import Change
-    from services.registry.store import NameRow, Transaction
+    from services.registry.store import NameRow, Query, Transaction
 
 RELEASES_MAX: Final = 64
 """Releases of one package: they travel in one message."""
@@ -53,6 +57,7 @@ METADATA_DEPTH_MAX: Final = 24
 """A message is read if at most 100 messages lie inside each other; each level of metadata takes three."""
 
 _CHANGES_AT_ONCE: Final = 64
+_FOUND_AT_ONCE: Final = 64
 _KEY_ID: Final = re.compile(r"[0-9a-f]{64}")
 
 _log = structlog.get_logger("registry")
@@ -140,6 +145,7 @@ class Catalog:
             sync_folder(self._data_dir.parent)
         self._store.open()
         self.blobs.open()
+        self._let_all_be_found()
         with self._store.begin() as tx:
             revoked = frozenset(row.key_id for row in tx.revocations_since(0))
         self.terms = replace(self.terms, revoked=revoked)
@@ -168,7 +174,8 @@ class Catalog:
             The package, and whether there was anything new about it.
 
         Raises:
-            HocketError: `YANKED`, `VERSION_TAKEN`, `TOO_LARGE`, `NAME_TAKEN`, or a refusal of `prove`.
+            HocketError: `YANKED`, `VERSION_TAKEN`, `TOO_LARGE`, `NAME_TAKEN`, or a refusal of `prove` or of
+                `check_requirements`.
         """
         digest, now = admitted.facts.digest, datetime.now(UTC)
         with self._store.begin() as tx:
@@ -186,6 +193,8 @@ class Catalog:
                 created |= _keep_release(tx, digest, proof, proof.release, now)
             row, releases = _package(tx, digest)
             settle_package(tx, row, releases, self.terms, changed=created)
+            if created and isinstance(admitted.facts, AdapterFacts):
+                check_requirements(tx, admitted.facts, proof.publisher or "")
             draft.commit()
             if gate is not None:
                 gate.commit()
@@ -221,19 +230,19 @@ class Catalog:
             row, releases = _package(tx, digest)
             return views.package_message(row, releases), [release.envelope for release in releases]
 
-    def list_packages(self, after: str, publisher: str, count: int) -> PackagePage:
+    def list_packages(self, after: str, query: Query, count: int) -> PackagePage:
         """Packages by digest.
 
         Args:
             after: Digest to go on behind; empty to begin.
-            publisher: Only those with a release of this publisher; empty for all.
+            query: Which ones.
             count: How many at most.
         """
         messages: list[Package] = []
         size_bytes = 0
         last = ""
         with self._store.begin() as tx:
-            for row in tx.packages_after(after, publisher, count + 1):
+            for row in tx.packages_after(after, query, count + 1):
                 if len(messages) == count or size_bytes >= PAGE_BYTES_MAX:
                     last = messages[-1].digest
                     break
@@ -402,6 +411,17 @@ class Catalog:
 
     # Inside
 
+    def _let_all_be_found(self) -> None:
+        """Let packages be found that a registry which knew no search has left."""
+        more = True
+        while more:
+            with self._store.begin() as tx:
+                rows = tx.packages_not_found(_FOUND_AT_ONCE)
+                for row in rows:
+                    metadata = Struct.FromString(tx.metadata(row.digest))
+                    tx.insert_search(search_row(row.digest, views.stored_facts(row), metadata))
+            more = bool(rows)
+
     def _set_trust(self, trust: TrustRoots) -> None:
         self._settled = False
         self.terms = replace(self.terms, trust=trust)
@@ -427,11 +447,12 @@ def _note_policy(proof: Proof, digest: str) -> None:
 def _insert_package(tx: Transaction, admitted: AdmittedPackage, now: datetime) -> None:
     """Add a package that is not judged yet, and the mixture that it is by itself."""
     facts = admitted.facts
+    message, metadata = views.facts_message(facts), views.metadata_message(facts.metadata)
     row = PackageRow(
         digest=facts.digest,
         size_bytes=facts.size_bytes,
         format=facts.format,
-        facts=views.facts_message(facts).SerializeToString(),
+        facts=message.SerializeToString(),
         embedded_key_id=admitted.embedded_key_id,
         embedded_trusted=False,
         state=State.UNTRUSTED,
@@ -440,7 +461,8 @@ def _insert_package(tx: Transaction, admitted: AdmittedPackage, now: datetime) -
         proof_time_us=microseconds(now),
         revision=0,
     )
-    tx.insert_package(row, views.metadata_message(facts.metadata).SerializeToString())
+    tx.insert_package(row, metadata.SerializeToString())
+    tx.insert_search(search_row(row.digest, message, metadata))
     if admitted.mixture is not None:
         _insert_own_mixture(tx, row, admitted.mixture.record)
 

@@ -8,7 +8,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId
 from hocket.mixtures import MixtureRef
 from services.registry import views
-from services.registry.admission import REFUSALS, Shape, State, align
+from services.registry.admission import EXPERT_FORMAT, REFUSALS, Shape, State, align
 
 if TYPE_CHECKING:
     from hocket.mixtures import MixtureRecord
@@ -48,6 +48,12 @@ def _of_package(row: PackageRow | None, digest: str) -> tuple[Shape, int]:
             Reason.UNKNOWN_PACKAGE, f"member {digest} is not in this registry: publish it first", digest=digest
         )
     _check_active(row.state, digest)
+    if row.format == EXPERT_FORMAT:
+        raise HocketError(
+            Reason.MEMBERS_NOT_ALIGNED,
+            f"member {digest} is an adapter expert, which answers text: a mixture holds tensor experts",
+            digest=digest,
+        )
     return views.package_shape(row)
 
 

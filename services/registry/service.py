@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
 from hocket.mixtures import SoftmaxGate
 from hocket.rpc.channel import LOCAL
 from hocket.v1 import registry_pb2
@@ -18,6 +19,7 @@ from hocket.v1.package_pb2 import Package
 from hocket.v1.registry_pb2_grpc import RegistryServiceServicer
 from services.registry.admission import admit_mixture, admit_package, check_gate
 from services.registry.feed import WorkerGone
+from services.registry.searching import read_query
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from services.registry.catalog import Catalog
     from services.registry.feed import Feed, Item
     from services.registry.leases import Leases
+    from services.registry.store import Query
     from services.registry.threads import Threads
     from services.registry.uploads import Uploads
 
@@ -138,11 +141,12 @@ class RegistryServicer(RegistryServiceServicer):
         if request.page_size < 0:
             raise HocketError(Reason.BAD_REQUEST, "page_size must not be negative", field="page_size")
         count = min(request.page_size or _PAGE_SIZE, _PAGE_SIZE_MAX)
-        after = _read_token(request.page_token, request.publisher)
-        page = await self._threads.store(self._catalog.list_packages, after, request.publisher, count)
+        query = read_query(request)
+        after = _read_token(request.page_token, query)
+        page = await self._threads.store(self._catalog.list_packages, after, query, count)
         return registry_pb2.ListPackagesResponse(
             packages=page.packages,
-            next_page_token=_write_token(page.last, request.publisher),
+            next_page_token=_write_token(page.last, query),
             revision=page.revision,
         )
 
@@ -285,12 +289,12 @@ def _no_chunk() -> HocketError:
     return HocketError(Reason.BAD_REQUEST, "after its header, an upload has nothing but chunks", field="chunk")
 
 
-def _write_token(last: str, publisher: str) -> str:
+def _write_token(last: str, query: Query) -> str:
     """A page token: where the list goes on, and which list. Empty at its end."""
-    return base64.urlsafe_b64encode(json.dumps([publisher, last]).encode()).decode() if last else ""
+    return base64.urlsafe_b64encode(json.dumps([_name(query), last]).encode()).decode() if last else ""
 
 
-def _read_token(token: str, publisher: str) -> str:
+def _read_token(token: str, query: Query) -> str:
     """The digest to go on behind; empty to begin.
 
     Raises:
@@ -302,8 +306,13 @@ def _read_token(token: str, publisher: str) -> str:
         listed, last = json.loads(base64.urlsafe_b64decode(token))
     except (ValueError, TypeError, RecursionError):
         listed, last = None, None
-    if listed != publisher or not isinstance(last, str):
+    if listed != _name(query) or not isinstance(last, str):
         raise HocketError(
             Reason.BAD_REQUEST, "this page token belongs to another list: begin without one", field="page_token"
         )
     return last
+
+
+def _name(query: Query) -> str:
+    """A short name of a list, the same for the same query."""
+    return digest_of(repr(query).encode())

@@ -113,6 +113,23 @@ _mixture_versions: Final = sql.Table(  # outlives the mixtures: a version stays 
     sql.Column("digest", sql.String, nullable=False),
 )
 
+_search: Final = sql.Table(  # what packages are found by: one row for each of them
+    "package_search",
+    _tables,
+    sql.Column("digest", sql.ForeignKey("packages.digest"), primary_key=True),
+    sql.Column("expert_name", sql.String, index=True),
+    sql.Column("base_name", sql.String, index=True),
+    sql.Column("base_digest", sql.String, index=True),
+    sql.Column("text", sql.String, nullable=False),
+)
+
+_capabilities: Final = sql.Table(
+    "package_capabilities",
+    _tables,
+    sql.Column("capability", sql.String, primary_key=True),
+    sql.Column("digest", sql.ForeignKey("packages.digest"), primary_key=True),
+)
+
 _revocations: Final = sql.Table(
     "revocations",
     _tables,
@@ -130,7 +147,7 @@ class PackageRow:
         digest: Identity of the file.
         size_bytes: Of the file.
         format: Container format.
-        facts: Serialized `hocket.v1.ModelFacts`, without metadata.
+        facts: Serialized `hocket.v1.ModelFacts`, of an `.expert` file `AdapterFacts`, without metadata.
         embedded_key_id: Key of the verified signature inside the file; None if there is none.
         embedded_trusted: Whether that key counts.
         state: Whether it may serve.
@@ -151,6 +168,46 @@ class PackageRow:
     publish_time_us: int
     proof_time_us: int
     revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRow:
+    """What a package is found by, besides the names of its releases. Made by `services.registry.searching`.
+
+    Args:
+        digest: The package.
+        expert_name: An adapter's own name; None for other packages.
+        base_name: Normalised name of the base it rides on.
+        base_digest: Digest of that base; None if it does not say.
+        text: Every word it says about itself, folded.
+        capabilities: Folded, each once.
+    """
+
+    digest: str
+    expert_name: str | None
+    base_name: str | None
+    base_digest: str | None
+    text: str
+    capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which packages are wanted: those that all of this is true of. Spelled as in `SearchRow`; empty for any.
+
+    Args:
+        publisher: Has released it.
+        capability: One of its capabilities.
+        base_name: Of the base it rides on.
+        base_digest: Of the base it rides on.
+        words: Each occurs in its text, or in the name of a release.
+    """
+
+    publisher: str = ""
+    capability: str = ""
+    base_name: str = ""
+    base_digest: str = ""
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,19 +428,35 @@ class Transaction:
             found.update({row.digest: row for row in self._package_rows(_packages.c.digest.in_(some))})
         return found
 
-    def packages_after(self, digest: str, publisher: str, count: int) -> Iterator[PackageRow]:
+    def packages_after(self, digest: str, query: Query, count: int) -> Iterator[PackageRow]:
         """Packages by digest, from the first one behind `digest`.
 
         Args:
             digest: Empty to begin.
-            publisher: Only those with a release of this publisher; empty for all.
+            query: Which ones.
             count: How many at most.
         """
-        wanted = _packages.c.digest > digest
-        if publisher:
-            of_publisher = sql.select(_releases.c.digest).where(_releases.c.publisher == publisher)
-            wanted &= _packages.c.digest.in_(of_publisher)
+        wanted = (_packages.c.digest > digest) & _matching(query)
         return self._package_rows(wanted, order=_packages.c.digest, count=count)
+
+    def experts(self, publisher: str, name: str, state: str) -> list[PackageRow]:
+        """Packages in a state that hold an adapter expert of this name.
+
+        Args:
+            publisher: Who has released it so, by a release in that state; empty for what policy alone admits.
+            name: Of the expert.
+            state: Of both.
+        """
+        named = sql.select(_search.c.digest).where(_search.c.expert_name == name)
+        wanted = (_packages.c.state == state) & _packages.c.digest.in_(named)
+        if publisher:
+            released = sql.select(_releases.c.digest).where(
+                _releases.c.publisher == publisher, _releases.c.name == name, _releases.c.state == state
+            )
+            wanted &= _packages.c.digest.in_(released)
+        else:
+            wanted &= _packages.c.by_policy
+        return list(self._package_rows(wanted, order=_packages.c.digest))
 
     def packages_since(self, revision: int, count: int) -> Iterator[PackageRow]:
         """Packages changed after a revision, in that order."""
@@ -414,13 +487,27 @@ class Transaction:
         return bytes(self._connection.execute(query).scalar_one())
 
     def insert_package(self, row: PackageRow, metadata: bytes) -> None:
-        """Add a package.
+        """Add a package, which nobody finds yet.
 
         Args:
             row: The package.
             metadata: Serialized `google.protobuf.Struct`.
         """
         self._connection.execute(_packages.insert().values(**asdict(row), metadata=metadata, yank_explanation=""))
+
+    def insert_search(self, row: SearchRow) -> None:
+        """Let a package be found."""
+        values = asdict(row)
+        capabilities = values.pop("capabilities")
+        self._connection.execute(_search.insert().values(**values))
+        if capabilities:
+            pairs = [{"capability": capability, "digest": row.digest} for capability in capabilities]
+            self._connection.execute(_capabilities.insert(), pairs)
+
+    def packages_not_found(self, count: int) -> list[PackageRow]:
+        """Some of the packages that nobody finds yet: a registry that knew no search has left them."""
+        wanted = _packages.c.digest.not_in(sql.select(_search.c.digest))
+        return list(self._package_rows(wanted, order=_packages.c.digest, count=count))
 
     def update_package(self, digest: str, **values: Any) -> None:  # noqa: ANN401 - columns have types of their own
         """Change columns of a package, and give it the next revision."""
@@ -624,6 +711,25 @@ class Transaction:
     def _names_over(self, digest: str) -> list[str]:
         query = sql.select(_names.c.name).where(_names.c.digest == digest)
         return [*self._connection.execute(query).scalars(), *self.parents(digest)]
+
+
+def _matching(query: Query) -> sql.ColumnElement[bool]:
+    """Packages that a query wants."""
+    wanted: sql.ColumnElement[bool] = sql.true()
+    if query.publisher:
+        released = sql.select(_releases.c.digest).where(_releases.c.publisher == query.publisher)
+        wanted &= _packages.c.digest.in_(released)
+    if query.capability:
+        capable = sql.select(_capabilities.c.digest).where(_capabilities.c.capability == query.capability)
+        wanted &= _packages.c.digest.in_(capable)
+    for column, value in ((_search.c.base_name, query.base_name), (_search.c.base_digest, query.base_digest)):
+        if value:
+            wanted &= _packages.c.digest.in_(sql.select(_search.c.digest).where(column == value))
+    for word in query.words:
+        said = sql.select(_search.c.digest).where(_search.c.text.contains(word, autoescape=True))
+        named = sql.select(_releases.c.digest).where(_releases.c.name.contains(word, autoescape=True))
+        wanted &= _packages.c.digest.in_(said) | _packages.c.digest.in_(named)
+    return wanted
 
 
 def _vouched_for(key_id: str) -> sql.ColumnElement[bool]:

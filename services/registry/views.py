@@ -8,22 +8,49 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from google.protobuf.struct_pb2 import Struct
 
+from hocket.packages import adapter
 from hocket.v1.mixture_pb2 import Mixture
-from hocket.v1.package_pb2 import EmbeddedSignature, ModelFacts, OutputColumn, OutputRange, Package, Release, TrustState
-from services.registry.admission import Shape, State, expert_shape
+from hocket.v1.package_pb2 import (
+    AdapterFacts,
+    AdapterKind,
+    BaseModel,
+    Constraints,
+    EmbeddedSignature,
+    ModelFacts,
+    OutputColumn,
+    OutputRange,
+    Package,
+    Release,
+    RoutingHints,
+    TrustState,
+    UpstreamOutcome,
+    UpstreamSignature,
+)
+from services.registry.admission import EXPERT_FORMAT, Shape, State, expert_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from hocket.packages import model
+    from hocket.packages.opening import PackageFacts
     from services.registry.store import MixtureRow, NameRow, PackageRow, ReleaseRow
 
 _EXACT_INTEGER_MAX: Final = 2**53
 """Beyond this a number of a Struct, which is a double, would be another one."""
 
 
-def facts_message(facts: model.ModelFacts) -> ModelFacts:
-    """What a package holds, without metadata. A width that the package does not say is 0."""
+def facts_message(facts: PackageFacts) -> ModelFacts | AdapterFacts:
+    """What a package holds, without metadata."""
+    return adapter_message(facts) if isinstance(facts, adapter.AdapterFacts) else model_message(facts)
+
+
+def stored_facts(row: PackageRow) -> ModelFacts | AdapterFacts:
+    """What a package holds, as `facts_message` has said it."""
+    return (AdapterFacts if row.format == EXPERT_FORMAT else ModelFacts).FromString(row.facts)
+
+
+def model_message(facts: model.ModelFacts) -> ModelFacts:
+    """What an `.apr` file holds, without metadata. A width that it does not say is 0."""
     message = ModelFacts(
         format_version=facts.format_version,
         model_type_id=facts.model_type_id,
@@ -46,6 +73,58 @@ def facts_message(facts: model.ModelFacts) -> ModelFacts:
     return message
 
 
+def adapter_message(facts: adapter.AdapterFacts) -> AdapterFacts:
+    """What an `.expert` file holds, without metadata, and its routing hints whoever vouches for them."""
+    base, constraints, signature = facts.base, facts.constraints, facts.signature
+    message = AdapterFacts(
+        format_version=facts.format_version,
+        name=facts.name,
+        version=facts.version,
+        description=facts.description,
+        kind=AdapterKind.Value(f"ADAPTER_KIND_{facts.kind.name}"),
+        base=BaseModel(
+            name=base.name,
+            digest=base.digest or "",
+            weights_sha256=base.weights_sha256 or "",
+            quantization=base.quantization or "",
+            prompt_template=base.prompt_template or "",
+        ),
+        rank=facts.rank,
+        target_modules=facts.target_modules,
+        soft_prompt_tokens=facts.soft_prompt_tokens,
+        capabilities=facts.capabilities,
+        tags=facts.tags,
+        constraints=Constraints(
+            load_order=constraints.load_order,
+            max_chain=constraints.max_chain or 0,
+            requires=constraints.requires,
+            incompatible_with=constraints.incompatible_with,
+        ),
+        has_grammar=facts.has_grammar,
+        license=facts.license or "",
+        compression=facts.compression,
+        parameter_bytes=facts.parameter_bytes,
+        upstream_signature=UpstreamSignature(
+            outcome=UpstreamOutcome.Value(f"UPSTREAM_OUTCOME_{signature.outcome.name}"),
+            key_id=signature.key_id or "",
+            publisher=signature.publisher or "",
+            created_at=signature.created_at or "",
+            explanation=signature.explanation or "",
+        ),
+        warnings=facts.warnings,
+    )
+    if (routing := facts.routing) is not None:
+        message.routing.CopyFrom(
+            RoutingHints(
+                keywords=routing.keywords,
+                exclude_keywords=routing.exclude_keywords,
+                router_hint=routing.router_hint or "",
+                priority=routing.priority,
+            )
+        )
+    return message
+
+
 def metadata_message(metadata: Mapping[str, Any]) -> Struct:
     """A package's metadata. Integers that a double cannot hold become text, as in protobuf's own JSON."""
     message = Struct()
@@ -54,7 +133,7 @@ def metadata_message(metadata: Mapping[str, Any]) -> Struct:
 
 
 def package_shape(row: PackageRow) -> tuple[Shape, int]:
-    """What each expert of a package means to a mixture, and how many there are."""
+    """What each expert of an `.apr` file means to a mixture, and how many there are."""
     facts = ModelFacts.FromString(row.facts)
     labels = None
     if any(column.dropped or column.HasField("label") for column in facts.columns):
@@ -63,8 +142,8 @@ def package_shape(row: PackageRow) -> tuple[Shape, int]:
     return shape, facts.expert_count
 
 
-def package_message(row: PackageRow, releases: Iterable[ReleaseRow], metadata: bytes | None = None) -> Package:
-    """A package as it now stands.
+def package_message(row: PackageRow, releases: Sequence[ReleaseRow], metadata: bytes | None = None) -> Package:
+    """A package as it now stands. Of an adapter, routing hints only while a trusted release vouches for them.
 
     Args:
         row: The package.
@@ -87,13 +166,19 @@ def package_message(row: PackageRow, releases: Iterable[ReleaseRow], metadata: b
             for release in releases
         ],
         unsigned_by_policy=row.by_policy,
-        model=ModelFacts.FromString(row.facts),
     )
+    facts = stored_facts(row)
+    if metadata is not None:
+        facts.metadata.ParseFromString(metadata)
+    if isinstance(facts, AdapterFacts):
+        if all(release.state != State.ACTIVE for release in releases):
+            facts.ClearField("routing")  # nobody trusted answers for these words
+        message.adapter.CopyFrom(facts)
+    else:
+        message.model.CopyFrom(facts)
     if row.embedded_key_id is not None:
         signature = EmbeddedSignature(key_id=row.embedded_key_id, trusted=row.embedded_trusted)
         message.embedded_signature.CopyFrom(signature)
-    if metadata is not None:
-        message.model.metadata.ParseFromString(metadata)
     message.publish_time.FromMicroseconds(row.publish_time_us)
     return message
 

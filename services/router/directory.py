@@ -66,6 +66,7 @@ class Snapshot:
         withdrawn: Why an address whose model still serves may not be used: its own release is withdrawn.
         packages: Packages by digest.
         workers: Live workers.
+        adapters: What adapter experts answer to, digests and releases. They answer text, so none of them is a model.
     """
 
     revision: int
@@ -74,16 +75,25 @@ class Snapshot:
     withdrawn: Mapping[str, Reason]
     packages: Mapping[str, Package]
     workers: tuple[Worker, ...]
+    adapters: frozenset[str] = frozenset()
 
     def resolve(self, address: str) -> Model:
         """The model behind a mixture name, `publisher/name@version`, a digest or `digest#ordinal`.
 
         Raises:
-            HocketError: `UNKNOWN_MODEL`, or the reason for which this address is withdrawn.
+            HocketError: `UNKNOWN_MODEL`, `NOT_SERVABLE` for an adapter expert, or the reason for which this address is
+                withdrawn.
         """
         if reason := self.withdrawn.get(address):
             raise HocketError(reason, f"the release {address} is withdrawn ({reason})", model=address)
         model = self.addresses.get(address) or self._member(address)
+        if model is None and address.partition("#")[0] in self.adapters:
+            raise HocketError(
+                Reason.NOT_SERVABLE,
+                f"{address[:_ADDRESS_LENGTH_MAX]} is an adapter expert: it answers text, on a base language model, and "
+                "no rows of numbers",
+                field="model",
+            )
         if model is None:
             raise HocketError(
                 Reason.UNKNOWN_MODEL,
@@ -151,8 +161,8 @@ class _View:
         for digest, package in self.packages.items():
             if digest in of_package:
                 model = of_package[digest]
-            elif package.model.expert_count > 1:
-                continue  # its own mixture follows in the feed
+            elif package.HasField("adapter") or package.model.expert_count > 1:
+                continue  # answers no rows; or its own mixture follows in the feed
             else:
                 name = _listed_name(package)
                 try:
@@ -166,6 +176,13 @@ class _View:
                 if state in REFUSALS and model.state not in REFUSALS:
                     withdrawn[name] = REFUSALS[state]
         return listed, addresses, withdrawn
+
+    def adapters(self) -> frozenset[str]:
+        """What adapter experts answer to."""
+        held = [package for package in self.packages.values() if package.HasField("adapter")]
+        return frozenset(
+            address for package in held for address in (package.digest, *(name for name, _ in _release_names(package)))
+        )
 
 
 class Directory:
@@ -415,7 +432,8 @@ class Directory:
             self._view.forget_bodies()
             listed, addresses, withdrawn = self._view.index()
             packages = dict(self._view.packages)
-            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers)
+            adapters = self._view.adapters()
+            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers, adapters)
             self._models_due = False
             if self._kept is None:
                 self._view.fetched.clear()  # only the copy on disk needs them

@@ -39,6 +39,7 @@ from services.registry.app import RegistryApp
 from services.registry.settings import RegistrySettings
 from tests.apr_oracle import predict
 from tests.builders import apr_bytes, chain, floats, grow, linear, mixture, models
+from tests.experts import expert_package
 from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, envelope_of, trusted
 from tests.worker_registry import WorkerRegistry
 
@@ -755,6 +756,17 @@ class TestAdministration:
         await stream.aclose()
         registry.hold.set()
         await until(lambda: worker.resident == [digest])
+
+    async def test_an_adapter_expert_is_neither_loaded_nor_run(self, world: World) -> None:
+        worker, registry = world
+        data = expert_package("expert-sql", "1.0.0")
+        await registry.publish(data, envelope_of(data, name="acme/expert-sql@1.0.0", format="expert"))
+        with pytest.raises(HocketError, match="answers text") as refusal:
+            _ = [step async for step in worker.client.load(digest_of(data))]
+        assert refusal.value.reason is Reason.NOT_SERVABLE
+        assert (await worker.refused(digest_of(data))).reason is Reason.NOT_SERVABLE
+        assert worker.resident == []
+        assert worker.app.residency.used_bytes == 0
 
     async def test_what_is_no_digest_is_refused(self, world: World) -> None:
         worker, _ = world

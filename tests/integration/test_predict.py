@@ -23,6 +23,8 @@ from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc
 from hocket.v1.tensor_pb2 import Tensor
 from tests.builders import chain, floats, forest, grow
 from tests.deployments import Deployment, deployed
+from tests.experts import expert_package
+from tests.signing import envelope_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -285,6 +287,24 @@ async def _until(suite: Deployment, model: str, reason: Reason) -> None:
                 if error.reason is reason:
                     return
             await asyncio.sleep(0.01)
+
+
+async def test_an_adapter_expert_answers_no_rows_and_is_not_listed(suite: Deployment) -> None:
+    data = expert_package("expert-sql", "1.0.0")
+    digest, name = digest_of(data), "acme/expert-sql@1.0.0"
+    await suite.registry.publish(data, envelope_of(data, name=name, format="expert"))
+    await suite.publish(linear(5, 5))  # once the router knows this, it knows the adapter
+
+    for address in (digest, name):
+        for call in (
+            suite.router.answer(address, ROWS),
+            suite.router.route(address, ROWS),
+            suite.router.get_mixture(address),
+        ):
+            with pytest.raises(HocketError, match="answers text") as refused:
+                await call
+            assert refused.value.reason is Reason.NOT_SERVABLE
+    assert digest not in {mixture.digest async for mixture in suite.router.list_mixtures()}
 
 
 async def test_many_requests_at_once_each_get_their_own_answer(suite: Deployment) -> None:

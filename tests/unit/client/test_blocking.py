@@ -42,8 +42,13 @@ def router(address: str) -> Iterator[RouterClient]:
 
 
 @pytest.fixture
-def registry_address() -> Iterator[str]:
-    with serving(add_RegistryServiceServicer_to_server, ScriptedRegistry()) as running:
+def scripted_registry() -> ScriptedRegistry:
+    return ScriptedRegistry()
+
+
+@pytest.fixture
+def registry_address(scripted_registry: ScriptedRegistry) -> Iterator[str]:
+    with serving(add_RegistryServiceServicer_to_server, scripted_registry) as running:
         yield running.address
 
 
@@ -177,7 +182,7 @@ def test_an_interrupt_ends_the_call(
     assert scripted.cancelled.wait(5)
 
 
-def test_every_verb_of_the_registry(registry_address: str) -> None:
+def test_every_verb_of_the_registry(registry_address: str, scripted_registry: ScriptedRegistry) -> None:
     data = bytes(range(256)) * 4096
     moved: list[tuple[int, int]] = []
     record = MixtureRecord("both", (MixtureRef(MIXTURE),), FixedGate((1.0,)), 1)
@@ -188,6 +193,9 @@ def test_every_verb_of_the_registry(registry_address: str) -> None:
         assert not registry.publish(data, envelope_of(data)).created
         assert registry.get_package("acme/iris@1.0.0").digest == digest_of(data)
         assert [package.digest for package in registry.list_packages(publisher="acme")] == [digest_of(data)]
+        filters = {"publisher": "acme", "capability": "task:text2sql", "base": "Qwen3-0.6B", "text": "sql"}
+        assert list(registry.list_packages(**filters)) != []
+        assert {name: getattr(scripted_registry.lists[-1], name) for name in filters} == filters
         assert registry.download(digest_of(data))[1] == data
         feed = registry.watch()
         assert [next(feed).WhichOneof("event") for _ in range(2)] == ["package", "synced"]

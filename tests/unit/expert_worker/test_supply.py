@@ -19,6 +19,7 @@ from services.expert_worker.journal import Journal
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Supplied, Supply
 from tests.builders import apr_bytes, linear, signer
+from tests.experts import expert_package
 from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, ZETA_SEED, envelope_of, roots
 from tests.worker_registry import WorkerRegistry
 
@@ -107,6 +108,16 @@ async def test_a_yanked_digest_is_refused_before_anything_is_read(setting: Setti
     standing = replace(TRUSTING, withdrawn=Withdrawn(digests=frozenset({digest})))
     assert (await setting.refused(digest, standing)).reason is Reason.YANKED
     assert setting.registry.downloads == []
+
+
+async def test_an_adapter_expert_is_refused_with_words_and_not_kept(setting: Setting) -> None:
+    data = expert_package("expert-sql", "1.0.0")
+    digest = setting.registry.publish(data, [envelope_of(data, name="acme/expert-sql@1.0.0", format="expert")])
+    refused = await setting.refused(digest)
+    assert (refused.reason, "answers text" in refused.message) == (Reason.NOT_SERVABLE, True)
+    assert setting.cache.read(digest) is None
+    unsigned = setting.registry.publish(expert_package("expert-x", "1.0.0"))
+    assert (await setting.refused(unsigned)).reason is Reason.UNSIGNED
 
 
 async def test_a_corrupt_cache_entry_is_dropped_and_fetched_again(setting: Setting) -> None:

@@ -13,7 +13,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.mixtures import MixtureRecord, SoftmaxGate
 from hocket.packages import DEFAULT_LIMITS, Policy, Revocations, TrustRoots
-from hocket.packages.model import KMeans
+from hocket.packages.model import KMeans, ModelFacts
 from hocket.rpc.convert import COLUMNS_MAX
 from services.registry.admission import (
     AdmittedMixture,
@@ -31,6 +31,7 @@ from services.registry.admission import (
     package_subject,
 )
 from tests.builders import apr_bytes, linear, mixture, signer
+from tests.experts import expert_package
 from tests.registries import fixed, gated, labelled, mixture_release
 from tests.signing import (
     ACME_ID,
@@ -61,6 +62,11 @@ def admit(data: bytes = DATA, release: bytes = b"", at: Terms | None = None, **c
     return admit_package(data, release, **arguments)
 
 
+def model_of(admitted: AdmittedPackage) -> ModelFacts:
+    assert isinstance(admitted.facts, ModelFacts)
+    return admitted.facts
+
+
 def refusal_of(call: Any, *arguments: Any, **more: Any) -> Reason:
     with pytest.raises(HocketError) as caught:
         call(*arguments, **more)
@@ -74,7 +80,7 @@ class TestPackages:
         assert str(admitted.proof.release) == "acme/iris@1.0.0"
         assert admitted.proof.key_id == ACME_ID
         assert admitted.release == envelope_of(DATA)
-        assert admitted.facts.labels == ("a", "b")
+        assert model_of(admitted).labels == ("a", "b")
         assert admitted.mixture is None
 
     @pytest.mark.parametrize(
@@ -142,13 +148,33 @@ class TestPackages:
             model = KMeans(count, np.arange(count, dtype=np.float32).reshape(-1, 1))
             data = apr_bytes(model)
             shown = apr_bytes(model, labels=[*range(COLUMNS_MAX), *[None] * (count - COLUMNS_MAX)])
-            assert admit(shown, envelope_of(shown)).facts.output_columns == count
+            assert model_of(admit(shown, envelope_of(shown))).output_columns == count
             if count == COLUMNS_MAX:
-                assert admit(data, envelope_of(data)).facts.output_columns == COLUMNS_MAX
+                assert model_of(admit(data, envelope_of(data))).output_columns == COLUMNS_MAX
                 continue
             with pytest.raises(HocketError, match="fewer classes or clusters") as refusal:
                 admit(data, envelope_of(data))
             assert refusal.value.reason is Reason.NOT_SERVABLE
+
+    def test_an_adapter_is_admitted_under_its_own_name_and_version_alone(self) -> None:
+        data = expert_package("expert-sql", "0.3.0")
+
+        admitted = admit(data, envelope_of(data, name="acme/expert-sql@0.3.0", format="expert"))
+
+        assert (admitted.facts.format, admitted.facts.name) == ("expert", "expert-sql")
+        assert (admitted.embedded_key_id, admitted.mixture) == (None, None)
+        for name in ("acme/sql@0.3.0", "acme/expert-sql@0.3.1"):
+            release = envelope_of(data, name=name, format="expert")
+            assert refusal_of(admit, data, release) is Reason.NAME_MISMATCH
+        as_apr = envelope_of(data, name="acme/expert-sql@0.3.0", format="apr")
+        assert refusal_of(admit, data, as_apr) is Reason.BAD_RELEASE
+
+    @pytest.mark.parametrize(("name", "version"), [("Expert SQL", "1.0.0"), ("expert-sql", "one and a half")])
+    def test_an_adapter_that_no_release_could_name_is_not_taken_by_policy_either(self, name: str, version: str) -> None:
+        lenient = terms(allow_unsigned=True)
+
+        assert refusal_of(admit, expert_package(name, version), at=lenient) is Reason.BAD_REQUEST
+        assert admit(expert_package("expert-sql", "1.0.0"), at=lenient).proof.kind == "policy"
 
     def test_sizes_have_limits(self) -> None:
         small = replace(DEFAULT_LIMITS, package_bytes=len(DATA) - 1)

@@ -9,7 +9,7 @@ import pytest
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName
 from services.registry.disk import StorageError, check_database_error
-from services.registry.store import MixtureRow, PackageRow, ReleaseRow, Store
+from services.registry.store import MixtureRow, PackageRow, Query, ReleaseRow, SearchRow, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,8 +184,8 @@ class TestPackages:
     def test_pages_follow_digests(self, store: Store) -> None:
         insert(store, 3, 1, 2)
         with store.begin() as tx:
-            assert [row.digest for row in tx.packages_after("", "", 2)] == [digest(1), digest(2)]
-            assert [row.digest for row in tx.packages_after(digest(2), "", 2)] == [digest(3)]
+            assert [row.digest for row in tx.packages_after("", Query(), 2)] == [digest(1), digest(2)]
+            assert [row.digest for row in tx.packages_after(digest(2), Query(), 2)] == [digest(3)]
 
     def test_a_publishers_packages_are_those_with_a_release_of_it(self, store: Store) -> None:
         insert(store, 1, 2, 3)
@@ -194,8 +194,8 @@ class TestPackages:
             tx.insert_release(release(1, "acme/iris@2"))
             tx.insert_release(release(2, "zeta/iris@1"))
 
-            assert [row.digest for row in tx.packages_after("", "acme", 9)] == [digest(1)]
-            assert [row.digest for row in tx.packages_after(digest(1), "acme", 9)] == []
+            assert [row.digest for row in tx.packages_after("", Query("acme"), 9)] == [digest(1)]
+            assert [row.digest for row in tx.packages_after(digest(1), Query("acme"), 9)] == []
 
     def test_changes_follow_revisions_and_each_package_comes_once(self, store: Store) -> None:
         insert(store, 1, 2, 3)
@@ -234,6 +234,34 @@ class TestPackages:
             assert tx.released_digest(ReleaseName("acme", "iris", "1")) == digest(1)
             assert tx.released_digest(ReleaseName("acme", "iris", "2")) is None
             assert [row.state for row in tx.releases([digest(1)])[digest(1)]] == ["ACTIVE", "UNTRUSTED"]
+
+    def test_packages_that_nobody_finds_yet_can_be_told(self, store: Store) -> None:
+        insert(store, 1, 2, 3)
+        with store.begin() as tx:
+            tx.insert_search(SearchRow(digest(2), None, None, None, "iris", ()))
+
+            assert [row.digest for row in tx.packages_not_found(9)] == [digest(1), digest(3)]
+            assert [row.digest for row in tx.packages_not_found(1)] == [digest(1)]
+
+    def test_experts_of_a_name_are_those_that_may_serve_under_it(self, store: Store) -> None:
+        insert(store, 1, 2, 3, format="expert")
+        insert(store, 4, format="expert", state="YANKED")
+        insert(store, 5, by_policy=True, format="expert")
+        insert(store, 6)
+        with store.begin() as tx:
+            for index in range(1, 6):
+                tx.insert_search(SearchRow(digest(index), "sql", None, None, "", ()))
+            tx.insert_release(release(1, "acme/sql@1"))
+            tx.insert_release(release(1, "acme/sql@1", key_id="l"))
+            tx.insert_release(release(2, "zeta/sql@1"))
+            tx.insert_release(replace(release(3, "acme/sql@2"), state="UNTRUSTED"))
+            tx.insert_release(release(4, "acme/sql@3"))
+            tx.insert_release(release(6, "acme/sql@4"))
+
+            assert [row.digest for row in tx.experts("acme", "sql", "ACTIVE")] == [digest(1)]
+            assert [row.digest for row in tx.experts("zeta", "sql", "ACTIVE")] == [digest(2)]
+            assert [row.digest for row in tx.experts("", "sql", "ACTIVE")] == [digest(5)]
+            assert tx.experts("acme", "json", "ACTIVE") == []
 
 
 class TestMixtures:

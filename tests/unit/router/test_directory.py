@@ -15,7 +15,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of
 from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef
 from hocket.v1.mixture_pb2 import Mixture
-from hocket.v1.package_pb2 import ModelFacts, OutputColumn, Package, Release, TrustState
+from hocket.v1.package_pb2 import AdapterFacts, ModelFacts, OutputColumn, Package, Release, TrustState
 from hocket.v1.registry_pb2 import Residency, Synced, WatchResponse, WorkerState
 from services.router import directory as module
 from services.router.directory import Directory, Snapshot, _release_name
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+KEPT_BEFORE_ADAPTERS = (
+    "686f636b65742d726f757465722d310ae03d9d7fdd8c821da06a9f38515cfbdda9b7c71f7471369b70bd811c8d06f9e4"
+    "6c000000000000001a6a0a477368613235363a3030303030303030303030303030303030303030303030303030303030"
+    "30303030303030303030303030303030303030303030303030303030303030303030311a0361707220012a100a046163"
+    "6d6512036c6f771a01312801420650025a00680108000000000000000804120265304200"
+)
 ACTIVE, REVOKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_KEY_REVOKED
 
 
@@ -143,6 +149,34 @@ async def test_members_of_a_file_are_addressed_by_ordinal() -> None:
         for wrong in (f"{digest}#3", package(2).digest + "#0"):
             with pytest.raises(HocketError, match="UNKNOWN_MODEL"):
                 directory.snapshot.resolve(wrong)
+
+
+async def test_an_adapter_answers_no_rows_and_its_addresses_say_so() -> None:
+    low, adapter = package(1, ("low", ACTIVE)), package(2, ("sql", ACTIVE))
+    adapter.adapter.CopyFrom(AdapterFacts(name="sql", version="1"))
+    registry = ScriptedRegistry([event(package=low), event(package=adapter), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert list(directory.snapshot.listed) == ["acme/low@1"]
+        for address in (adapter.digest, "acme/sql@1", f"{adapter.digest}#0", f"{adapter.digest}#{'9' * 1000}"):
+            with pytest.raises(HocketError, match="answers text") as caught:
+                directory.snapshot.resolve(address)
+            assert caught.value.reason is Reason.NOT_SERVABLE
+            assert len(caught.value.message) < 400
+        assert directory.snapshot.resolve("acme/low@1").digest == low.digest
+
+
+async def test_a_mixture_may_be_released_under_an_adapter_s_name() -> None:
+    low, adapter = package(1), package(2, ("sql", ACTIVE))
+    adapter.adapter.CopyFrom(AdapterFacts(name="sql", version="1"))
+    record = MixtureRecord("sql", (ExpertId(low.digest),), FixedGate((1,)), 1)
+    registry = ScriptedRegistry()
+    message = registry.hold(record)
+    message.release.CopyFrom(Release(publisher="acme", name="sql", version="1", state=ACTIVE))
+    registry.feeds = [[event(package=low), event(package=adapter), event(mixture=message), synced()]]
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert directory.snapshot.resolve("acme/sql@1").digest == record.digest
 
 
 async def test_a_broken_feed_is_taken_up_where_it_broke_and_serving_goes_on() -> None:
@@ -435,6 +469,17 @@ async def test_what_was_known_earlier_is_not_ready_while_the_registry_speaks(
     told = ScriptedRegistry([event(2, "e2", worker=WorkerState(worker="a")), synced(2, "e2")])
     async with following(told, kept) as directory:
         await asyncio.wait_for(directory.wait_for_worker(), 2)
+
+
+async def test_a_copy_made_by_a_router_that_knew_no_adapters_is_served_from(tmp_path: Path) -> None:
+    """Its bytes, as that router wrote them for a package of one feature and one column."""
+    path = tmp_path / "router.view"
+    path.write_bytes(bytes.fromhex(KEPT_BEFORE_ADAPTERS))
+    silent = ScriptedRegistry(*[HocketError(Reason.UNREACHABLE, "down")] * 1000)
+    async with following(silent, Kept(path)) as directory:
+        await until(lambda: directory._snapshot is not None)
+        model = directory.snapshot.resolve("acme/low@1")
+        assert (model.digest, model.feature_count, model.column_count) == (package(1).digest, 2, 1)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"cut", b"flip"])
