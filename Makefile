@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # A smaller CPU build of torch: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ BUF := .tools/buf
 NODE_CLIENT := examples/clients/node/node_modules/.package-lock.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install check test test-all test-compose test-gpu demo up up-compose bench bench-peers bench-gpu proto clean
+.PHONY: help install check test test-all test-compose test-gpu fuzz demo up up-compose bench bench-peers bench-gpu proto clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,6 +56,14 @@ test-compose: $(VENV)/.installed ## docker-compose.yml for real; needs a Docker 
 test-gpu: $(VENV)/.installed ## What only a CUDA device can show
 	@$(BIN)/pytest -q -m gpu tests/gpu
 
+fuzz: $(VENV)/.fuzz ## Change package bytes until a reader breaks: FUZZ_SECONDS (60) for each reader
+	@for harness in archive manifest weights adapter apr; do \
+		echo "fuzzing $$harness"; $(BIN)/python -m tests.fuzz $$harness --seconds $(FUZZ_SECONDS) || exit 1; done
+
+$(VENV)/.fuzz: $(VENV)/.installed
+	@$(PIP) --editable '.[fuzz]'
+	@touch $@
+
 demo: $(VENV)/.installed ## Train, sign, publish and ask a mixture of digit experts
 	@$(BIN)/python -m examples.digits.demo
 
@@ -71,6 +80,7 @@ bench: $(VENV)/.installed ## Measure against bare gRPC; results go to benchmarks
 	@$(BIN)/python -m benchmarks.catalogue
 	@$(BIN)/python -m benchmarks.gate
 	@$(BIN)/python -m benchmarks.breakdown
+	@$(BIN)/python -m benchmarks.packages
 
 bench-peers: $(VENV)/.installed .venv-mlserver/.installed .venv-ray/.installed ## Measure beside MLServer and Ray Serve
 	@$(BIN)/python -m benchmarks.peers
@@ -87,4 +97,4 @@ bench-gpu: $(VENV)/.installed ## The same on one CUDA device
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .venv-mlserver .venv-ray .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
-	rm -rf examples/clients/*/build examples/clients/node/node_modules
+	rm -rf build/fuzz examples/clients/*/build examples/clients/node/node_modules

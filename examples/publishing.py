@@ -44,14 +44,18 @@ class Publisher:
         TrustFolder(folder / "trust").add_key(TrustedKey(public_key_of(seed), name))
         return cls(name, seed)
 
+    def release(self, data: bytes, name: str, version: str = "1.0.0", package_format: str = "apr") -> bytes:
+        """The signed statement that binds a name to a package: `hocket sign`."""
+        subject = Subject.of(Purpose.PACKAGE, data, package_format)
+        return sign_release(Release(ReleaseName(self.name, name, version), subject), self.seed)
+
     async def publish(self, registry: RegistryClient, data: bytes, name: str, version: str = "1.0.0") -> str:
-        """Sign a package under a name and hand it to the registry: `hocket sign` and `hocket publish`.
+        """Sign an `.apr` package under a name and hand it to the registry: `hocket sign` and `hocket publish`.
 
         Returns:
             The package's digest.
         """
-        release = Release(ReleaseName(self.name, name, version), Subject.of(Purpose.PACKAGE, data, "apr"))
-        await registry.publish(data, sign_release(release, self.seed))
+        await registry.publish(data, self.release(data, name, version))
         return digest_of(data)
 
     async def put(self, registry: RegistryClient, record: MixtureRecord, gate: bytes = b"", version: str = "1") -> None:

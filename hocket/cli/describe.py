@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 from hocket.cli import output
 from hocket.identity import ExpertId
-from hocket.v1.package_pb2 import TrustState
+from hocket.v1.package_pb2 import (
+    ADAPTER_KIND_DORA,
+    ADAPTER_KIND_IA3,
+    ADAPTER_KIND_LORA,
+    ADAPTER_KIND_SOFT_PROMPT,
+    UPSTREAM_OUTCOME_INVALID,
+    UPSTREAM_OUTCOME_VALID,
+    UPSTREAM_OUTCOME_WEIGHTS_ONLY,
+    TrustState,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from hocket.v1.package_pb2 import ModelFacts, OutputRange, Package, Release
+    from hocket.v1.package_pb2 import (
+        AdapterFacts,
+        AdapterKind,
+        BaseModel,
+        ModelFacts,
+        OutputRange,
+        Package,
+        Release,
+        UpstreamOutcome,
+        UpstreamSignature,
+    )
     from hocket.v1.router_pb2 import MemberInfo
+
+_ADAPTERS: Final[Mapping[AdapterKind.ValueType, str]] = {
+    ADAPTER_KIND_LORA: "LoRA",
+    ADAPTER_KIND_DORA: "DoRA",
+    ADAPTER_KIND_IA3: "IA3",
+    ADAPTER_KIND_SOFT_PROMPT: "soft prompt",
+}
+_UPSTREAM: Final[Mapping[UpstreamOutcome.ValueType, str]] = {
+    UPSTREAM_OUTCOME_VALID: "covers every file",
+    UPSTREAM_OUTCOME_WEIGHTS_ONLY: "covers every file but the manifest",
+    UPSTREAM_OUTCOME_INVALID: "IS NOT VALID",
+}
 
 
 def release_name(release: Release) -> str:
@@ -21,8 +53,16 @@ def release_name(release: Release) -> str:
 
 
 def package_name(package: Package) -> str:
-    """What people call a package: its first release, or its digest in short."""
-    return release_name(package.releases[0]) if package.releases else output.short(package.digest)
+    """What people call a package: its first release, or its digest in short, with an adapter's own name."""
+    if package.releases:
+        return release_name(package.releases[0])
+    own = f" ({package.adapter.name}@{package.adapter.version})" if package.HasField("adapter") else ""
+    return output.short(package.digest) + own
+
+
+def all_names(package: Package) -> str:
+    """Every release of a package, by name."""
+    return ", ".join(dict.fromkeys(map(release_name, package.releases))) or package_name(package)
 
 
 def expert_names(members: Iterable[MemberInfo]) -> Mapping[str, str]:
@@ -39,6 +79,48 @@ def kind_of(model: ModelFacts) -> str:
     """`RandomForestClassifier`, or `4 x Ridge` for a package of several experts."""
     kind = model.expert_layout or model.layout or model.model_type
     return f"{model.expert_count} x {kind}" if model.expert_count > 1 else kind
+
+
+def adapter_of(adapter: AdapterFacts) -> str:
+    """`DoRA adapter`, or what it is called else."""
+    kind = _ADAPTERS.get(adapter.kind, "unknown")
+    return kind if adapter.kind == ADAPTER_KIND_SOFT_PROMPT else f"{kind} adapter"
+
+
+def summary_of(package: Package) -> tuple[str, str, str]:
+    """What a package is, what it takes, and what it answers."""
+    if package.HasField("adapter"):
+        return adapter_of(package.adapter), f"text, on {base_name(package.adapter.base.name)}", "text"
+    model = package.model
+    return kind_of(model), features_of(model), columns_of(model)
+
+
+def features_of(model: ModelFacts) -> str:
+    """`4 features`, or `at least 4 features` of a model that only says which it reads."""
+    count = model.feature_count or model.feature_count_min
+    return f"{'' if model.feature_count else 'at least '}{count} feature{'' if count == 1 else 's'}"
+
+
+def base_name(name: str) -> str:
+    """The last part of a base's name, which may be a path on somebody's disk."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+
+
+def base_text(base: BaseModel) -> str:
+    """A base, and how far it is pinned down."""
+    if base.digest:
+        return f"{base_name(base.name)}, exactly {base.digest}"
+    return f"{base_name(base.name)} (by name: the package does not say which weights exactly)"
+
+
+def upstream_text(signature: UpstreamSignature) -> str:
+    """What the signature that the format's own tools have left inside is worth."""
+    if (worth := _UPSTREAM.get(signature.outcome)) is None:
+        return "none"
+    key = f", by key {output.short(signature.key_id)}" if signature.key_id else ""
+    claim = f", said to be {signature.publisher}'s" if signature.publisher else ""
+    why = f": {signature.explanation}" if signature.explanation else ""
+    return f"{worth}{key}{claim}{why} (shown, never decisive)"
 
 
 def columns_of(model: ModelFacts) -> str:

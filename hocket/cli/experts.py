@@ -1,53 +1,25 @@
-"""`hocket experts`: the packages of a registry, and the workers that hold them."""
+"""`hocket experts`: one expert with the workers that hold it, or the experts that go together."""
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hocket.cli import describe, output, servers
+from hocket.cli import describe, names, output, servers
+from hocket.composition import candidates
 from hocket.errors import HocketError, Reason
+from hocket.packages.expert.resolution import Requirement, resolve
+from hocket.versions import Range, Version
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
     from hocket.client.blocking import RegistryClient
-    from hocket.v1.package_pb2 import Package
+    from hocket.packages.expert.resolution import Candidate, Resolution
+    from hocket.v1.package_pb2 import AdapterFacts, ModelFacts, Package
 
-app = typer.Typer(name="experts", help="List the packages of a registry, or show one.", no_args_is_help=True)
-
-_MEANT_SHOWN: Final = 3
-_MEANT_LIKENESS: Final = 0.8
-
-
-@app.command("list")
-def list_packages(
-    *,
-    publisher: Annotated[str, typer.Option(help="Only packages released by this publisher.", show_default=False)] = "",
-    registry: servers.Registry = servers.REGISTRY_ADDRESS,
-    json: output.Json = False,
-) -> None:
-    """List the packages of a registry.
-
-    $ hocket experts list --publisher acme
-    """
-    with servers.registry(registry) as client:
-        packages = list(client.list_packages(publisher=publisher))
-    if json:
-        output.emit({"packages": [output.message_json(package) for package in packages]})
-        return
-    rows = [
-        (
-            describe.package_name(package),
-            describe.kind_of(package.model),
-            package.model.feature_count or None,
-            describe.columns_of(package.model),
-            describe.standing_of(package),
-        )
-        for package in sorted(packages, key=describe.package_name)
-    ]
-    empty = f"No packages released by {publisher}" if publisher else "No packages yet: `hocket publish`"
-    output.print_table(("name", "kind", "features>", "answers~", "state~"), rows, empty)
+app = typer.Typer(name="experts", help="Show an expert, or which experts go together.", no_args_is_help=True)
 
 
 @app.command()
@@ -58,17 +30,63 @@ def show(
     router: servers.Router = servers.ROUTER_ADDRESS,
     json: output.Json = False,
 ) -> None:
-    """Show one package, and the workers that hold it in memory.
+    """Show one package.
+
+    Of a tensor expert also the workers that hold it in memory; of an
+    adapter expert what fulfils its requirements in this registry now.
 
     $ hocket experts show acme/iris@1.0.0
     """
     with servers.registry(registry) as client:
         found = find_package(client, package)
+        satisfied = _satisfied(found, client) if found.HasField("adapter") else {}
+    if found.HasField("adapter"):
+        if json:
+            output.emit({**output.message_json(found), "satisfied_by": satisfied})
+        else:
+            _print_card(found, _adapter_facts(found.adapter, satisfied), found.adapter.format_version)
+        return
     workers = _resident_workers(router, found.digest)
     if json:
         output.emit({**output.message_json(found), "resident_workers": workers})
     else:
-        _print_card(found, workers)
+        _print_card(found, _model_facts(found.model, workers), found.model.format_version)
+
+
+@app.command("resolve")
+def resolve_experts(
+    written: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="[PUBLISHER/]NAME[@RANGE] of each expert.", show_default=False),
+    ],
+    *,
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    json: output.Json = False,
+) -> None:
+    """Explain which adapter experts go together when these are asked for.
+
+    Shows every expert that would be composed, in the order of composition,
+    in the newest versions that fit, and why it is there; or says why they
+    do not go together. Nothing runs, and nothing changes. The publisher
+    may be left out when only one has such a name, and so may `expert-` at
+    its beginning.
+
+    $ hocket experts resolve tools
+    $ hocket experts resolve acme/expert-tools@1.2.0 'zeta/expert-sql@>=0.3.0,<1.0.0'
+    """
+    with servers.registry(registry) as client:
+        available = list(candidates(client.list_packages()))
+    resolution = resolve([_wanted(name, available) for name in written], available)
+    if json:
+        output.emit(_resolution_json(resolution))
+        return
+    rows = [
+        (place, _name_of(chosen.candidate), describe.base_name(chosen.candidate.base.name), "; ".join(chosen.why))
+        for place, chosen in enumerate(resolution.experts, start=1)
+    ]
+    output.print_table(("#>", "expert", "rides on", "why~"), rows, "Nothing is composed")
+    for warning in resolution.warnings:
+        output.say(f"warning: {warning}", stderr=True)
 
 
 def find_package(client: RegistryClient, package: str) -> Package:
@@ -82,14 +100,79 @@ def find_package(client: RegistryClient, package: str) -> Package:
     except HocketError as error:
         if error.reason not in {Reason.UNKNOWN_PACKAGE, Reason.BAD_REQUEST}:
             raise
-        names = [describe.release_name(release) for known in client.list_packages() for release in known.releases]
-        meant = sorted(name for name in names if package in name)
-        meant = meant or difflib.get_close_matches(package, names, cutoff=_MEANT_LIKENESS)
-        if not meant:
+        known = {describe.release_name(release) for known in client.list_packages() for release in known.releases}
+        if not (perhaps := names.suggestion(package, known)):
             raise
-        raise HocketError(
-            error.reason, f"{error.message}; did you mean {' or '.join(meant[:_MEANT_SHOWN])}?"
-        ) from error
+        raise HocketError(error.reason, error.message + perhaps) from error
+
+
+def dependents(packages: Iterable[Package], going: Collection[str]) -> list[str]:
+    """Which experts require something that will be missing, a sentence each.
+
+    Args:
+        packages: What a registry holds.
+        going: Digests of those that will be gone.
+    """
+    every = list(candidates(packages))
+    staying = [expert for expert in every if expert.digest not in going]
+    return [
+        f"{_name_of(expert)} requires {need}"
+        for expert in staying
+        for need in map(Requirement.parse, expert.constraints.requires)
+        if _newest(need, expert.publisher, every) and not _newest(need, expert.publisher, staying)
+    ]
+
+
+def _newest(need: Requirement, owner: str, available: Iterable[Candidate]) -> Candidate | None:
+    """The newest expert that fulfils what an expert of the publisher `owner` requires; None if there is none."""
+    publisher = owner if need.publisher is None else need.publisher
+    fitting = [
+        (version, expert)
+        for expert in available
+        if (expert.publisher, expert.name) == (publisher, need.name)
+        and need.range.allows(version := Version.parse(expert.version))
+    ]
+    return max(fitting, key=lambda found: found[0])[1] if fitting else None
+
+
+def _satisfied(package: Package, client: RegistryClient) -> dict[str, str | None]:
+    """What an adapter requires, and the newest expert that fulfils it now."""
+    owner = next((release.publisher for release in package.releases), "")
+    available = list(candidates(client.list_packages()))
+    found = {
+        pattern: _newest(Requirement.parse(pattern), owner, available)
+        for pattern in package.adapter.constraints.requires
+    }
+    return {pattern: None if expert is None else _name_of(expert) for pattern, expert in found.items()}
+
+
+def _wanted(written: str, available: Sequence[Candidate]) -> Requirement:
+    """What a short name with a range of versions asks for."""
+    signed = {(expert.publisher, expert.name) for expert in available if expert.publisher}
+    taken = {name for _, name in signed}
+    unsigned = {("", expert.name) for expert in available if expert.name not in taken}
+    owner, name = names.find(written, signed | unsigned)
+    return Requirement(name, Range.parse(names.split(written)[2] or "*"), owner)
+
+
+def _name_of(expert: Candidate) -> str:
+    return str(expert) if expert.publisher else f"{expert.name}@{expert.version} (unsigned)"
+
+
+def _resolution_json(resolution: Resolution) -> dict[str, Any]:
+    return {
+        "experts": [
+            {
+                "publisher": chosen.candidate.publisher,
+                "name": chosen.candidate.name,
+                "version": chosen.candidate.version,
+                "digest": chosen.candidate.digest,
+                "why": chosen.why,
+            }
+            for chosen in resolution.experts
+        ],
+        "warnings": resolution.warnings,
+    }
 
 
 def _resident_workers(router: str, digest: str) -> list[str] | None:
@@ -102,23 +185,54 @@ def _resident_workers(router: str, digest: str) -> list[str] | None:
     return sorted({worker for member in members for worker in member.resident_workers})
 
 
-def _print_card(package: Package, workers: list[str] | None) -> None:
-    model = package.model
-    resident = "unknown (the router cannot tell)" if workers is None else ", ".join(workers) or "none"
+def _print_card(package: Package, facts: Sequence[tuple[str, object]], format_version: str) -> None:
     output.card(
         describe.package_name(package),
         [
             ("digest", package.digest),
-            ("state", describe.state_of(package.state)),
-            ("releases", ", ".join(map(describe.release_name, package.releases)) or None),
+            ("state", describe.standing_of(package)),
+            ("releases", describe.all_names(package) if package.releases else None),
             ("signed by", describe.signers_of(package)),
-            ("model", describe.kind_of(model)),
-            ("takes", f"{model.feature_count} features"),
-            ("answers", describe.columns_of(model)),
-            ("range", describe.range_text(model.output_range) if model.HasField("output_range") else None),
-            ("file", f"{package.format} {model.format_version}, {output.size(package.size_bytes)}"),
-            ("parameters", output.size(model.parameter_bytes)),
+            *facts,
+            ("file", f"{package.format} {format_version}, {output.size(package.size_bytes)}"),
             ("published", package.publish_time.ToJsonString()),
-            ("in memory of", resident),
         ],
     )
+
+
+def _model_facts(model: ModelFacts, workers: list[str] | None) -> list[tuple[str, object]]:
+    resident = "unknown (the router cannot tell)" if workers is None else ", ".join(workers) or "none"
+    return [
+        ("model", describe.kind_of(model)),
+        ("takes", describe.features_of(model)),
+        ("answers", describe.columns_of(model)),
+        ("range", describe.range_text(model.output_range) if model.HasField("output_range") else None),
+        ("parameters", output.size(model.parameter_bytes)),
+        ("in memory of", resident),
+    ]
+
+
+def _adapter_facts(adapter: AdapterFacts, satisfied: Mapping[str, str | None]) -> list[tuple[str, object]]:
+    constraints, hints = adapter.constraints, adapter.routing
+    rank = f", rank {adapter.rank}" if adapter.rank else ""
+    modules = f" on {', '.join(adapter.target_modules)}" if adapter.target_modules else ""
+    most = f", with at most {constraints.max_chain} experts in all" if constraints.max_chain else ""
+    return [
+        ("description", adapter.description or None),
+        ("adapter", f"{describe.adapter_of(adapter)}{rank}{modules}"),
+        ("soft prompt", f"{adapter.soft_prompt_tokens} tokens" if adapter.soft_prompt_tokens else None),
+        ("base", describe.base_text(adapter.base)),
+        ("template", adapter.base.prompt_template or None),
+        ("can", ", ".join(adapter.capabilities) or None),
+        ("tags", ", ".join(adapter.tags) or None),
+        ("chosen for", ", ".join(hints.keywords) if adapter.HasField("routing") else "never by itself"),
+        ("not for", ", ".join(hints.exclude_keywords) or None),
+        ("composes", f"in place {constraints.load_order}{most}"),
+        *(("requires", f"{need}: {by or 'NOTHING HERE WILL DO'}") for need, by in satisfied.items()),
+        ("not with", ", ".join(constraints.incompatible_with) or None),
+        ("grammar", "inside" if adapter.has_grammar else None),
+        ("licence", adapter.license or None),
+        ("parameters", output.size(adapter.parameter_bytes)),
+        ("signature", describe.upstream_text(adapter.upstream_signature)),
+        *(("warning", warning) for warning in adapter.warnings),
+    ]

@@ -57,10 +57,16 @@ VERBS: Final[Mapping[str, _Verb]] = {
     "keygen": _Verb("package", _FILES, "Make a key to sign with."),
     "sign": _Verb("package", _FILES, "Bind a name to a package file, and sign that."),
     "trust": _Verb("trust", _FILES, "Decide whose signatures count."),
+    "expert": _Verb("expert", _FILES, "Make .expert packages: new, validate, pack."),
     "publish": _Verb("publish", _REGISTRY, "Put package files into a registry."),
-    "experts": _Verb("experts", _REGISTRY, "List the packages of a registry, or show one."),
+    "install": _Verb("install", _REGISTRY, "Put packages into a registry, with all that they require."),
+    "update": _Verb("install", _REGISTRY, "Put newer versions of adapter experts into a registry."),
+    "list": _Verb("listing", _REGISTRY, "List the packages of a registry."),
+    "search": _Verb("listing", _REGISTRY, "Search the packages of a registry."),
+    "experts": _Verb("experts", _REGISTRY, "Show an expert, or which experts go together."),
     "mixtures": _Verb("mixtures", _REGISTRY, "List, show, put and delete mixtures."),
     "yank": _Verb("publish", _REGISTRY, "Withdraw a package for good."),
+    "uninstall": _Verb("publish", _REGISTRY, "Withdraw packages for good, by name."),
     "revoke-key": _Verb("publish", _REGISTRY, "Withdraw everything a key has signed, for good."),
 }
 

@@ -12,7 +12,7 @@ from hocket import client
 from hocket.authoring import read_draft, resolve
 from hocket.cli import certificates, describe, output, servers
 from hocket.cli.package import Key, load_key
-from hocket.cli.publish import upload_progress
+from hocket.cli.progress import progress_of
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName, check_name, check_version
 from hocket.packages import Purpose, Release, Subject, sign_release
@@ -111,7 +111,7 @@ def put(
         async with client.connect_registry(registry, token, **certificates.chosen()) as client_of_registry:
             record, gate = await resolve(draft, client_of_registry)
             release = b"" if release_name is None else sign_release(_release(release_name, record), seed)
-            with upload_progress(f"gate of {draft.name}", shown=bool(gate) and not json) as on_progress:
+            with progress_of(f"gate of {draft.name}", shown=bool(gate) and not json) as on_progress:
                 return await client_of_registry.put_mixture(
                     record.body(), release, gate, etag=etag, on_progress=on_progress
                 )

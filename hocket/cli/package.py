@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from hocket import keyring
-from hocket.cli import files, output
+from hocket.cli import files, inspection, output
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName, check_name, check_version, key_bytes, key_id_of, key_text
 from hocket.packages import (
@@ -20,27 +19,27 @@ from hocket.packages import (
     Release,
     Subject,
     apr,
+    check_release_name,
     inspect_package,
     open_package,
     public_key_of,
     read_release,
     sign_release,
 )
+from hocket.packages.adapter import AdapterFacts
 
 if TYPE_CHECKING:
-    from hocket.packages import EmbeddedFacts, Proof, ReleaseFacts
-    from hocket.packages.model import ModelFacts
+    from hocket.packages import PackageFacts, Proof
 
 app = typer.Typer()
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="An .apr file.", show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="An .apr or .expert file.", show_default=False)]
 Key = Annotated[
     Path | None,
     typer.Option("--key", metavar="FILE", help="The private key.", show_default="~/.config/hocket/keys/default.key"),
 ]
 
 _DEFAULT_KEY: Final = "default.key"
-_TRUSTED: Final = "trusted by this trust folder"
 
 
 def load_key(chosen: Path | None) -> bytes:
@@ -67,17 +66,24 @@ def inspect(file: File, *, trust: files.Trust = None, json: output.Json = False)
     revoked or withdrawn is not known here.
 
     $ hocket inspect iris.apr
+    $ hocket inspect expert-sql.expert
     $ hocket inspect iris.apr --json | jq .signature
     """
     data = files.read_package(file)
     releases, problem = _release_beside(file)
     shown = inspect_package(data, releases, trust=files.read_trust(trust), now=datetime.now(UTC))
-    facts = shown.facts if shown.facts.encrypted else apr.decode(apr.split(data), shown.facts.digest)[0]
     release = shown.releases[0] if shown.releases else problem
+    if isinstance(shown.facts, AdapterFacts):
+        if json:
+            output.emit(inspection.adapter_document(shown.facts, release))
+        else:
+            inspection.print_adapter(file, shown.facts, release)
+        return
+    facts = shown.facts if shown.facts.encrypted else apr.decode(apr.split(data), shown.facts.digest)[0]
     if json:
-        output.emit(_document(facts, shown.embedded, release))
+        output.emit(inspection.model_document(facts, shown.embedded, release))
     else:
-        _print_card(file, facts, shown.embedded, release)
+        inspection.print_model(file, facts, shown.embedded, release)
 
 
 @app.command()
@@ -95,6 +101,8 @@ def verify(
     Opens the file as a worker would: hash, release and signature against
     the trust folder, and only then the content. Only your trust folder is
     asked: what a registry has revoked or withdrawn is not known here.
+    What an .expert file needs besides, such as other experts, is for the
+    registry to find.
 
     $ hocket verify iris.apr
     """
@@ -108,6 +116,9 @@ def verify(
     if (why := package.facts.not_servable) is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"{file} is proven genuine, but cannot answer: {why}")
     proofs = package.provenance.proofs
+    for proof in proofs:
+        if proof.release is not None:
+            check_release_name(package.facts, proof.release)
     if json:
         output.emit({"digest": package.facts.digest, "proofs": [_proof_json(proof) for proof in proofs]})
         return
@@ -153,21 +164,30 @@ def sign(
     file: File,
     *,
     publisher: Annotated[str, typer.Option(help="Who you are: the name of your file in trust folders.")],
-    name: Annotated[str, typer.Option(help="What the package is called.")],
-    version: Annotated[str, typer.Option(help="Which version of it this is.")],
+    name: Annotated[
+        str | None,
+        typer.Option(help="What the package is called; an .expert file says so itself.", show_default=False),
+    ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(help="Which version of it this is; an .expert file says so itself.", show_default=False),
+    ] = None,
     key: Key = None,
     json: output.Json = False,
 ) -> None:
     """Bind a name to a package file, and sign that.
 
     Writes the release beside the file, as FILE.release.json, from where
-    `publish` and `verify` take it. The package itself is not changed.
+    `publish` and `verify` take it. The package itself is not changed. An
+    .expert file is released under the name and version of its manifest.
 
     $ hocket sign iris.apr --publisher acme --name iris --version 1.0.0
+    $ hocket sign expert-sql.expert --publisher acme
     """
-    release_name = ReleaseName(check_name(publisher, "publisher"), check_name(name), check_version(version))
+    check_name(publisher, "publisher")
     data = files.read_package(file)
     facts = inspect_package(data, now=datetime.now(UTC)).facts
+    release_name = _release_name(facts, publisher, name, version)
     seed = load_key(key)
     beside = files.release_path(file)
     release = Release(release_name, Subject.of(Purpose.PACKAGE, data, facts.format))
@@ -200,99 +220,26 @@ def _release_beside(path: Path) -> tuple[tuple[bytes, ...], HocketError | None]:
     return releases, None
 
 
-def _cannot_serve(data: bytes, facts: ModelFacts) -> str | None:
+def _release_name(facts: PackageFacts, publisher: str, name: str | None, version: str | None) -> ReleaseName:
+    """What the package shall be called: as asked for, and else what its manifest says."""
+    if isinstance(facts, AdapterFacts):
+        name, version = name or facts.name, version or facts.version
+    if name is None or version is None:
+        raise HocketError(Reason.BAD_REQUEST, "an .apr file has no name and version of its own: add --name, --version")
+    release_name = ReleaseName(publisher, check_name(name), check_version(version))
+    check_release_name(facts, release_name)
+    return release_name
+
+
+def _cannot_serve(data: bytes, facts: PackageFacts) -> str | None:
+    if isinstance(facts, AdapterFacts):
+        return facts.not_servable
     if facts.encrypted:
         return "it is encrypted"
     try:
         return apr.decode(apr.split(data), facts.digest)[0].not_servable
     except HocketError as error:
         return error.message
-
-
-def _document(facts: ModelFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None) -> dict[str, Any]:
-    return {
-        "format": facts.format,
-        "digest": facts.digest,
-        "size": facts.size_bytes,
-        "version": facts.format_version,
-        "model_type": {"id": facts.model_type_id, "name": facts.model_type},
-        "layout": facts.layout,
-        "compression": facts.compression,
-        "flags": facts.flags,
-        "encrypted": facts.encrypted,
-        "signature": asdict(embedded),
-        "release": None if release is None else _release_json(release),
-        "model": None if facts.encrypted else _model_json(facts),
-        "metadata": facts.metadata,
-        "sections": [asdict(section) for section in facts.sections],
-    }
-
-
-def _model_json(facts: ModelFacts) -> dict[str, Any]:
-    return {
-        "name": facts.name,
-        "expert_layout": facts.expert_layout,
-        "expert_count": facts.expert_count,
-        "feature_count": facts.n_features,
-        "column_count": facts.output_columns,
-        "labels": facts.labels,
-        "output_range": facts.output_range,
-        "parameter_bytes": facts.parameter_bytes,
-        "not_servable": facts.not_servable,
-    }
-
-
-def _release_json(release: ReleaseFacts | HocketError) -> dict[str, Any]:
-    if isinstance(release, HocketError):
-        nothing = dict.fromkeys(("publisher", "name", "version", "key_id"))
-        return {**nothing, "trusted": False, "refused": release.reason}
-    name = release.claim.release.name
-    return {
-        "publisher": name.publisher,
-        "name": name.name,
-        "version": name.version,
-        "key_id": release.claim.key_id,
-        "trusted": release.refused is None,
-        "refused": release.refused,
-    }
-
-
-def _print_card(
-    path: Path, facts: ModelFacts, embedded: EmbeddedFacts, release: ReleaseFacts | HocketError | None
-) -> None:
-    labels = None if facts.labels is None else ", ".join("(dropped)" if name is None else name for name in facts.labels)
-    kind = facts.layout or facts.model_type
-    output.card(
-        facts.name or path.name,
-        [
-            ("file", f"{path} ({output.size(facts.size_bytes)}, {facts.format} {facts.format_version})"),
-            ("digest", facts.digest),
-            ("model", f"{facts.expert_count} x {facts.expert_layout} in a {kind}" if facts.expert_layout else kind),
-            ("takes", None if facts.n_features is None else f"{facts.n_features} features"),
-            ("answers", None if facts.encrypted else labels or "one number"),
-            ("storage", f"{facts.compression}, {'encrypted' if facts.encrypted else 'in the clear'}"),
-            ("flags", ", ".join(facts.flags).lower() or None),
-            ("signature", _signature_text(embedded)),
-            ("release", "none beside the file: `hocket sign`" if release is None else _release_text(release)),
-            ("cannot serve", facts.not_servable),
-            ("description", facts.metadata.get("description")),
-        ],
-    )
-
-
-def _signature_text(embedded: EmbeddedFacts) -> str:
-    if embedded.key_id is None:
-        return "none in the file"
-    if not embedded.verified:
-        return f"DOES NOT VERIFY: these are not the bytes that key {output.short(embedded.key_id)} signed"
-    return f"verifies, key {output.short(embedded.key_id)} ({_TRUSTED if embedded.trusted else 'not trusted here'})"
-
-
-def _release_text(release: ReleaseFacts | HocketError) -> str:
-    if isinstance(release, HocketError):
-        return f"cannot be used ({release.reason}): {release.message}"
-    judged = _TRUSTED if release.refused is None else f"proves nothing here: {release.refused}"
-    return f"{release.claim.release.name}, key {output.short(release.claim.key_id)} ({judged})"
 
 
 def _proof_json(proof: Proof) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Verbs that change the packages of a registry: publish, yank, revoke-key."""
+"""Verbs that change the packages of a registry: publish, yank, uninstall, revoke-key."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from hocket.cli import files, output, servers
-from hocket.cli.experts import find_package
+from hocket.cli import describe, files, names, output, servers
+from hocket.cli.experts import dependents, find_package
+from hocket.cli.progress import progress_of
 from hocket.client.calls import GRPC_STATUS
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
+from hocket.v1.package_pb2 import TRUST_STATE_YANKED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from hocket.v1.package_pb2 import Package
     from hocket.v1.registry_pb2 import PublishPackageResponse
@@ -46,7 +47,7 @@ def publish(
     The release of each is taken from FILE.release.json beside it, as
     `hocket sign` writes it. Publishing the same again changes nothing.
 
-    $ hocket publish low.apr high.apr
+    $ hocket publish low.apr sql.expert
     $ hocket publish *.apr --registry registry.example:50052 --token-file admin.token
     """
     with servers.registry(registry, token_file) as client:
@@ -54,7 +55,7 @@ def publish(
             with _blame(path, paths[place + 1 :]):
                 data = files.read_package(path)
                 release = next(iter(files.read_releases(path)), b"")
-                with upload_progress(path.name, shown=not json) as on_progress:
+                with progress_of(path.name, shown=not json) as on_progress:
                     response = client.publish(data, release, on_progress=on_progress)
             if json:
                 output.emit({"file": str(path), **output.message_json(response)})
@@ -90,6 +91,46 @@ def yank(
         output.say(f"{gone.digest} is withdrawn")
 
 
+@app.command()
+def uninstall(
+    written: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME[@VERSION]...", help="What to withdraw; of a bare name all versions."),
+    ],
+    *,
+    explanation: Explanation = "",
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    token_file: servers.TokenFile = None,
+    yes: Yes = False,
+    json: output.Json = False,
+) -> None:
+    """Withdraw packages for good, by name.
+
+    Yanks every release of that name, or of one version. The publisher may
+    be left out when only one has such a name, and so may `expert-` at its
+    beginning. A terminal shows what would go and asks whether that is
+    meant; scripts say --yes.
+
+    $ hocket uninstall sql@0.2.1
+    $ hocket uninstall acme/expert-sql --explanation "replaced by expert-postgres"
+    """
+    with servers.registry(registry, token_file) as client:
+        packages = list(client.list_packages())
+        found = {package.digest: package for name in written for package, _ in names.releases(name, packages)}
+        going = {digest: package for digest, package in found.items() if package.state != TRUST_STATE_YANKED}
+        if not going and not json:
+            output.say(f"{', '.join(written)}: withdrawn already")
+        if going:
+            _show_loss(going, packages)
+            _ask(f"Withdraw {'this package' if len(going) == 1 else 'these packages'} for good?", yes=yes)
+        for digest, package in going.items():
+            gone = client.yank(digest, explanation)
+            if json:
+                output.emit(output.message_json(gone))
+            else:
+                output.say(f"{describe.all_names(package)} is withdrawn ({digest})")
+
+
 @app.command("revoke-key")
 def revoke_key(
     key: files.KeyName,
@@ -123,16 +164,12 @@ def revoke_key(
     output.say(f"  hocket trust remove {response.key_id}")
 
 
-@contextmanager
-def upload_progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on standard error while something is uploaded; none where nobody would see it."""
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=output.console(stderr=True), transient=True) as progress:
-        task = progress.add_task(output.plain(name).markup)
-        yield lambda done_bytes, total_bytes: progress.update(task, completed=done_bytes, total=total_bytes)
+def _show_loss(going: Mapping[str, Package], packages: Sequence[Package]) -> None:
+    """Say what would go, and which experts would miss it."""
+    for digest, package in going.items():
+        output.say(f"{describe.all_names(package)}, {digest}", stderr=True)
+    for needs in dependents(packages, going.keys()):
+        output.say(f"warning: {needs}, of which nothing else is left", stderr=True)
 
 
 def _published(path: Path, response: PublishPackageResponse) -> str:

@@ -15,6 +15,7 @@ SERVICES = ("router", "aggregator", "registry", "expert_worker")
 
 # What may import what, from the top down; a layer may import itself and anything its row names.
 ALLOWED = {
+    "training": {"hocket.packages", "hocket.base"},
     "services": {"hocket.client", "hocket.rpc", "hocket.telemetry", "hocket.packages", "hocket.v1", "hocket.base"},
     "hocket.cli": {"hocket.client", "hocket.rpc", "hocket.telemetry", "hocket.packages", "hocket.v1", "hocket.base"},
     "hocket.client": {"hocket.rpc", "hocket.telemetry", "hocket.v1", "hocket.base"},
@@ -22,12 +23,16 @@ ALLOWED = {
     "hocket.packages": {"hocket.base"},
     "hocket.telemetry": set(),
     "hocket.v1": set(),
-    "hocket.base": {"hocket.packages", "hocket.client"},
+    "hocket.base": {"hocket.packages", "hocket.client", "hocket.v1"},
 }
-# Plain modules of the library; of these only authoring and the key and trust folders look upwards.
+# Plain modules of the library; of these a few look upwards.
 BASE_UPWARDS = {
     "hocket.authoring": {"hocket.client"},
+    "hocket.composition": {"hocket.packages", "hocket.v1"},
+    "hocket.index": {"hocket.packages"},
+    "hocket.installing": {"hocket.packages"},
     "hocket.keyring": {"hocket.packages"},
+    "hocket.sources": {"hocket.packages"},
     "hocket.trust_folder": {"hocket.packages"},
 }
 
@@ -35,7 +40,7 @@ BASE_UPWARDS = {
 @cache
 def modules() -> dict[str, Path]:
     found = {}
-    for package in ("hocket", "services"):
+    for package in ("hocket", "services", "training"):
         for path in (ROOT / package).rglob("*.py"):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             if not name.startswith("hocket.vendored"):
@@ -73,8 +78,9 @@ def _known(name: str) -> str | None:
 
 
 def layer(module: str) -> str:
-    if module.startswith("services"):
-        return "services"
+    top = module.partition(".")[0]
+    if top in {"services", "training"}:
+        return top
     prefix = ".".join(module.split(".")[:2])
     return prefix if prefix in ALLOWED else "hocket.base"
 
@@ -116,8 +122,17 @@ def test_the_library_never_imports_a_service() -> None:
     assert wrong == []
 
 
-def test_torch_is_named_in_one_folder_only() -> None:
-    assert {module.split(".")[1] for module in modules() if "torch" in imports(module)} == {"expert_worker"}
+def test_torch_is_named_where_experts_compute_and_where_they_are_made() -> None:
+    folders = {".".join(module.split(".")[:2]) for module in modules() if "torch" in imports(module)}
+    assert {"training" if folder.startswith("training") else folder for folder in folders} == {
+        "services.expert_worker",
+        "training",
+    }
+
+
+def test_nothing_that_serves_imports_training() -> None:
+    wrong = [m for m in modules() if layer(m) != "training" and any(layer(t) == "training" for t in imports(m))]
+    assert wrong == []
 
 
 def test_there_is_no_import_cycle() -> None:
@@ -141,7 +156,8 @@ def test_no_process_that_serves_can_run_what_data_names(forbidden: str) -> None:
     wrong = [
         module
         for module, path in modules().items()
-        if any(
+        if layer(module) != "training"
+        and any(
             (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == forbidden for alias in node.names))
             or (isinstance(node, ast.ImportFrom) and node.module == forbidden)
             or (isinstance(node, ast.Attribute) and ast.unparse(node) == forbidden)

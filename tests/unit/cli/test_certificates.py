@@ -48,7 +48,7 @@ VERBS = [
     ("predict", "digits", "--row", "1,2"),
     ("route", "digits", "--row", "1,2"),
     ("mixtures", "list"),
-    ("experts", "list"),
+    ("list",),
     ("health",),
 ]
 

@@ -132,7 +132,7 @@ def test_a_port_of_another_service_is_recognised(hocket: Any, router_address: st
     assert outcome.code == 2
     assert "does not serve hocket.v1.RouterService: is it the registry's port?" in outcome.err
 
-    outcome = hocket("experts", "list", "--registry", router_address)
+    outcome = hocket("list", "--registry", router_address)
     assert "does not serve hocket.v1.RegistryService: is it the router's port?" in outcome.err
 
 

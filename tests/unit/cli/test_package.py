@@ -339,3 +339,13 @@ def test_sign_says_when_the_release_cannot_be_written(hocket: Any, package: Path
     assert outcome.document["error"]["reason"] == "BAD_REQUEST"
     assert "cannot write" in outcome.document["error"]["message"]
     assert sorted(path.name for path in package.parent.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("options", [("--name", "iris"), ("--version", "1.0.0"), ()])
+def test_sign_wants_name_and_version_of_a_file_that_has_none(
+    hocket: Any, package: Path, key: Path, options: tuple[str, ...]
+) -> None:
+    outcome = hocket("sign", package, "--publisher", "acme", *options, "--key", key, "--json")
+
+    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
+    assert "add --name, --version" in outcome.document["error"]["message"]

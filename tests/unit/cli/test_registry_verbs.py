@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -8,16 +9,21 @@ import numpy as np
 import pytest
 
 from hocket.cli import publish
+from hocket.cli.progress import progress_of
 from hocket.errors import HocketError
 from hocket.identity import digest_of
 from hocket.mixtures import parse_mixture
 from hocket.packages import Purpose, read_release
+from hocket.v1.package_pb2 import TRUST_STATE_YANKED
 from tests.builders import apr_bytes, linear
-from tests.fakes import HIGH, LOW, ScriptedRegistry, expert_package
+from tests.fakes import HIGH, LOW, ScriptedRegistry, adapter_package, expert_package
 from tests.signing import ACME_ID, ACME_SEED, envelope_of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+SQL = "sha256:" + "3" * 64
+JSON = "sha256:" + "4" * 64
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -114,19 +120,20 @@ def test_publish_says_which_file_failed_and_which_were_not_tried(
 
 
 def test_uploads_have_a_progress_bar_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    with publish.upload_progress("x", shown=True) as on_progress:
+    with progress_of("x", shown=True) as on_progress:
         assert on_progress is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with publish.upload_progress("x", shown=False) as on_progress:
+    with progress_of("x", shown=False) as on_progress:
         assert on_progress is None
-    with publish.upload_progress("[x]", shown=True) as on_progress:
+    with progress_of("[x]", shown=True) as on_progress:
         assert on_progress is not None
         on_progress(1, 2)
 
 
-def test_experts_are_listed(hocket: Any, registry: ScriptedRegistry) -> None:
-    assert "No packages yet" in hocket("experts", "list").out
+def test_packages_are_listed(hocket: Any, registry: ScriptedRegistry) -> None:
+    assert "No packages yet" in hocket("list").out
     registry.packages[LOW] = expert_package(LOW, "low", output_range={"lower": 0, "upper": 1})
+    registry.packages[SQL] = adapter_package(SQL, "expert-sql")
     many = expert_package(HIGH, "high", expert_layout="Ridge")
     many.model.expert_count = 4
     del many.releases[:], many.model.columns[:]
@@ -134,15 +141,251 @@ def test_experts_are_listed(hocket: Any, registry: ScriptedRegistry) -> None:
     many.unsigned_by_policy = True
     registry.packages[HIGH] = many
 
-    listed = hocket("experts", "list").out
-    for text in ("acme/low@1.0.0", "LogisticRegression", "0, 1", "active"):
+    listed = hocket("list").out
+    for text in ("acme/low@1.0.0", "LogisticRegression", "2 features", "0, 1", "active"):
         assert text in listed
     for text in ("sha256:222222222222", "4 x Ridge", "one number", "active, UNSIGNED"):
         assert text in listed
+    for text in ("acme/expert-sql@1.0.0", "DoRA adapter", "text, on Qwen3-0.6B"):
+        assert text in listed
     card = hocket("experts", "show", HIGH, "--router", "127.0.0.1:1").out
     assert "inside (cdcdcdcdcdcd, not trusted), NOBODY (policy)" in card
-    outcome = hocket("experts", "list", "--publisher", "acme", "--json")
-    assert [package["digest"] for package in outcome.document["packages"]] == [LOW]
+    outcome = hocket("list", "--publisher", "acme", "--json")
+    assert [package["digest"] for package in outcome.document["packages"]] == [LOW, SQL]
+
+
+def test_a_search_hands_on_words_and_filters(hocket: Any, registry: ScriptedRegistry) -> None:
+    registry.packages[SQL] = adapter_package(SQL, "expert-sql", description="Turns questions into SQL. " * 20)
+    registry.packages[LOW] = expert_package(LOW, "low")
+    filters = ("--capability", "task:text2sql", "--base", "Qwen3-0.6B", "--publisher", "acme")
+
+    out = hocket("search", "sql", "questions", *filters).out
+
+    (asked,) = registry.lists
+    assert (asked.text, asked.capability, asked.base, asked.publisher) == (
+        "sql questions",
+        "task:text2sql",
+        "Qwen3-0.6B",
+        "acme",
+    )
+    assert "Turns questions into SQL." in out
+    assert "..." in out
+    assert "0, 1" in out
+    assert len(hocket("search", "--publisher", "acme", "--json").document["packages"]) == 2
+    assert "Nothing found" in hocket("search", "x", "--publisher", "nobody").out
+    outcome = hocket("search", "--json")
+    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
+
+
+def test_an_adapter_is_shown_whole(hocket: Any, registry: ScriptedRegistry) -> None:
+    registry.packages[JSON] = adapter_package(JSON, "expert-json", version="0.4.1")
+    registry.packages[SQL] = adapter_package(
+        SQL,
+        "expert-sql",
+        "expert-json@>=0.4.0",
+        "zeta/expert-x",
+        rank=12,
+        target_modules=["q_proj", "v_proj"],
+        capabilities=["task:text2sql"],
+        tags=["database"],
+        routing={"keywords": ["select"], "exclude_keywords": ["cypher"]},
+        has_grammar=True,
+        license="Apache-2.0",
+        soft_prompt_tokens=48,
+        upstream_signature={"outcome": "UPSTREAM_OUTCOME_WEIGHTS_ONLY", "key_id": "ef" * 32, "publisher": "hive"},
+        warnings=["manifest says r 14, adapter_config.json 12"],
+    )
+
+    card = hocket("experts", "show", "acme/expert-sql@1.0.0").out
+
+    for text in (
+        SQL,
+        "DoRA adapter, rank 12 on q_proj, v_proj",
+        "Qwen3-0.6B (by name",
+        "task:text2sql",
+        "select",
+        "cypher",
+        "in place 6",
+        "expert-json@>=0.4.0: acme/expert-json@0.4.1",
+        "zeta/expert-x: NOTHING HERE WILL DO",
+        "48 tokens",
+        "Apache-2.0",
+        "covers every file but the manifest, by key efefefefefef, said to be hive's (shown, never decisive)",
+        "manifest says r 14",
+        "expert 2.0",
+    ):
+        assert text in card
+    assert "in memory of" not in card
+    shown = hocket("experts", "show", SQL, "--json").document
+    assert shown["satisfied_by"] == {"expert-json@>=0.4.0": "acme/expert-json@0.4.1", "zeta/expert-x": None}
+    assert shown["adapter"]["upstream_signature"]["publisher"] == "hive"
+
+
+def test_an_adapter_that_says_little_is_shown_with_little(hocket: Any, registry: ScriptedRegistry) -> None:
+    plain = adapter_package(
+        SQL,
+        "expert-sql",
+        kind="ADAPTER_KIND_SOFT_PROMPT",
+        base={"name": "/", "digest": JSON},
+        constraints={"max_chain": 3},
+        upstream_signature={"outcome": "UPSTREAM_OUTCOME_INVALID", "explanation": "a file was altered"},
+    )
+    del plain.releases[:]
+    plain.unsigned_by_policy = True
+    registry.packages[SQL] = plain
+
+    card = hocket("experts", "show", SQL).out
+
+    for text in (
+        "sha256:333333333333 (expert-sql@1.0.0)",
+        "active, UNSIGNED",
+        "soft prompt",
+        f"exactly {JSON}",
+        "never by itself",
+        "with at most 3 experts in all",
+        "IS NOT VALID: a file was altered",
+    ):
+        assert text in card
+    registry.packages[SQL].adapter.ClearField("upstream_signature")
+    assert re.search(r"signature +none", hocket("experts", "show", SQL).out)
+
+
+class TestResolving:
+    def test_a_composition_is_explained_in_order(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[JSON] = adapter_package(JSON, "expert-json", version="0.4.1")
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql", "expert-json@>=0.4.0")
+
+        outcome = hocket("experts", "resolve", "sql@>=1.0.0,<2.0.0")
+
+        assert outcome.out.index("acme/expert-json@0.4.1") < outcome.out.index("acme/expert-sql@1.0.0")
+        assert "acme/expert-sql@1.0.0 requires acme/expert-json" in outcome.out.replace("  ", " ")
+        assert "it was asked for" in outcome.out
+        assert "warning: the bases" in outcome.err
+        document = hocket("experts", "resolve", "acme/expert-sql", "--json").document
+        assert [(expert["publisher"], expert["name"], expert["digest"]) for expert in document["experts"]] == [
+            ("acme", "expert-json", JSON),
+            ("acme", "expert-sql", SQL),
+        ]
+        assert all(expert["why"] for expert in document["experts"])
+        assert len(document["warnings"]) == 1
+
+    def test_why_experts_do_not_go_together_is_said(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql", "expert-json@>=0.4.0")
+
+        outcome = hocket("experts", "resolve", "sql", "--json")
+
+        assert (outcome.code, outcome.document["error"]["reason"]) == (2, "REQUIREMENT_MISSING")
+
+    def test_what_may_not_serve_and_what_is_no_adapter_is_not_composed(
+        self, hocket: Any, registry: ScriptedRegistry
+    ) -> None:
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql")
+        registry.packages[SQL].state = TRUST_STATE_YANKED
+        registry.packages[LOW] = expert_package(LOW, "low")
+        for name in ("sql", "low"):
+            outcome = hocket("experts", "resolve", name, "--json")
+            assert outcome.document["error"]["reason"] == "UNKNOWN_PACKAGE"
+
+    def test_an_unsigned_expert_is_named_so_where_nobody_has_signed_that_name(
+        self, hocket: Any, registry: ScriptedRegistry
+    ) -> None:
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql")
+        del registry.packages[SQL].releases[:]
+        registry.packages[SQL].unsigned_by_policy = True
+
+        assert "expert-sql@1.0.0 (unsigned)" in hocket("experts", "resolve", "sql").out
+        registry.packages[JSON] = adapter_package(JSON, "expert-sql")
+        assert "acme/expert-sql@1.0.0" in hocket("experts", "resolve", "sql").out
+
+
+class TestUninstalling:
+    def test_a_bare_name_means_all_versions_of_its_only_publisher(
+        self, hocket: Any, registry: ScriptedRegistry
+    ) -> None:
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql")
+        registry.packages[JSON] = adapter_package(JSON, "expert-sql", version="1.1.0")
+        registry.packages[LOW] = expert_package(LOW, "low")
+
+        outcome = hocket("uninstall", "sql", "--yes", "--explanation", "replaced")
+
+        assert outcome.code == 0
+        assert registry.withdrawn == {SQL: "replaced", JSON: "replaced"}
+        assert f"acme/expert-sql@1.0.0 is withdrawn ({SQL})" in outcome.out
+        assert f"acme/expert-sql@1.1.0, {JSON}" in outcome.err
+
+    def test_one_version_of_several_names_at_once(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql")
+        registry.packages[JSON] = adapter_package(JSON, "expert-sql", version="1.1.0")
+        registry.packages[LOW] = expert_package(LOW, "low")
+
+        lines = hocket("uninstall", "acme/expert-sql@1.1.0", "low", "--yes", "--json").lines
+
+        assert [line["digest"] for line in lines] == [JSON, LOW]
+        assert list(registry.withdrawn) == [JSON, LOW]
+
+    def test_what_would_go_is_shown_with_those_who_would_miss_it(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[JSON] = adapter_package(JSON, "expert-json", version="0.4.1")
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql", "expert-json@>=0.4.0")
+
+        outcome = hocket("uninstall", "json")
+
+        assert (outcome.code, registry.withdrawn) == (2, {})
+        assert f"acme/expert-json@0.4.1, {JSON}" in outcome.err
+        assert "acme/expert-sql@1.0.0 requires expert-json@>=0.4.0" in outcome.err
+        assert "add --yes" in outcome.err
+        registry.packages[LOW] = adapter_package(LOW, "expert-json", version="0.4.2")
+        assert "requires" not in hocket("uninstall", "json@0.4.1").err
+
+    def test_every_name_of_the_same_bytes_is_shown(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[LOW] = expert_package(LOW, "low")
+        registry.packages[LOW].releases.add(publisher="zeta", name="flower", version="2")
+
+        assert "acme/low@1.0.0, zeta/flower@2" in hocket("uninstall", "low").err
+
+    def test_what_is_withdrawn_already_stays_so(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[LOW] = expert_package(LOW, "low")
+        registry.packages[LOW].state = TRUST_STATE_YANKED
+
+        assert hocket("uninstall", "low").out == "low: withdrawn already\n"
+        assert hocket("uninstall", "low", "--json").out == ""
+        assert registry.withdrawn == {}
+
+    @pytest.mark.parametrize(
+        ("written", "reason", "words"),
+        [
+            ("expert-hihg@1", "UNKNOWN_PACKAGE", "did you mean acme/expert-high?"),
+            ("acme/expert-hig", "UNKNOWN_PACKAGE", "did you mean acme/expert-high?"),
+            ("zeta/other", "UNKNOWN_PACKAGE", "no package 'zeta/other'"),
+            ("low@9", "UNKNOWN_PACKAGE", "it has 1.0.0"),
+            ("high", "BAD_REQUEST", "acme/expert-high or zeta/expert-high"),
+            ("", "BAD_REQUEST", "is not a name"),
+            ("low@", "BAD_REQUEST", "is not a name"),
+            ("/low", "BAD_REQUEST", "is not a name"),
+        ],
+    )
+    def test_a_name_that_means_nothing_or_too_much_is_refused(
+        self, hocket: Any, registry: ScriptedRegistry, written: str, reason: str, words: str
+    ) -> None:
+        registry.packages[LOW] = expert_package(LOW, "low")
+        registry.packages[HIGH] = expert_package(HIGH, "expert-high")
+        if written == "high":
+            registry.packages[HIGH].releases.add(publisher="zeta", name="expert-high", version="2")
+
+        error = hocket("uninstall", "low", written, "--yes", "--json").document["error"]
+
+        assert error["reason"] == reason
+        assert words in error["message"]
+        assert registry.withdrawn == {}
+
+    def test_a_name_is_taken_as_written_before_expert_is_put_before_it(
+        self, hocket: Any, registry: ScriptedRegistry
+    ) -> None:
+        registry.packages[LOW] = expert_package(LOW, "sql")
+        registry.packages[SQL] = adapter_package(SQL, "expert-sql")
+
+        hocket("uninstall", "sql", "--yes")
+
+        assert list(registry.withdrawn) == [LOW]
 
 
 @pytest.mark.usefixtures("router_address")
@@ -218,7 +461,7 @@ def test_a_name_that_is_nearly_right_gets_a_suggestion(hocket: Any, registry: Sc
 
 
 def test_nothing_of_a_publisher_is_said_so(hocket: Any) -> None:
-    assert "No packages released by nobody" in hocket("experts", "list", "--publisher", "nobody").out
+    assert "No packages released by nobody" in hocket("list", "--publisher", "nobody").out
 
 
 def test_a_person_at_a_terminal_is_asked_before_anything_final(monkeypatch: pytest.MonkeyPatch) -> None:
