@@ -87,7 +87,7 @@ manifests = st.fixed_dictionaries(
 
 
 @given(values)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_any_json_document_is_read_or_refused(document: Any) -> None:
     try:
         manifest = parse_manifest(json.dumps(document).encode())
@@ -97,7 +97,7 @@ def test_any_json_document_is_read_or_refused(document: Any) -> None:
 
 
 @given(st.sampled_from([V1, V2]), st.data(), values, st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_a_whole_manifest_with_any_value_in_any_place_is_read_or_refused(
     whole: dict[str, Any],
     data: st.DataObject,
@@ -120,6 +120,7 @@ def test_a_whole_manifest_with_any_value_in_any_place_is_read_or_refused(
 
 
 @given(st.binary(max_size=64))
+@settings(deadline=None)
 def test_any_bytes_are_one_document_or_refused(data: bytes) -> None:
     try:
         value = loads(data, what="x", bytes_max=64, depth_max=8)
@@ -129,7 +130,7 @@ def test_any_bytes_are_one_document_or_refused(data: bytes) -> None:
 
 
 @given(values)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_what_is_written_is_read_back(value: Any) -> None:
     for ascii_only in (True, False):
         data = json.dumps(value, ensure_ascii=ascii_only).encode()
@@ -137,7 +138,7 @@ def test_what_is_written_is_read_back(value: Any) -> None:
 
 
 @given(manifests)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_a_valid_manifest_is_read_as_it_was_meant(document: dict[str, Any]) -> None:
     data = json.dumps(document).encode()
     manifest = parse_manifest(data)
@@ -164,7 +165,7 @@ def test_a_valid_manifest_is_read_as_it_was_meant(document: dict[str, Any]) -> N
 
 
 @given(manifests, words, values)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_unknown_keys_survive_and_change_nothing(document: dict[str, Any], key: str, value: Any) -> None:
     key = f"x-{key}"
     wider = {key: value, **document, "base_models": [{**base, key: value} for base in document["base_models"]]}
@@ -181,7 +182,7 @@ def test_unknown_keys_survive_and_change_nothing(document: dict[str, Any], key: 
 
 
 @given(st.lists(texts, max_size=8), st.floats(allow_nan=False, allow_infinity=False))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_routing_is_always_normal(keywords: list[str], priority: float) -> None:
     document = changed(V2, "routing", {"keywords": keywords, "exclude_keywords": keywords, "priority": priority})
     routing = parse_manifest(json.dumps(document).encode()).routing
@@ -194,6 +195,7 @@ def test_routing_is_always_normal(keywords: list[str], priority: float) -> None:
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_normalising_a_keyword_twice_is_the_same_as_once(text: str) -> None:
     once = normalised_keyword(text)
 

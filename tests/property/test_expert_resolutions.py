@@ -108,7 +108,7 @@ def test_an_answer_is_found_exactly_where_there_is_one(wanted: list[Requirement]
 
 
 @given(wishes, catalogues)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_requirements_come_first_and_nothing_is_there_without_a_reason(
     wanted: list[Requirement], available: list[Candidate]
 ) -> None:
@@ -133,7 +133,7 @@ def test_requirements_come_first_and_nothing_is_there_without_a_reason(
 
 
 @given(wishes, catalogues, st.randoms(use_true_random=False))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_the_order_of_what_is_listed_does_not_matter(
     wanted: list[Requirement], available: list[Candidate], chance: Random
 ) -> None:

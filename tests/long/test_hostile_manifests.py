@@ -1,0 +1,171 @@
+"""Hostile JSON, manifests and catalogues end within a quarter of a second and 64 MiB each.
+
+In unit tests the same kinds are refused; here they are as large as they may be, and nothing measures coverage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import time
+import tracemalloc
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hocket.errors import HocketError, Reason
+from hocket.packages.adapter import BaseModel, Constraints
+from hocket.packages.expert.manifest import parse_manifest
+from hocket.packages.expert.resolution import Candidate, Requirement, resolve
+from hocket.packages.strict_json import loads
+from tests.manifests import V2, changed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+pytestmark = pytest.mark.long
+
+SECONDS_MAX = 0.25
+BYTES_MAX = 64 * 2**20
+MANY = 2**20
+DOCUMENTS = {
+    "open brackets": b"[" * MANY,
+    "brackets closed first": b"]" * (MANY // 2) + b"[" * (MANY // 2),
+    "quotes": b'"' * MANY,
+    "escaped quotes": b'"' + b'\\"' * (MANY // 2 - 1),
+    "backslashes": b'"' + b"\\" * (MANY - 1),
+    "empty objects": b"[" + b"{}," * (MANY // 3 - 2) + b"{}]",
+    "objects within the bound": b"[" + b"{}," * (2**17 - 8) + b"{}]",
+    "numbers": b"[" + b"1.5," * (2**18 - 8) + b"1]",
+    "keys": b"{" + b",".join(b'"%x":{}' % n for n in range(80_000)) + b"}",
+    "digits": b"1" * MANY,
+    "escapes": b'["' + b"\\u1234" * (MANY // 6 - 2) + b'"]',
+}
+
+_ADAPTER: dict[str, Any] = {"type": "", "target_modules": [], "sha256": "x"}
+_BASE = {"name": "x", "adapters": [_ADAPTER] * 256}
+MANIFESTS = {
+    "too many adapters": changed(V2, "base_models", [_BASE] * 80),
+    "adapters within the bound": changed(V2, "base_models", [_BASE] * 15),
+    "too many keywords": changed(V2, "routing.keywords", ["a"] * 200_000),
+    "long keywords": changed(V2, "routing.keywords", ["x" * 60_000] * 16),
+    "keywords to compose": changed(V2, "routing.keywords", ["\u1100\u1161" * 20_000] * 8),
+    "metrics": changed(V2, "evaluation.metrics", {str(n): 1 for n in range(70_000)}),
+}
+
+
+def expert(
+    release: str, *requires: str, incompatible_with: Iterable[str] = (), base: BaseModel | None = None
+) -> Candidate:
+    publisher, name, version = release.replace("@", "/").split("/")
+    digest = f"sha256:{hashlib.sha256(release.encode()).hexdigest()}"
+    constraints = Constraints(requires=requires, incompatible_with=tuple(incompatible_with))
+    return Candidate(digest, publisher, name, version, base or BaseModel("Qwen3-0.6B"), constraints)
+
+
+def _random_requirements() -> list[Candidate]:
+    chance = random.Random(1)
+    return [
+        expert(
+            f"acme/n{n}@{version}.0.0",
+            *(
+                f"n{other}@{chance.choice(['<', '>=', '='])}{chance.randrange(10)}.0.0"
+                for other in chance.sample(range(20), 4)
+            ),
+        )
+        for n in range(20)
+        for version in range(10)
+    ]
+
+
+def _exclusive_slots(slots: int) -> list[Candidate]:
+    """Ten experts, no two of which may have the same version."""
+    return [
+        expert(f"acme/n{n}@{slot}.0.0", incompatible_with=[f"n{other}@{slot}.0.0" for other in range(10) if other != n])
+        for n in range(10)
+        for slot in range(slots)
+    ]
+
+
+def _everything_requires_everything() -> list[Candidate]:
+    names = [f"n{n}" for n in range(200)]
+    return [expert(f"acme/{name}@1.0.0", *names) for name in names]
+
+
+def _long_lists() -> list[Candidate]:
+    patterns = [f"n{n % 20}@{n}.0.0" for n in range(256)]
+    return [
+        expert(f"acme/n{n}@{version}.0.0", *[f"q{n}x{m}" for m in range(256)], incompatible_with=patterns)
+        for n in range(20)
+        for version in range(10)
+    ]
+
+
+CATALOGUES = {
+    "random requirements": _random_requirements(),
+    "nine slots for ten": _exclusive_slots(9),
+    "twenty slots for ten": _exclusive_slots(20),
+    "everything requires everything": _everything_requires_everything(),
+    "long lists": _long_lists(),
+    "a long chain": [expert(f"acme/n{n}@1.0.0", f"n{n + 1}") for n in range(200)],
+    "each its own base": [
+        expert(f"acme/n{n}@{version}.0.0", base=BaseModel(f"m{version + 20 * n}"))
+        for n in range(10)
+        for version in range(20)
+    ],
+}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The best of three, in time of this process: others may be busy."""
+    best = float("inf")
+    for _ in range(3):
+        began = time.process_time()
+        with contextlib.suppress(HocketError):
+            work()
+        best = min(best, time.process_time() - began)
+    return best
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(HocketError):
+            work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("data", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_a_hostile_document_takes_neither_time_nor_memory(data: bytes) -> None:
+    def work() -> object:
+        return loads(data, what="manifest.json", bytes_max=2**20, depth_max=64)
+
+    assert seconds(work) < SECONDS_MAX
+    assert peak_bytes(work) < BYTES_MAX
+
+
+@pytest.mark.parametrize("document", MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_a_hostile_manifest_takes_neither_time_nor_memory(document: dict[str, Any]) -> None:
+    data = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+    assert seconds(lambda: parse_manifest(data)) < SECONDS_MAX
+    assert peak_bytes(lambda: parse_manifest(data)) < BYTES_MAX
+
+
+@pytest.mark.parametrize("available", CATALOGUES.values(), ids=CATALOGUES.keys())
+def test_a_hostile_catalogue_takes_neither_time_nor_memory(available: list[Candidate]) -> None:
+    names = sorted({f"{each.publisher}/{each.name}" for each in available})[:10]
+    wanted = [Requirement.parse(name) for name in names]
+    reason = None
+
+    try:
+        resolve(wanted, available)
+    except HocketError as error:
+        reason = error.reason
+    assert reason in {None, Reason.EXPERTS_INCOMPATIBLE, Reason.REQUIREMENT_MISSING, Reason.BASE_MISMATCH}
+    assert seconds(lambda: resolve(wanted, available)) < SECONDS_MAX
+    assert peak_bytes(lambda: resolve(wanted, available)) < BYTES_MAX
