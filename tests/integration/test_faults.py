@@ -204,6 +204,7 @@ async def test_a_router_that_starts_while_the_registry_is_away_serves_what_it_kn
     assert calls.failed == []
 
 
+@pytest.mark.long
 async def test_twenty_kills_of_the_registry_are_unnoticed_and_lose_nothing(cluster: Cluster) -> None:
     acknowledged: set[str] = set()
 
@@ -279,6 +280,7 @@ async def refusal(member: Member, expert: str) -> Reason | None:
     return None
 
 
+@pytest.mark.long
 async def test_everything_is_replaced_one_by_one_without_a_failed_call(cluster: Cluster) -> None:
     async with asked(cluster) as calls:
         for name in ("worker-1", "aggregator-1", "router-1", "registry", "worker-2", "aggregator-2", "router-2"):

@@ -35,7 +35,7 @@ sys.exit(subprocess.run([*common, *(data or ["-d", "{{}}"]), f"http://{{address}
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf is not installed: run `make check` once")
 async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     shim = tmp_path / "bin" / "grpcurl"
     shim.parent.mkdir()
     shim.write_text(GRPCURL)
@@ -51,6 +51,7 @@ async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         "SERVING",
         "acme/linear@1.0.0",
         "setosa",
+        "acme/expert-tiny@1.0.0",
         "refused, as it should be",
     ):
         assert expected in output, f"{expected} is missing in:\n{output}"

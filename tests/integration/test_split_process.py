@@ -38,8 +38,10 @@ def parts(pid: int) -> dict[str, psutil.Process]:
     for child in psutil.Process(pid).children():
         if child.status() == psutil.STATUS_ZOMBIE:
             continue
-        line = child.cmdline()
-        module = next(word for word in line if word.startswith("services.")).removeprefix("services.")
+        line = child.cmdline()  # empty for one that is just going
+        module = next((word.removeprefix("services.") for word in line if word.startswith("services.")), None)
+        if module is None:
+            continue
         names = [word.partition("=")[2] for word in line if word.startswith("worker.name=")]
         found[names[-1] if module == "expert_worker" else module] = child
     return found

@@ -76,8 +76,24 @@ def own_files() -> dict[str, bytes]:
     return files
 
 
+def write_peft_output(folder: Path) -> None:
+    """A LoRA for a random base of two layers, as PEFT saves one after training."""
+    import torch  # noqa: PLC0415 - of the training extra, as the rest here
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+    base = Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    modules = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+
+
 def main() -> None:
-    """Write `hocket/`, and `reference-0.11.0/` if the fixtures are named."""
+    """Write `hocket/` and `peft-lora/`, and `reference-0.11.0/` if the fixtures are named."""
+    write_peft_output(HERE / "peft-lora")
     for name, data in own_files().items():
         (HERE / "hocket" / name).write_bytes(data)
     if len(sys.argv) > 1:
