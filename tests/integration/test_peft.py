@@ -7,14 +7,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.numpy import load
-from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from hocket.cli.main import app
 from hocket.packages import open_package
 from hocket.packages.adapter import Adapter, AdapterFacts, RawTensor
+from hocket.packages.expert.archive import read_archive
 from hocket.trust_folder import TrustFolder
 from tests.registries import running
 
@@ -26,34 +25,36 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
-CONFIGS: dict[str, Any] = {
-    "lora": LoraConfig(r=4, lora_alpha=8, target_modules=MODULES, task_type="CAUSAL_LM"),
-    "rslora": LoraConfig(
-        r=4, lora_alpha=8, target_modules=MODULES, use_rslora=True, rank_pattern={"v_proj": 2}, task_type="CAUSAL_LM"
-    ),
-    "dora": LoraConfig(r=4, lora_alpha=8, target_modules=MODULES, use_dora=True, task_type="CAUSAL_LM"),
-    "ia3": IA3Config(target_modules=MODULES, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
-    "soft_prompt": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-}
+KINDS = ("lora", "rslora", "dora", "ia3", "soft_prompt")
+
+
+def trained(kind: str) -> Any:
+    """A model with an adapter of that kind. Imports here: every other test process does without these libraries."""
+    from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model  # noqa: PLC0415
+
+    if kind == "ia3":
+        config: Any = IA3Config(target_modules=MODULES, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    elif kind == "soft_prompt":
+        config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    else:
+        pattern = {"v_proj": 2} if kind == "rslora" else {}
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=MODULES, rank_pattern=pattern, task_type="CAUSAL_LM")
+        config.use_rslora, config.use_dora = kind == "rslora", kind == "dora"
+    return get_peft_model(base_model(), config)
+
+
+def base_model() -> Any:
+    """A random Qwen3 of two layers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415
+
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+    return Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, **sizes))
 
 
 @pytest.fixture(scope="module")
-def base() -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-
-
-@pytest.fixture(scope="module")
-def base_folder(base: Qwen3Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-qwen3")
-    Qwen3ForCausalLM(base).save_pretrained(folder)
+    base_model().save_pretrained(folder)
     return folder
 
 
@@ -64,13 +65,12 @@ def hocket(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_an_adapter_saved_by_peft_is_packed_released_published_and_pulled_unchanged(
-    kind: str, base: Qwen3Config, base_folder: Path, tmp_path: Path
+    kind: str, base_folder: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "out"
-    model = get_peft_model(Qwen3ForCausalLM(base), CONFIGS[kind])
-    model.save_pretrained(saved)
+    trained(kind).save_pretrained(saved)
     name = f"expert-{kind.replace('_', '-')}"
     packed = tmp_path / "x.expert"
     key = tmp_path / "acme.key"
@@ -100,20 +100,19 @@ async def test_an_adapter_saved_by_peft_is_packed_released_published_and_pulled_
     assert {name: tensor.shape for name, tensor in _all(opened.model)} == {n: t.shape for n, t in original.items()}
 
 
-def test_peft_loads_what_a_package_holds(base: Qwen3Config, base_folder: Path, tmp_path: Path) -> None:
+def test_peft_loads_what_a_package_holds(base_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel  # noqa: PLC0415 - as above
+
     saved = tmp_path / "out"
-    model = get_peft_model(Qwen3ForCausalLM(base), CONFIGS["dora"])
-    model.save_pretrained(saved)
+    trained("dora").save_pretrained(saved)
     packed = tmp_path / "x.expert"
     hocket("expert", "pack", saved, "--name", "expert-x", "--version", "1.0.0", "--base", base_folder, "-o", packed)
-
-    from hocket.packages.expert.archive import read_archive  # noqa: PLC0415 - beside its use
 
     unpacked = tmp_path / "unpacked"
     unpacked.mkdir()
     for name, content in read_archive(packed.read_bytes()).files.items():
         (unpacked / name).write_bytes(content)
-    again = PeftModel.from_pretrained(Qwen3ForCausalLM(base), unpacked)
+    again = PeftModel.from_pretrained(base_model(), unpacked)
     again.save_pretrained(str(tmp_path / "again"))
 
     before, after = (

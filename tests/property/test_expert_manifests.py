@@ -97,7 +97,7 @@ def test_any_json_document_is_read_or_refused(document: Any) -> None:
 
 
 @given(st.sampled_from([V1, V2]), st.data(), values, st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_whole_manifest_with_any_value_in_any_place_is_read_or_refused(
     whole: dict[str, Any],
     data: st.DataObject,

@@ -85,7 +85,7 @@ def outcome(wanted: Sequence[Requirement], available: Sequence[Candidate]) -> Re
 
 
 @given(wishes, catalogues)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_an_answer_is_found_exactly_where_there_is_one(wanted: list[Requirement], available: list[Candidate]) -> None:
     result = outcome(wanted, available)
 
@@ -108,7 +108,7 @@ def test_an_answer_is_found_exactly_where_there_is_one(wanted: list[Requirement]
 
 
 @given(wishes, catalogues)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_requirements_come_first_and_nothing_is_there_without_a_reason(
     wanted: list[Requirement], available: list[Candidate]
 ) -> None:

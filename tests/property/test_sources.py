@@ -22,7 +22,7 @@ PIECES = st.one_of(
 WRITTEN = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=9).map("".join))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(WRITTEN)
 def test_an_address_is_refused_or_harmless(text: str) -> None:
     for local in (True, False):
@@ -35,7 +35,7 @@ def test_an_address_is_refused_or_harmless(text: str) -> None:
         assert check_address(address, local=local) == address
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(WRITTEN)
 def test_a_source_is_refused_or_understood(text: str) -> None:
     try:
