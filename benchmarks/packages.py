@@ -84,7 +84,7 @@ def files() -> dict[str, bytes]:
         AdapterKind.LORA, rank=_RANK, alpha=2 * _RANK, target_modules=tuple(m.partition(".")[2] for m in _MODULES)
     )
     manifest = draft_manifest(config, BaseModel("Qwen3-0.6B"), name=NAME, version="1.0.0")
-    return gather(pretty(manifest), found.get)
+    return gather(pretty(manifest), found.get, found)
 
 
 def _median(function: Callable[[], object], rounds: int) -> float:

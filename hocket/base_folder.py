@@ -32,8 +32,17 @@ _COUNTED: Final = (
     "added_tokens.json",
     "chat_template*",
 )
+_HUB: Final = "models--"
 _WEIGHTS: Final = "*.safetensors"
 _CHUNK_BYTES: Final = 2**20
+
+
+def base_name(folder: Path) -> str:
+    """What a base is called: its folder, or the hub's id for it where the folder is in the hub's cache."""
+    path = folder.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith(_HUB):
+        return path.parent.parent.name.removeprefix(_HUB).replace("--", "/")
+    return path.name
 
 
 def base_digest(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> str:
@@ -47,9 +56,14 @@ def base_digest(folder: Path, on_progress: Callable[[int, int], None] | None = N
         HocketError: `BAD_REQUEST` if it cannot be read, or is no model: without `config.json` or safetensors weights.
     """
     try:
-        files = sorted(
-            path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, n) for n in _COUNTED)
-        )
+        counted = sorted(path for path in folder.iterdir() if any(fnmatchcase(path.name, each) for each in _COUNTED))
+        for path in counted:
+            if (path.is_symlink() and not path.exists()) or not path.name.isascii():
+                raise HocketError(
+                    Reason.BAD_REQUEST,
+                    f"{path.name!a} in {folder} leads nowhere, or has a name no model has: is the download complete?",
+                )
+        files = [path for path in counted if path.is_file()]
         names = [path.name for path in files]
         if "config.json" not in names or not any(fnmatchcase(name, _WEIGHTS) for name in names):
             raise HocketError(

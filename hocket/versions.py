@@ -13,10 +13,8 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-
-import semver
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import check_version
@@ -26,7 +24,16 @@ if TYPE_CHECKING:
 
 RANGE_CHARS_MAX: Final = 256
 _COMPARATOR: Final = re.compile(r"(<=|>=|<|>|=|) *([^\s<>=]+)")
-_COMPARE: Final[Mapping[str, Callable[[semver.Version, semver.Version], bool]]] = {
+_NUMBER: Final = r"(0|[1-9][0-9]*)"
+_PART: Final = r"(?:0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
+_SEMANTIC: Final = re.compile(
+    rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(?:-({_PART}(?:\.{_PART})*))?(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?"
+)
+
+Precedence: TypeAlias = tuple[int, int, int, bool, tuple[tuple[bool, int, str], ...]]
+"""Major, minor, patch, whether it is no pre-release, and the parts of the pre-release: numbers come before words."""
+_NOT_SEMANTIC: Final[Precedence] = (-1, 0, 0, False, ())
+_COMPARE: Final[Mapping[str, Callable[[Precedence, Precedence], bool]]] = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
@@ -42,11 +49,11 @@ class Version:
 
     Attributes:
         text: As released. Versions are equal if their texts are.
-        semantic: Its parts; None for a version that is not semantic.
+        semantic: Its precedence, larger for the newer; None for a version that is not semantic.
     """
 
     text: str
-    semantic: semver.Version | None
+    semantic: Precedence | None = field(compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Version:
@@ -56,20 +63,25 @@ class Version:
             HocketError: `BAD_REQUEST` for text that may not be a version at all.
         """
         check_version(text)
-        try:
-            return cls(text, semver.Version.parse(text))
-        except ValueError:
+        match = _SEMANTIC.fullmatch(text)
+        if match is None:
             return cls(text, None)
+        major, minor, patch, prerelease = match.groups()
+        parts = () if prerelease is None else tuple(map(_part, prerelease.split(".")))
+        return cls(text, (int(major), int(minor), int(patch), prerelease is None, parts))
 
     @property
     def is_prerelease(self) -> bool:
         """Whether it comes before the version it is named after, such as `1.0.0-rc.1`."""
-        return self.semantic is not None and self.semantic.prerelease is not None
+        return self.semantic is not None and not self.semantic[3]
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """What versions are sorted by: precedence, and between equals the text, which build metadata is part of."""
+        return (*(self.semantic or _NOT_SEMANTIC), self.text)
 
     def __lt__(self, other: Version) -> bool:
-        if self.semantic is None or other.semantic is None:
-            return (self.semantic is not None, self.text) < (other.semantic is not None, other.text)
-        return (self.semantic, self.text) < (other.semantic, other.text)  # build metadata decides between equals
+        return self.order < other.order
 
     def __str__(self) -> str:
         return self.text
@@ -90,8 +102,8 @@ class Comparator:
     def holds(self, version: Version) -> bool:
         """Whether a version fulfils it, by precedence; build metadata counts where it is stated after `=`."""
         mine, theirs = self.version.semantic, version.semantic
-        if mine is None or theirs is None or (self.operator == "=" and mine.build is not None):
-            return version == self.version
+        if mine is None or theirs is None or (self.operator == "=" and "+" in self.version.text):
+            return version.text == self.version.text
         return _COMPARE[self.operator](theirs, mine)
 
 
@@ -129,7 +141,7 @@ class Range:
         """
         if version.is_prerelease and not (prereleases or any(each.version.is_prerelease for each in self.comparators)):
             return False
-        return all(each.holds(version) for each in self.comparators)
+        return all(map(operator.methodcaller("holds", version), self.comparators))
 
     def __str__(self) -> str:
         return ",".join(f"{each.operator.removeprefix('=')}{each.version}" for each in self.comparators) or "*"
@@ -137,6 +149,10 @@ class Range:
 
 ANY: Final = Range()
 """`*`."""
+
+
+def _part(text: str) -> tuple[bool, int, str]:
+    return (False, int(text), "") if text.isdecimal() else (True, 0, text)
 
 
 def _comparator(part: str, text: str) -> Comparator:

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import zstandard
@@ -171,7 +172,7 @@ def deflated(content: bytes) -> bytes:
 
 def zip_of(*entries: ZipEntry, before: bytes = b"", between: bytes = b"", **end: Any) -> bytes:
     """A zip of these entries, `before` in front of them and `between` in front of the central directory."""
-    body, directory = before, b""
+    body, directory = bytearray(before), bytearray()
     for entry in entries:
         stored = entry.stored
         if stored is None:
@@ -209,7 +210,7 @@ def zip_of(*entries: ZipEntry, before: bytes = b"", between: bytes = b"", **end:
         "offset": len(body),
         "comment": 0,
     }
-    return body + directory + b"PK\x05\x06" + struct.pack("<4H2LH", *(last | end).values())
+    return bytes(body + directory) + b"PK\x05\x06" + struct.pack("<4H2LH", *(last | end).values())
 
 
 # Hostile archives, each beside one that is accepted.
@@ -217,16 +218,16 @@ def zip_of(*entries: ZipEntry, before: bytes = b"", between: bytes = b"", **end:
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """An archive that is refused, and its twin one change away that is read."""
+    """How to make an archive that is refused, and its twin one change away that is read."""
 
     name: str
-    refused: bytes
+    refused: Callable[[], bytes]
     reason: Reason
-    accepted: bytes
+    accepted: Callable[[], bytes]
 
 
 def attacks() -> Iterator[Attack]:
-    """All of them."""
+    """All of them; those that take long to make are not made yet."""
     for group in (
         _containers,
         _names,
@@ -237,10 +238,10 @@ def attacks() -> Iterator[Attack]:
         _zips,
         _zip_files,
         _polyglots,
-        _bombs,
     ):
         for name, refused, reason, accepted in group():
-            yield Attack(name, refused, reason, accepted)
+            yield Attack(name, partial(bytes, refused), reason, partial(bytes, accepted))
+    yield from _bombs()
 
 
 _Rows = Iterator[tuple[str, bytes, Reason, bytes]]
@@ -289,7 +290,7 @@ def _names() -> _Rows:
         ("absolute", "/etc/passwd", "etc/passwd"),
         ("upwards", "../x", "x"),
         ("upwards inside", "a/../b", "a/b"),
-        ("upwards at the end", "a/..", "a/..."),
+        ("upwards at the end", "a/..", "a/..b"),
         ("empty part", "a//b", "a/b"),
         ("dot inside", "a/./b", "a/.b"),
         ("two leading dots", "././a", "./a"),
@@ -298,6 +299,11 @@ def _names() -> _Rows:
         ("backslash", "a\\b", "a-b"),
         ("drive", "C:a", "C-a"),
         ("stream", "a:b", "a.b"),
+        ("dot at the end", "manifest.json.", "manifest.json"),
+        ("space at the end", "manifest.json ", "manifest.json"),
+        ("dot at a folder's end", "a./b", ".a/b"),
+        ("space at a folder's end", "a /b", " a/b"),
+        *((f"a character {character}", f"a{character}", "a_") for character in '<>"|?*'),
         ("line feed", "a\nb", "a b"),
         ("escape", "a\x1b[2Jb", "a[2Jb"),
         ("delete", "a\x7f", "a~"),
@@ -416,6 +422,10 @@ def _headers() -> _Rows:
         ("an unknown base", b"\x81" + bytes(11)),
     ):
         yield f"size: {name}", tar_of(member(b"a", size=size)), bad, tar_of(member(b"a", size=b"\x80" + bytes(11)))
+    blank = {"mode": b"", "uid": b" " * 8, "mtime": b"\xff" * 12, "devmajor": b"0\0"}  # mtime before 1970, as GNU
+    for number in ("mode", "uid", "gid", "mtime", "devmajor", "devminor"):
+        wrong = {number: b"0000008\0"}
+        yield f"{number} with an 8", tar_of(member(b"a", **wrong)), bad, tar_of(member(b"a", **blank))
     huge = b"\x80" + b"\xff" * 11
     yield "size: claimed only", tar_of(member(b"a", size=huge)), Reason.TOO_LARGE, tar_of(member(b"a"))
     claim = header(b"a.safetensors", 2**30)
@@ -614,24 +624,47 @@ def _polyglots() -> _Rows:
     yield "zip inside gzip", gzipped(inner), bad, tar_of(member(b"inner.zip", inner))
 
 
-def _bombs() -> _Rows:
+def _bombs() -> Iterator[Attack]:
     bad = Reason.TOO_LARGE
-    small = tar_of(member(b"a.safetensors", bytes(2**20)))
-    size = 2**27
-    yield "gzip bomb", gzip_bomb(size), bad, small
-    yield "zstd bomb", zstd_bomb(size), bad, zstd(member(b"a.safetensors", bytes(2**20)) + END)
-    yield "zip bomb", zip_bomb(size), bad, zip_of(ZipEntry(b"a.safetensors", bytes(2**20)))
-    yield "a bomb of padding", tar_of(_A, bytes(2**26)), bad, tar_of(_A, bytes(2**20))
-    yield "a bomb of text", tar_of(header(b"a.json", 2**26 + 1)), bad, tar_of(member(b"a.json", bytes(2**20)))
-    blocks = b"".join([(8).to_bytes(3, "little") + b"\0"] * 2**16)
-    raw = b"\x28\xb5\x2f\xfd\0\x50"
-    yield "zstd cut into bytes", raw + blocks + b"\1\0\0", bad, _in_blocks(_A + END, 1)
-    folders = [member(b"f%d" % number, b"", FOLDER) for number in range(2049)]
-    yield "too many folders", tar_of(*folders), bad, tar_of(*folders[:-1])
-    entries = [ZipEntry(b"f%d" % number, b"", method=0) for number in range(2049)]
-    yield "too many zip files", zip_of(*entries), bad, zip_of(*entries[:-1])
-    yield "the most of everything", _laborious(2049), bad, _laborious(100)
-    yield "the same file again and again", tar_of(*[_A] * 2049), bad, tar_of(*[_A] * 2048)
+    small = member(b"a.safetensors", bytes(2**20)) + END
+    size = 2**26
+    yield Attack("gzip bomb", partial(gzip_bomb, size), bad, partial(gzipped, small))
+    yield Attack("zstd bomb", partial(zstd_bomb, size), bad, partial(zstd, small))
+    yield Attack("zip bomb", partial(zip_bomb, size), bad, lambda: zip_of(ZipEntry(b"a.safetensors", bytes(2**20))))
+    full = _A + END + bytes(2**20)
+    yield Attack("zeros after the end", lambda: gzipped(full + b"\0"), bad, partial(gzipped, full))
+    many = partial(gzip_of_ratio, _A + END, 400 * 2**20, 67)
+    yield Attack("zeros after the end, 67 for a byte", many, bad, partial(gzip_of_ratio, _A + END, 2**20, 67))
+    weights = member_of_zeros(b"a.safetensors", 100 * 2**20)
+    fewer = member_of_zeros(b"a.safetensors", 24 * 2**20)
+    yield Attack(
+        "a large file, 74 bytes for a byte",
+        partial(gzip_of_ratio, *weights, 74),
+        bad,
+        partial(gzip_of_ratio, *fewer, 19),
+    )
+    yield Attack("a file above the ratio", partial(gzip_of_ratio, *fewer, 60), bad, partial(gzip_of_ratio, *fewer, 19))
+    long, json = header(b"a.json", 2**26 + 1), member(b"a.json", bytes(2**20))
+    yield Attack("a bomb of text", partial(tar_of, long), bad, partial(tar_of, json))
+    yield Attack("zstd cut into bytes", _in_too_many_blocks, bad, partial(_in_blocks, _A + END, 1))
+    yield Attack("too many folders", partial(_folders, 2049), bad, partial(_folders, 2048))
+    yield Attack("too many zip files", partial(_zip_files_of, 2049), bad, partial(_zip_files_of, 2048))
+    yield Attack("the most of everything", partial(_laborious, 2049), bad, partial(_laborious, 100))
+    again = "the same file again and again"
+    yield Attack(again, lambda: tar_of(*[_A] * 2049), bad, lambda: tar_of(*[_A] * 2048))
+
+
+def _folders(count: int) -> bytes:
+    return tar_of(*(member(b"f%d" % number, b"", FOLDER) for number in range(count)))
+
+
+def _zip_files_of(count: int) -> bytes:
+    return zip_of(*(ZipEntry(b"f%d" % number, b"", method=0) for number in range(count)))
+
+
+def _in_too_many_blocks() -> bytes:
+    """A zstd frame of raw blocks of one byte each."""
+    return b"\x28\xb5\x2f\xfd\0\x50" + b"\x08\0\0\0" * 2**16 + b"\1\0\0"
 
 
 def _laborious(count: int) -> bytes:
@@ -656,6 +689,30 @@ def _repeated(step: Callable[[bytes], bytes], start: bytes, zeros: int) -> bytes
     """A compressor's output for `start` and then zeros, made without holding them."""
     piece = bytes(2**20)
     return step(start) + b"".join(step(piece) for _ in range(zeros // len(piece)))
+
+
+def member_of_zeros(name: bytes, size: int) -> tuple[bytes, int]:
+    """The first and the last of a tar with one file of so many zeros: its header, and how many zeros follow."""
+    return header(name, size), size + -size % 512 + len(END)
+
+
+def gzip_of_ratio(start: bytes, zeros: int, ratio: int) -> bytes:
+    """One gzip member of `start` and then zeros, which are told in as many bytes as `ratio` allows."""
+    stream = zlib.compressobj(wbits=-15)
+    first = stream.compress(start) + stream.flush(zlib.Z_FULL_FLUSH)
+    piece_bytes = 2**16
+    stream = zlib.compressobj(9, wbits=-15)
+    piece = stream.compress(bytes(piece_bytes)) + stream.flush(zlib.Z_FULL_FLUSH)
+    piece += b"\0\0\0\xff\xff" * ((piece_bytes // ratio - len(piece)) // 5)  # stored blocks of nothing
+    count, left = divmod(zeros, piece_bytes)
+    stream = zlib.compressobj(wbits=-15)
+    last = stream.compress(bytes(left)) + stream.flush()
+    checksum = zlib.crc32(start)
+    for _ in range(count):
+        checksum = zlib.crc32(bytes(piece_bytes), checksum)
+    checksum = zlib.crc32(bytes(left), checksum)
+    end = struct.pack("<2L", checksum, len(start) + zeros)
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + first + piece * count + last + end
 
 
 def gzip_bomb(size: int) -> bytes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from hocket.base_folder import base_digest
+from hocket.base_folder import base_digest, base_name
 from hocket.cli import files, output
 from hocket.cli.progress import progress_of
 from hocket.errors import HocketError, Reason
@@ -213,7 +213,7 @@ def pack(
 def _planned(kind: AdapterKind, rank: int, alpha: float | None) -> AdapterConfig:
     """What shall be trained."""
     if kind in {AdapterKind.LORA, AdapterKind.DORA}:
-        return AdapterConfig(kind, rank=rank, alpha=2 * rank if alpha is None else alpha, target_modules=_MODULES)
+        return AdapterConfig(kind, rank=rank, alpha=2.0 * rank if alpha is None else alpha, target_modules=_MODULES)
     if kind is AdapterKind.IA3:
         return AdapterConfig(kind, target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",))
     return AdapterConfig(kind)
@@ -225,7 +225,7 @@ def _base_named(base: str | None) -> BaseModel | None:
         return None if base is None else BaseModel(base)
     with progress_of(f"hashing {base}", shown=True) as on_progress:
         digest = base_digest(Path(base), on_progress)
-    return BaseModel(Path(base).resolve().name, digest=digest)
+    return BaseModel(base_name(Path(base)), digest=digest)
 
 
 def _base_of(base: BaseModel | None, config: AdapterConfig) -> BaseModel:
@@ -260,6 +260,7 @@ def _gather(
         path = next((path for path in paths if path.is_file()), None)
         return None if path is None else files.read_file(path, DEFAULT_LIMITS.package_bytes)
 
+    present = {path.name for place in places for path in place.iterdir() if path.is_file()}
     chosen = _base_named(base)
     manifest = find(MANIFEST)
     if manifest is None:
@@ -272,7 +273,10 @@ def _gather(
             )
     tests = (folder / _TESTS).iterdir() if include_tests and (folder / _TESTS).is_dir() else ()
     names = sorted(f"{_TESTS}/{path.name}" for path in tests if path.is_file())
-    return gather(manifest, find, base=chosen, tests=names)
+    packed = gather(manifest, find, present, base=chosen, tests=names)
+    if left := sorted(present - packed.keys()):
+        output.say(f"not packed: {', '.join(left)}", stderr=True)
+    return packed
 
 
 def _drafted(

@@ -166,7 +166,8 @@ class AdapterConfig:
         use_rslora: Whether the scale is alpha / sqrt(rank).
         rank_pattern: Ranks of modules that have another, by pattern.
         alpha_pattern: Alphas of modules that have another, by pattern.
-        target_modules: Names of the projections that are adapted.
+        target_modules: Names of the projections that were to be adapted; the tensors show which were. Empty where a
+            regular expression chose them.
         feedforward_modules: Of those, which IA3 scales at their input.
         fan_in_fan_out: Whether the base stores weights as (in, out).
         bias: `none`, `all` or `lora_only`: which biases of the base were trained as well.

@@ -42,7 +42,8 @@ def replay(name: str, files: list[Path]) -> None:
     from tests.fuzz.harnesses import HARNESSES  # noqa: PLC0415
 
     for file in files:
-        cost = archives.cost(partial(HARNESSES[name].read, file.read_bytes()))
+        harness = HARNESSES[name]
+        cost = archives.cost(partial(harness.read, harness.prepare(file.read_bytes())))
         if cost.seconds > archives.REFUSAL_SECONDS_MAX or cost.peak_bytes > archives.REFUSAL_BYTES_MAX:
             sys.exit(f"{file}: {cost}")
 
@@ -64,11 +65,12 @@ def fuzz(name: str, seconds: int) -> None:
             (corpus / hashlib.sha256(seed).hexdigest()).write_bytes(seed)
 
     def judge(data: bytes) -> None:
+        prepared = harness.prepare(data)
         peak_before = _peak_bytes()
         held_bytes = _held_bytes()
         begin = time.thread_time()
         with contextlib.suppress(HocketError):
-            harness.read(data)
+            harness.read(prepared)
         slow = time.thread_time() - begin > archives.REFUSAL_SECONDS_MAX
         peak = _peak_bytes()
         large = peak > peak_before and peak - held_bytes > archives.REFUSAL_BYTES_MAX

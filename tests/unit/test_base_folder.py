@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hocket.base_folder import base_digest
+from hocket.base_folder import base_digest, base_name
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
@@ -62,6 +62,19 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HocketError) as refusal:
         base_digest(tmp_path / "none")
     assert refusal.value.reason is Reason.BAD_REQUEST
+
+
+def test_a_download_that_is_not_complete_is_refused(base: Path) -> None:
+    (base / "tokenizer.model").symlink_to(base / "blobs" / "missing")
+    with pytest.raises(HocketError, match=r"tokenizer\.model"):
+        base_digest(base)
+
+
+def test_a_base_in_the_hub_s_cache_is_called_by_its_id(tmp_path: Path) -> None:
+    folder = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de2"
+    folder.mkdir(parents=True)
+    assert base_name(folder) == "Qwen/Qwen3-0.6B"
+    assert base_name(tmp_path) == tmp_path.name
 
 
 def test_progress_is_told_up_to_the_last_byte(base: Path) -> None:

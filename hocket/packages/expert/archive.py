@@ -1,7 +1,7 @@
 """The archive of an `.expert` package: gzip-tar, zstd-tar or zip, told apart by magic, read in memory.
 
-Nothing is extracted to disk. Only plain files come out, each under a name that is safe on every file system: what two
-readers could take for two different things is refused instead of interpreted.
+Nothing is extracted to disk. Only plain files come out, each under a plain and relative name: what two readers could
+take for two different things is refused instead of interpreted.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _COMPRESSIONS: Final[Mapping[bytes, Compression]] = {
 }
 _BINARY: Final = b"HLLMEXP\0"
 _WEIGHTS: Final = ".safetensors"
+_SPECIAL: Final = frozenset('\\:<>"|?*')
+"""What separates folders, drives and streams on Windows, or cannot be in a name there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ def read_archive(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> A
     """Read every file of an archive.
 
     Of the limits, `package_bytes`, `zstd_window_bytes`, `pax_bytes` and those of archives and file names count. The
-    ratio is that of what came out so far, the tar's own blocks included, to what went in so far.
+    ratio is that of what came out so far, the tar's own blocks included, to what went in so far. So an archive takes
+    memory and time in proportion to its size, and `archive_ratio_free_bytes` at the most beyond that.
 
     Args:
         data: The whole file.
@@ -87,17 +90,19 @@ def read_archive(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> A
 
 
 def safe_name(text: str, limits: Limits = DEFAULT_LIMITS) -> str:
-    """A file's name inside a package, checked: relative, of plain parts, the same on every file system.
+    r"""A file's name inside a package, checked: relative, of plain parts that file systems keep as they are.
 
-    A leading `./`, as GNU tar writes it, is dropped; nothing else is changed.
+    A leading `./`, as GNU tar writes it, is dropped; nothing else is changed. Two names may still be one where case
+    is ignored, which only an archive as a whole can show; and names of Windows' devices (`con`) are let pass.
 
     Args:
         text: The name, its parts separated by `/`.
         limits: `file_name_chars` and `file_name_depth`.
 
     Raises:
-        HocketError: `BAD_FILE_NAME` for an absolute name, an empty part, `.` or `..`, a backslash or a colon,
-            characters that are not printable, text that is not NFC, or too many characters or parts.
+        HocketError: `BAD_FILE_NAME` for an absolute name, an empty part, `.` or `..`, a part that ends with a dot or
+            a space (Windows drops them), one of `\ : < > " | ? *`, characters that are not printable, text that is
+            not NFC, or too many characters or parts.
     """
     name = text.removeprefix("./")
     parts = name.split("/")
@@ -108,8 +113,10 @@ def safe_name(text: str, limits: Limits = DEFAULT_LIMITS) -> str:
         wrong = f"has {len(parts)} parts, more than {limits.file_name_depth}"
     elif any(part in ("", ".", "..") for part in parts):
         wrong = "is absolute, or has a part that is empty, '.' or '..'"
-    elif "\\" in name or ":" in name:
-        wrong = "has a backslash or a colon"
+    elif any(part.endswith((".", " ")) for part in parts):
+        wrong = "has a part that ends with a dot or a space"
+    elif not _SPECIAL.isdisjoint(name):
+        wrong = "has one of the characters " + " ".join(sorted(_SPECIAL))
     elif not name.isprintable():
         wrong = "has characters that cannot be printed"
     elif not unicodedata.is_normalized("NFC", name):

@@ -52,7 +52,7 @@ _UNDERSTOOD: Final = frozenset(
 def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
     """The configuration of an adapter. Null is the same as absent.
 
-    Modules that are named by a regular expression are left out; `unsupported` says so.
+    Modules that are named by a regular expression are left out: the tensors show which they were.
 
     Args:
         data: The file.
@@ -64,6 +64,8 @@ def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
     """
     document = _document(data, limits)
     base = _base_name(document)
+    ranks = _pattern(document, "rank_pattern", lambda value, what: _count(value, what, limits.rank), limits)
+    alphas = _pattern(document, "alpha_pattern", _number, limits)
     match _text(document, "peft_type"):
         case None:
             raise _bad("peft_type is absent: save the adapter with PEFT")
@@ -74,8 +76,8 @@ def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
                 rank=_count(document.get("r"), "r", limits.rank),
                 alpha=_number(document.get("lora_alpha"), "lora_alpha"),
                 use_rslora=_flag(document, "use_rslora"),
-                rank_pattern=_pattern(document, "rank_pattern", lambda v, what: _count(v, what, limits.rank), limits),
-                alpha_pattern=_pattern(document, "alpha_pattern", _number, limits),
+                rank_pattern=ranks,
+                alpha_pattern=alphas,
                 target_modules=_modules(document, "target_modules", limits),
                 fan_in_fan_out=_flag(document, "fan_in_fan_out"),
                 bias=_bias(document),
@@ -114,16 +116,23 @@ def _obstacle(key: str, value: Any) -> str | None:  # noqa: ANN401 - a JSON valu
     match key:
         case "task_type" if value not in (None, _TEXT_TASK):
             why = f"it was trained for task_type {_short(value)}: the suite serves {_TEXT_TASK} alone"
-        case "target_modules" | "feedforward_modules" if isinstance(value, str):
-            why = f"{key} is a regular expression, and packages must not bring any: list the modules by name"
+        case "feedforward_modules" if isinstance(value, str):
+            why = (
+                "feedforward_modules is a regular expression, and packages must not bring any: "
+                "write the list of names in its place into adapter_config.json, and pack again"
+            )
         case "rank_pattern" | "alpha_pattern" if any(_PLAIN_NAME.fullmatch(name) is None for name in value or ()):
-            why = f"{key} names modules by regular expressions, and packages must not bring any: name them plainly"
+            why = (
+                f"{key} names modules by regular expressions, and packages must not bring any: "
+                "write plain names into adapter_config.json, and pack again"
+            )
         case "bias" if value not in (None, "none"):
             why = "it trained biases of the base as well, which cannot be composed: train with bias none"
         case "init_lora_weights" if value not in _NEUTRAL_STARTS:
             why = (
-                f"init_lora_weights {_short(value)} changed the base it was trained on: convert the adapter with "
-                "path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+                f"init_lora_weights {_short(value)} changed the base it was trained on, so that its tensors belong to "
+                "a base nobody else has: convert it to a plain LoRA (PEFT's save_pretrained can, for PiSSA, CorDA and "
+                "OLoRA: path_initial_model_for_weight_conversion), or train it again"
             )
         case "num_transformer_submodules" if value not in (None, 1):
             why = "its prompt is made for a base with encoder and decoder: train it for one with a decoder alone"

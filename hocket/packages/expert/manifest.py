@@ -271,7 +271,9 @@ class _Reader:
     def _base(self, base: Mapping[str, Any], path: str) -> BaseModel:
         digest = _text(base, "hocket_base")
         if digest is not None and not is_digest(digest):
-            raise _bad(f"{path}.hocket_base", "must be sha256:<64 hex digits>, as `hocket base add` prints it")
+            raise _bad(
+                f"{path}.hocket_base", "must be sha256:<64 hex digits>, as `hocket expert new --base FOLDER` writes it"
+            )
         return BaseModel(
             name=base["name"],
             digest=digest,

@@ -19,15 +19,15 @@ from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, Adapte
 from hocket.packages.expert.archive import read_archive
 from hocket.packages.expert.config import read_config, unsupported, unsupported_type
 from hocket.packages.expert.manifest import parse_manifest
-from hocket.packages.expert.names import CONFIG, GRAMMAR, MANIFEST, SIGNATURE, WEIGHTS
+from hocket.packages.expert.names import CONFIG, GRAMMAR, MANIFEST, PICKLED_WEIGHTS, SIGNATURE, WEIGHTS
 from hocket.packages.expert.signature import verify_upstream
-from hocket.packages.expert.tensors import PROMPT, Findings, check_tensors, projections_of
+from hocket.packages.expert.tensors import PROMPT, Findings, as_peft_names, check_tensors, projections_of
 from hocket.packages.expert.weights import read_tensors
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.model import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from hocket.packages.adapter import RawTensor
     from hocket.packages.expert.manifest import Manifest, ManifestAdapter, ManifestSoftPrompt
@@ -159,7 +159,7 @@ class _Contents:
                 f"{name} is not the file that the manifest names: its SHA-256 is {actual}, not {stated.sha256}; "
                 "pack the expert again",
             )
-        tensors = read_tensors(data, self.limits, what=name)
+        tensors = as_peft_names(read_tensors(data, self.limits, what=name))
         if CONFIG not in self.files:
             config = _config_of(stated)
             findings = Findings(
@@ -184,6 +184,8 @@ class _Contents:
         not_servable = None
         for stated in self.manifest.soft_prompts:
             name = self._soft_prompt_name(stated)
+            if name in names:
+                raise _bad(f"the manifest lists the soft prompt {name!a} twice")
             names.add(name)
             if name.endswith(_SAFETENSORS):
                 read.append(self._soft_prompt(stated, name))
@@ -191,19 +193,17 @@ class _Contents:
             else:
                 tokens += stated.tokens or 0
                 not_servable = not_servable or (
-                    f"the soft prompt {name} is not a {_SAFETENSORS} file, and nothing else is read: convert it with "
-                    f"`python -m training.soft_prompt {name} {name.rpartition('.')[0]}{_SAFETENSORS}`, "
-                    "name that in the manifest, and pack again"
+                    f"the soft prompt {name!a} is not a {_SAFETENSORS} file, and nothing else is read: convert it "
+                    "(`python -m training.soft_prompt IN OUT`), name the new file in the manifest, and pack again"
                 )
+            self._check_tokens(tokens)
         own = weights.tensors.get(PROMPT)
         if weights.config.kind is AdapterKind.SOFT_PROMPT and own is not None and weights.name not in names:
+            if len(own.shape) != _MATRIX:
+                raise _bad(f"{PROMPT} in {weights.name} is not a matrix [tokens, hidden]")
             read.insert(0, SoftPrompt(self.manifest.name, own))
             tokens += own.shape[0]
-        if tokens > self.limits.soft_prompt_tokens:
-            raise HocketError(
-                Reason.TOO_LARGE,
-                f"the soft prompts have {tokens} tokens, more than the limit of {self.limits.soft_prompt_tokens}",
-            )
+            self._check_tokens(tokens)
         if len(widths := {prompt.embeddings.shape[1] for prompt in read}) > 1:
             raise _bad(f"its soft prompts are for different hidden sizes: {sorted(widths)}")
         return _Prompts(tuple(read), frozenset(names), tokens, not_servable)
@@ -211,7 +211,8 @@ class _Contents:
     def grammar(self) -> _Grammar:
         """The grammar that the manifest names, or the one at its usual place."""
         stated = self.manifest.grammar_file
-        name = next((name for name in _places(stated, GRAMMAR) if name in self.files), None)
+        own = None if stated is None else stated.rpartition("/")[2]  # where upstream's packager puts it
+        name = next((name for name in _places(stated, own, GRAMMAR) if name in self.files), None)
         if name is None:
             if stated is None and not self.manifest.decoding.use_grammar:
                 return _Grammar()
@@ -227,15 +228,18 @@ class _Contents:
         except UnicodeDecodeError as error:
             raise _bad(f"the grammar {name} is not text in UTF-8") from error
 
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens > self.limits.soft_prompt_tokens:
+            raise HocketError(
+                Reason.TOO_LARGE,
+                f"the soft prompts have {tokens} tokens, more than the limit of {self.limits.soft_prompt_tokens}",
+            )
+
     def _weights_name(self, stated: ManifestAdapter) -> str:
         for name in _places(stated.path, *WEIGHTS):
             if name in self.files:
                 return name
-        raise HocketError(
-            Reason.BAD_PACKAGE,
-            f"the package has no weights: put {WEIGHTS[0]} in, as PEFT's save_pretrained writes it; "
-            "other formats are not read",
-        )
+        raise no_weights(self.files)
 
     def _soft_prompt_name(self, stated: ManifestSoftPrompt) -> str:
         """Upstream's packager moves soft prompts to the root, but leaves their paths in the manifest as they were."""
@@ -279,8 +283,15 @@ def _disagreements(
         yield _otherwise("r", stated.r, config.rank)
     if config.rank and stated.alpha not in (None, config.alpha):
         yield _otherwise("alpha", stated.alpha, f"{config.alpha:g}")
-    if stated.scaling == "rsqrt" and not config.use_rslora:
-        yield _otherwise("scaling", stated.scaling, "use_rslora false")
+    if config.rank and stated.scaling is not None and (stated.scaling == "rsqrt") is not config.use_rslora:
+        yield _otherwise("scaling", stated.scaling, f"use_rslora {str(config.use_rslora).lower()}")
+    if config.feedforward_modules and stated.feedforward_modules:
+        read = sorted({name.rpartition(".")[2] for name in config.feedforward_modules})
+        told = sorted({name.rpartition(".")[2] for name in stated.feedforward_modules})
+        if read != told:
+            yield _otherwise("feedforward_modules", ", ".join(told), ", ".join(read))
+    for name in findings.unmatched:
+        yield f"{CONFIG} names {name} in target_modules, and no tensor adapts it"
     named = sorted({name.rpartition(".")[2] for name in stated.target_modules})
     if findings.projections and named != list(findings.projections):
         yield _otherwise("target_modules", ", ".join(named) or "none", ", ".join(findings.projections))
@@ -314,6 +325,22 @@ def _sections(files: Mapping[str, bytes]) -> Iterator[Section]:
 
 def _size_bytes(tensor: RawTensor) -> int:
     return len(tensor.data)
+
+
+def no_weights(names: Collection[str]) -> HocketError:
+    """The refusal of an expert without weights that are read.
+
+    Args:
+        names: Of the files that are there.
+    """
+    pickled = next((name for name in PICKLED_WEIGHTS if name in names), None)
+    hint = (
+        f"put {WEIGHTS[0]} in, as PEFT's save_pretrained writes it"
+        if pickled is None
+        else f"{pickled} is a pickle, which is never loaded: load the adapter with PEFT and save it again, "
+        f"which writes {WEIGHTS[0]}"
+    )
+    return HocketError(Reason.BAD_PACKAGE, f"there are no weights: {hint}")
 
 
 def _bad(why: str) -> HocketError:

@@ -4,24 +4,23 @@ The newest versions that go together are chosen, those asked for first. Two expe
 other in `incompatible_with` and both can ride on the same base. A bare name in `requires` means an expert of the same
 publisher, so that nobody else can step in by publishing that name; in `incompatible_with` it means any publisher's.
 
-The search is `resolvelib`'s. It knows requirements only; that an expert must not be there is told to it as a
-requirement on that name which "no version at all" fulfils as well. Work is bounded: a catalogue made to be hard ends in
-a refusal.
+The search chooses one expert after the other, the newest version first, and goes back where it comes to a conflict.
+A conflict is kept as the traits of chosen experts that it rests on (backjumping with learned conflicts, as in Dechter,
+Constraint Processing, chapter 6): versions that share those traits are not tried again, and choices that have no part
+in it are not changed. Constraints are read only of versions that are tried. Work is bounded: a catalogue made to be
+hard ends in a refusal.
 """
 
 from __future__ import annotations
 
 import heapq
 import re
-from collections import defaultdict, deque
-from contextlib import suppress
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import combinations, islice
-from typing import TYPE_CHECKING, Final, TypeAlias
-
-from resolvelib import AbstractProvider, BaseReporter, ResolutionImpossible, ResolutionTooDeep
-from resolvelib.resolvers import Resolution as Search
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import check_name
@@ -29,9 +28,7 @@ from hocket.packages.expert.bases import Match, compatibility
 from hocket.versions import ANY, Range, Version
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-
-    from resolvelib.structs import RequirementInformation
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from hocket.packages.adapter import BaseModel, Constraints
 
@@ -39,16 +36,19 @@ EXPERTS_MAX: Final = 10
 """Most experts in one composition."""
 _PATTERN_CHARS_MAX: Final = 512
 _PATTERN: Final = re.compile(r"(?:([^/@<>=\s]+)/)?([^/@<>=\s]+) *(?:@(.*)|([<>=].*))?")
-_STEPS_MAX: Final = 40_000
-"""Comparisons of one resolution; ten experts with a hundred versions each take half of that."""
-_ROUNDS_MAX: Final = 2_000
+_WORK_MAX: Final = 100_000
+"""Of one resolution, in steps such as asking whether a range allows a version: a microsecond each."""
 _SHOWN_MAX: Final = 5
 _MESSAGE_CHARS_MAX: Final = 2_000
-_REASONS: Final = (Reason.EXPERTS_INCOMPATIBLE, Reason.BASE_MISMATCH)
+_REASONS: Final = (
+    Reason.EXPERTS_INCOMPATIBLE,
+    Reason.BASE_MISMATCH,
+    Reason.TOO_MANY_EXPERTS,
+    Reason.REQUIREMENT_MISSING,
+)
+"""Of several problems, which gives its reason to the refusal."""
 
 _Key: TypeAlias = tuple[str, str]
-_Cause: TypeAlias = "RequirementInformation[_Rule, _Choice]"
-_ABSENT: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,7 @@ class Requirement:
         )
 
     def __str__(self) -> str:
-        owner = "" if self.publisher is None else f"{self.publisher}/"
-        return f"{owner}{self.name}{f'@{self.range}' if self.range.comparators else ''}"
+        return f"{_spelled(self.publisher, self.name)}{f'@{self.range}' if self.range.comparators else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class Candidate:
 
     Attributes:
         digest: Of its package.
-        publisher: Who released it.
+        publisher: Who released it; empty if nobody did.
         name: As released.
         version: As released.
         base: What it rides on.
@@ -111,7 +110,7 @@ class Candidate:
     constraints: Constraints
 
     def __str__(self) -> str:
-        return f"{self.publisher}/{self.name}@{self.version}"
+        return f"{_spelled(self.publisher, self.name)}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,29 +151,20 @@ def resolve(wanted: Sequence[Requirement], available: Iterable[Candidate]) -> Re
 
     Raises:
         HocketError: `REQUIREMENT_MISSING` if no version of an expert fulfils what is required of it;
-            `EXPERTS_INCOMPATIBLE` if experts exclude each other, or no answer was found within bounds;
-            `BASE_MISMATCH` if they ride on different bases; `REQUIREMENT_CYCLE` if an expert requires itself in the
-            end; `TOO_MANY_EXPERTS` for more than `EXPERTS_MAX` or than one of them allows; `BAD_REQUEST` if a
-            publisher is missing from what is wanted.
+            `EXPERTS_INCOMPATIBLE` if experts exclude each other; `BASE_MISMATCH` if they ride on different bases;
+            `TOO_MANY_EXPERTS` for more than `EXPERTS_MAX` or than one of them allows; `REQUIREMENT_CYCLE` if an expert
+            requires itself in the end; `RESOLUTION_TOO_HARD` if no answer was found within bounds; `BAD_REQUEST` if
+            a publisher is missing from what is wanted.
     """
-    if len({(each.publisher, each.name) for each in wanted}) > EXPERTS_MAX:
-        raise _too_many(f"{len(wanted)} experts were asked for; at most {EXPERTS_MAX} go together")
-    catalogue = _Catalogue(available)
+    roots = tuple(_Need(each) for each in sorted(wanted, key=str))
     try:
-        catalogue.reach(wanted)
-        roots = [catalogue.need(each) for each in sorted(wanted, key=str)]
-        try:
-            chosen = _choose(catalogue, roots)
-        except ResolutionImpossible as error:
-            raise _impossible(catalogue, error.causes) from error
-    except (ResolutionTooDeep, _TooMuchWorkError) as error:
-        raise HocketError(
-            Reason.EXPERTS_INCOMPATIBLE,
-            "no experts that go together were found within bounds; ask for exact versions (publisher/name@1.0.0)",
-        ) from error
-    why = _reasons(roots, chosen)
-    order = _ordered([chosen[key] for key in sorted(why)])
-    _check_count(order)
+        chosen, needs = _Search(available).completed({}, roots)
+    except _ConflictError as conflict:
+        raise _refusal(conflict) from conflict
+    why: dict[_Key, dict[str, None]] = defaultdict(dict)
+    for need in needs:
+        why[need.key]["it was asked for" if need.owner is None else str(need)] = None
+    order = _ordered(chosen)
     return Resolution(tuple(Chosen(each.candidate, tuple(why[each.key])) for each in order), tuple(_warnings(order)))
 
 
@@ -182,11 +172,10 @@ def resolve(wanted: Sequence[Requirement], available: Iterable[Candidate]) -> Re
 class _Expert:
     """A candidate whose constraints were read."""
 
-    position: int
     candidate: Candidate
     version: Version
     requires: tuple[Requirement, ...]
-    incompatible_with: Mapping[str, tuple[Requirement, ...]]  # by name
+    incompatible_with: Mapping[str, Sequence[Requirement]]  # by name
 
     @property
     def key(self) -> _Key:
@@ -194,254 +183,302 @@ class _Expert:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Absence:
-    """No version of an expert."""
-
-    key: _Key
-    position: int = _ABSENT
-
-
-_Choice: TypeAlias = _Expert | _Absence
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rule:
-    """A condition on the choice of one expert.
+class _Need:
+    """That an expert has to be there, in a version that will do.
 
     Attributes:
-        key: Publisher and name of that expert.
-        allowed: Positions of the choices that fulfil it.
-        requirement: What it comes from; None if it keeps out what does not go together with its owner.
+        requirement: Which; its publisher is known.
+        owner: Who requires it; None if it was asked for.
+    """
+
+    requirement: Requirement
+    owner: _Expert | None = None
+
+    @property
+    def key(self) -> _Key:
+        if self.requirement.publisher is None:
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                f"say whose expert {self.requirement} is: publisher/{self.requirement}",
+                field="publisher",
+            )
+        return self.requirement.publisher, self.requirement.name
+
+    def traits(self) -> set[_Trait]:
+        """Why it is there."""
+        return set() if self.owner is None else {_Trait(self.owner.key, _requires, self.requirement)}
+
+    def __str__(self) -> str:
+        if self.owner is None:
+            return f"{self.requirement} was asked for"
+        return f"{self.owner.candidate} requires {self.requirement}"
+
+
+class _Trait(NamedTuple):
+    """Something about the version chosen of an expert that has a part in a conflict.
+
+    Attributes:
+        key: Publisher and name of the expert.
+        test: Whether a version has it.
+        value: What the test compares with.
     """
 
     key: _Key
-    allowed: frozenset[int]
-    requirement: Requirement | None = None
+    test: Callable[[_Expert, Any], bool]
+    value: Any
 
 
-class _TooMuchWorkError(Exception):
-    """The search has come to `_STEPS_MAX`."""
+def _requires(expert: _Expert, requirement: Requirement) -> bool:
+    return requirement in expert.requires
 
 
-class _Catalogue:
-    """The candidates, read as far as they come into reach, and how much work that took."""
+def _excludes(expert: _Expert, pattern: Requirement) -> bool:
+    return pattern in expert.incompatible_with.get(pattern.name, ())
+
+
+def _is_excluded(expert: _Expert, pattern: Requirement) -> bool:
+    same_publisher = pattern.publisher in {None, expert.candidate.publisher}
+    return same_publisher and pattern.range.allows(expert.version, prereleases=True)
+
+
+def _is_outside(expert: _Expert, range_: Range) -> bool:
+    return not range_.allows(expert.version)
+
+
+def _cannot_ride_on(expert: _Expert, base: BaseModel) -> bool:
+    return compatibility(expert.candidate.base, base).match is Match.DIFFERENT
+
+
+def _rides_on(expert: _Expert, base: BaseModel) -> bool:
+    return expert.candidate.base == base
+
+
+def _accepts(expert: _Expert, experts_max: int) -> bool:
+    return expert.candidate.constraints.max_chain == experts_max
+
+
+class _ConflictError(Exception):
+    """No composition has experts of all these traits.
+
+    Attributes:
+        traits: What the conflict rests on, apart from what was asked for and what there is.
+        problems: What was found out on the way, for people, each with its reason.
+    """
+
+    def __init__(self, traits: set[_Trait], problems: dict[str, Reason]) -> None:
+        super().__init__()
+        self.traits = traits
+        self.problems = problems
+
+
+class _Search:
+    """The candidates, read as far as they are tried, and how much work that took."""
 
     def __init__(self, available: Iterable[Candidate]) -> None:
         self._available: dict[_Key, list[Candidate]] = defaultdict(list)
         for candidate in available:
             self._available[candidate.publisher, candidate.name].append(candidate)
-        self._experts: dict[_Key, tuple[_Expert, ...]] = {}
+        self._parsed: dict[str, tuple[Version, tuple[object, ...]]] = {}
+        self._versions: dict[_Key, list[tuple[Version, Candidate]]] = {}
+        self._experts: dict[tuple[_Key, int], _Expert | None] = {}
         self._patterns: dict[tuple[str, str | None], Requirement] = {}
-        self._needs: dict[Requirement, _Rule] = {}
-        self._rules: dict[int, tuple[_Rule, ...]] = {}
-        self._count = 0
-        self._steps = 0
-        self.unreadable: dict[_Key, list[str]] = defaultdict(list)
+        self._unreadable: dict[_Key, list[str]] = defaultdict(list)
+        self._work = 0
 
-    def spend(self, steps: int) -> None:
-        """Count work.
+    def completed(
+        self, chosen: Mapping[_Key, _Expert], needs: Sequence[_Need]
+    ) -> tuple[Mapping[_Key, _Expert], Sequence[_Need]]:
+        """Add an expert for every need that has none, and for the needs that come with it.
+
+        Args:
+            chosen: Experts that go together.
+            needs: What was asked for, and what those require.
 
         Raises:
-            _TooMuchWorkError: When it has been too much.
+            _ConflictError: If that cannot be done.
         """
-        self._steps += steps
-        if self._steps > _STEPS_MAX:
-            raise _TooMuchWorkError
+        self._check_count(chosen, needs)
+        key = next((need.key for need in needs if need.key not in chosen), None)
+        if key is None:
+            return chosen, needs
+        due = [need for need in needs if need.key == key]
+        in_the_way = {due[0]}
+        conflict = _ConflictError(set(), {})
+        learned: list[list[_Trait]] = []
+        versions = self._versions_of(key)
+        tried = 0
+        for position, (version, _) in enumerate(versions):
+            self._spend(len(due))
+            if (refusing := _refusing(due, version)) is not None:
+                in_the_way.add(refusing)
+                continue
+            if (expert := self._expert(key, position)) is None:
+                continue
+            tried += 1
+            self._spend(len(learned))
+            if any(all(trait.test(expert, trait.value) for trait in traits) for traits in learned):
+                continue
+            try:
+                return self._with(expert, chosen, needs)
+            except _ConflictError as error:
+                own = [trait for trait in error.traits if trait.key == key]
+                if not own:
+                    raise
+                learned.append(own)
+                conflict.traits |= error.traits.difference(own)
+                conflict.problems |= error.problems
+                self._spend(len(error.traits) + len(error.problems))
+        conflict.traits.update(*(need.traits() for need in in_the_way))
+        if tried == 0 or tried < len(versions):
+            conflict.problems |= self._unmet(key, due)
+        raise conflict
 
-    def reach(self, wanted: Iterable[Requirement]) -> None:
-        """Read every expert that may have to be there."""
-        keys = deque(sorted(map(_key_of, wanted)))
-        while keys:
-            key = keys.popleft()
-            if key not in self._experts:
-                keys.extend(_key_of(each) for expert in self.experts(key) for each in expert.requires)
+    def _with(
+        self, expert: _Expert, chosen: Mapping[_Key, _Expert], needs: Sequence[_Need]
+    ) -> tuple[Mapping[_Key, _Expert], Sequence[_Need]]:
+        """Choose an expert, and complete that."""
+        for other in chosen.values():
+            self._check_pair(other, expert)
+        chosen = {**chosen, expert.key: expert}
+        needs = [*needs, *(_Need(requirement, expert) for requirement in expert.requires)]
+        self._spend(len(needs))
+        for need in needs:
+            range_, present = need.requirement.range, chosen.get(need.key)
+            if need.owner is expert and present is not None and _is_outside(present, range_):
+                traits = {*need.traits(), _Trait(present.key, _is_outside, range_)}
+                raise _ConflictError(traits, self._unmet(need.key, [each for each in needs if each.key == need.key]))
+        return self.completed(chosen, needs)
 
-    def experts(self, key: _Key) -> tuple[_Expert, ...]:
-        """The versions of one expert, the newest first."""
-        if key not in self._experts:
-            read = [expert for each in self._available.get(key, ()) if (expert := self._read(each)) is not None]
-            read.sort(key=lambda expert: (expert.version, expert.candidate.digest), reverse=True)
-            self._experts[key] = tuple(replace(each, position=self._count + n) for n, each in enumerate(read))
-            self._count += len(read)
-        return self._experts[key]
-
-    def _read(self, candidate: Candidate) -> _Expert | None:
-        constraints = candidate.constraints
-        self.spend(1)
-        patterns: dict[str, list[Requirement]] = defaultdict(list)
-        try:
-            version = Version.parse(candidate.version)
-            requires = [self._pattern(text, candidate.publisher) for text in constraints.requires]
-            for text in constraints.incompatible_with:
-                patterns[(pattern := self._pattern(text, None)).name].append(pattern)
-        except HocketError as error:
-            self.unreadable[candidate.publisher, candidate.name].append(f"{candidate} is left out: {error.message}")
-            return None
-        return _Expert(
-            position=0,
-            candidate=candidate,
-            version=version,
-            requires=tuple(requires),
-            incompatible_with={name: tuple(each) for name, each in patterns.items()},
-        )
-
-    def _pattern(self, text: str, publisher: str | None) -> Requirement:
-        """Read a pattern; the versions of an expert share most of theirs."""
-        if (pattern := self._patterns.get((text, publisher))) is None:
-            self.spend(4)
-            pattern = Requirement.parse(text)
-            pattern = self._patterns[text, publisher] = replace(pattern, publisher=pattern.publisher or publisher)
-        return pattern
-
-    def rules(self, expert: _Expert) -> tuple[_Rule, ...]:
-        """What choosing an expert asks of the other choices."""
-        if expert.position not in self._rules:
-            needs = [self.need(each) for each in expert.requires]
-            self._rules[expert.position] = (*needs, *self._exclusions(expert))
-        return self._rules[expert.position]
-
-    def need(self, requirement: Requirement) -> _Rule:
-        """The rule of a requirement, whose publisher is known."""
-        if requirement not in self._needs:
-            key = _key_of(requirement)
-            experts = self.experts(key)
-            self.spend(1 + len(experts))
-            allowed = frozenset(each.position for each in experts if requirement.range.allows(each.version))
-            self._needs[requirement] = _Rule(key, allowed, requirement)
-        return self._needs[requirement]
-
-    def _exclusions(self, expert: _Expert) -> Iterator[_Rule]:
-        for key, others in self._experts.items():
-            clashing = {each.position for each in others if key != expert.key and self.clash(expert, each)}
-            if clashing:
-                yield _Rule(key, frozenset({_ABSENT, *(each.position for each in others)} - clashing))
-
-    def clash(self, one: _Expert, other: _Expert) -> HocketError | None:
-        """Why two experts do not go together; None if they do."""
+    def _check_pair(self, one: _Expert, other: _Expert) -> None:
         for owner, target in ((one, other), (other, one)):
             patterns = owner.incompatible_with.get(target.candidate.name, ())
-            self.spend(1 + len(patterns))
+            self._spend(2 + len(patterns))
             for pattern in patterns:
-                same_publisher = pattern.publisher in {None, target.candidate.publisher}
-                if same_publisher and pattern.range.allows(target.version, prereleases=True):
+                if _is_excluded(target, pattern):
                     message = f"{owner.candidate} is incompatible with {pattern}, and {target.candidate} is one"
-                    return HocketError(Reason.EXPERTS_INCOMPATIBLE, message)
+                    traits = {_Trait(owner.key, _excludes, pattern), _Trait(target.key, _is_excluded, pattern)}
+                    raise _ConflictError(traits, {message: Reason.EXPERTS_INCOMPATIBLE})
         bases = compatibility(one.candidate.base, other.candidate.base)
         if bases.match is Match.DIFFERENT:
             message = f"{one.candidate} and {other.candidate} ride on different bases: {bases.explanation}"
-            return HocketError(Reason.BASE_MISMATCH, message)
-        return None
+            traits = {_Trait(one.key, _rides_on, one.candidate.base)}
+            traits.add(_Trait(other.key, _cannot_ride_on, one.candidate.base))
+            raise _ConflictError(traits, {message: Reason.BASE_MISMATCH})
+
+    def _check_count(self, chosen: Mapping[_Key, _Expert], needs: Sequence[_Need]) -> None:
+        by_key: dict[_Key, _Need] = {}
+        for need in needs:
+            by_key.setdefault(need.key, need)
+        self._spend(len(needs))
+        listed = ", ".join(_spelled(*key) for key in by_key)[:1000]
+        if len(by_key) > EXPERTS_MAX:
+            said = f"{len(by_key)} experts are needed, and at most {EXPERTS_MAX} go together: {listed}"
+            traits = set().union(*(need.traits() for need in islice(by_key.values(), EXPERTS_MAX + 1)))
+            raise _ConflictError(traits, {said: Reason.TOO_MANY_EXPERTS})
+        for expert in chosen.values():
+            most = expert.candidate.constraints.max_chain
+            if most is not None and len(by_key) > most:
+                said = f"{expert.candidate} goes together with at most {most} experts, itself counted: {listed}"
+                traits = set().union(*(need.traits() for need in by_key.values()))
+                raise _ConflictError(traits | {_Trait(expert.key, _accepts, most)}, {said: Reason.TOO_MANY_EXPERTS})
+
+    def _versions_of(self, key: _Key) -> list[tuple[Version, Candidate]]:
+        """The versions of an expert, the newest first."""
+        if key not in self._versions:
+            rows = []
+            for candidate in self._available.get(key, ()):
+                try:
+                    version, order = self._version(candidate.version)
+                except HocketError as error:
+                    self._leave_out(candidate, error)
+                else:
+                    rows.append(((*order, candidate.digest), version, candidate))
+            rows.sort(key=itemgetter(0), reverse=True)
+            self._versions[key] = [(version, candidate) for _, version, candidate in rows]
+        return self._versions[key]
+
+    def _version(self, text: str) -> tuple[Version, tuple[object, ...]]:
+        """Read a version; many experts have the same ones."""
+        if (read := self._parsed.get(text)) is None:
+            version = Version.parse(text)
+            read = self._parsed[text] = version, version.order
+        return read
+
+    def _expert(self, key: _Key, position: int) -> _Expert | None:
+        """The version at a position; None if its constraints cannot be read."""
+        if (key, position) not in self._experts:
+            version, candidate = self._versions[key][position]
+            try:
+                self._experts[key, position] = self._read(version, candidate)
+            except HocketError as error:
+                self._leave_out(candidate, error)
+                self._experts[key, position] = None
+        return self._experts[key, position]
+
+    def _read(self, version: Version, candidate: Candidate) -> _Expert:
+        patterns: dict[str, list[Requirement]] = defaultdict(list)
+        requires = [self._pattern(text, candidate.publisher) for text in candidate.constraints.requires]
+        for text in candidate.constraints.incompatible_with:
+            pattern = self._pattern(text, None)
+            patterns[pattern.name].append(pattern)
+        return _Expert(candidate, version, tuple(requires), patterns)
+
+    def _pattern(self, text: str, publisher: str | None) -> Requirement:
+        """Read a pattern; the versions of an expert share most of theirs."""
+        self._spend(1)
+        if (pattern := self._patterns.get((text, publisher))) is None:
+            self._spend(10)
+            pattern = Requirement.parse(text)
+            owner = publisher if pattern.publisher is None else pattern.publisher
+            pattern = self._patterns[text, publisher] = replace(pattern, publisher=owner)
+        return pattern
+
+    def _leave_out(self, candidate: Candidate, error: HocketError) -> None:
+        self._unreadable[candidate.publisher, candidate.name].append(f"{candidate} is left out: {error.message}")
+
+    def _unmet(self, key: _Key, needs: Iterable[_Need]) -> dict[str, Reason]:
+        """What is needed of an expert, and what there is of it."""
+        self._spend(20)
+        there = _few([version.text for version, _ in self._versions_of(key)])
+        said = [_few(dict.fromkeys(map(str, needs))), f"of {_spelled(*key)} there is {there or 'none'}"]
+        return {"; ".join([*said, *self._unreadable[key][:_SHOWN_MAX]]): Reason.REQUIREMENT_MISSING}
+
+    def _spend(self, steps: int) -> None:
+        self._work += steps
+        if self._work > _WORK_MAX:
+            raise HocketError(
+                Reason.RESOLUTION_TOO_HARD,
+                "whether these experts go together was not found out: there are too many ways to try. Ask for fewer "
+                "experts, or for exact versions (publisher/name@1.0.0)",
+            )
 
 
-class _Provider(AbstractProvider[_Rule, _Choice, _Key]):
-    """Tells the search what there is. What was asked for is chosen first, then what that requires."""
-
-    def __init__(self, catalogue: _Catalogue) -> None:
-        self._catalogue = catalogue
-
-    def identify(self, requirement_or_candidate: _Rule | _Choice) -> _Key:
-        return requirement_or_candidate.key
-
-    def get_preference(
-        self,
-        identifier: _Key,
-        resolutions: Mapping[_Key, _Choice],  # noqa: ARG002 - the interface
-        candidates: Mapping[_Key, Iterator[_Choice]],  # noqa: ARG002 - the interface
-        information: Mapping[_Key, Iterator[_Cause]],
-        backtrack_causes: Sequence[_Cause],  # noqa: ARG002 - the interface
-    ) -> tuple[bool, bool, _Key]:
-        known = list(information[identifier])
-        self._catalogue.spend(len(known))
-        return (
-            all(each.parent is not None for each in known),
-            all(each.requirement.requirement is None for each in known),
-            identifier,
-        )
-
-    def find_matches(
-        self,
-        identifier: _Key,
-        requirements: Mapping[_Key, Iterator[_Rule]],
-        incompatibilities: Mapping[_Key, Iterator[_Choice]],
-    ) -> list[_Choice]:
-        rules = list(requirements[identifier])
-        excluded = {each.position for each in incompatibilities[identifier]}
-        choices: tuple[_Choice, ...] = (_Absence(identifier), *self._catalogue.experts(identifier))
-        self._catalogue.spend(len(rules) + len(choices))
-        return [
-            choice
-            for choice in choices
-            if choice.position not in excluded and all(choice.position in rule.allowed for rule in rules)
-        ]
-
-    def is_satisfied_by(self, requirement: _Rule, candidate: _Choice) -> bool:
-        self._catalogue.spend(1)
-        return candidate.position in requirement.allowed
-
-    def get_dependencies(self, candidate: _Choice) -> Iterable[_Rule]:
-        return self._catalogue.rules(candidate) if isinstance(candidate, _Expert) else ()
+def _refusing(needs: Iterable[_Need], version: Version) -> _Need | None:
+    for need in needs:
+        if not need.requirement.range.allows(version):
+            return need
+    return None
 
 
-def _choose(catalogue: _Catalogue, roots: Sequence[_Rule]) -> dict[_Key, _Expert]:
-    """An expert for every name that is needed, and perhaps for some that the search tried and left.
-
-    The search would rather lower what it already chose than go back, so newer versions of each expert that was asked
-    for are tried once more, as far as the bound on work allows.
-    """
-    rules = list(roots)
-    chosen = _search(catalogue, rules)
-    for root in roots:
-        for expert in catalogue.experts(root.key):
-            if expert is chosen[root.key]:
-                break
-            with suppress(ResolutionImpossible, ResolutionTooDeep, _TooMuchWorkError):
-                chosen = _search(catalogue, [*rules, _Rule(root.key, frozenset({expert.position}))])
-                break
-        rules.append(_Rule(root.key, frozenset({chosen[root.key].position})))
-    return chosen
+def _refusal(conflict: _ConflictError) -> HocketError:
+    problems = sorted(conflict.problems, key=lambda said: _REASONS.index(conflict.problems[said]))
+    said = ". ".join(problems[:_SHOWN_MAX])
+    return HocketError(
+        conflict.problems[problems[0]], f"no choice of experts goes together: {said[:_MESSAGE_CHARS_MAX]}"
+    )
 
 
-def _search(catalogue: _Catalogue, rules: Sequence[_Rule]) -> dict[_Key, _Expert]:
-    # Not through Resolver: to trim its result it recurses, without end where dropped choices refer to each other.
-    search: Search[_Rule, _Choice, _Key] = Search(_Provider(catalogue), BaseReporter())
-    pinned = search.resolve(rules, max_rounds=_ROUNDS_MAX).mapping
-    return {key: choice for key, choice in pinned.items() if isinstance(choice, _Expert)}
-
-
-def _key_of(requirement: Requirement) -> _Key:
-    if requirement.publisher is None:
-        raise HocketError(
-            Reason.BAD_REQUEST, f"say whose expert {requirement} is: publisher/{requirement}", field="publisher"
-        )
-    return requirement.publisher, requirement.name
-
-
-def _reasons(roots: Sequence[_Rule], experts: Mapping[_Key, _Expert]) -> dict[_Key, dict[str, None]]:
-    """Why each expert is there. What the search tried and no longer needs is not among them."""
-    why: dict[_Key, dict[str, None]] = {}
-    due = deque((root.key, "it was asked for") for root in roots)
-    while due:
-        key, reason = due.popleft()
-        if key not in why:
-            why[key] = {}
-            owner = experts[key]
-            due.extend((_key_of(each), f"{owner.candidate} requires {each}") for each in owner.requires)
-        why[key][reason] = None
-    return why
-
-
-def _ordered(experts: Sequence[_Expert]) -> list[_Expert]:
+def _ordered(chosen: Mapping[_Key, _Expert]) -> list[_Expert]:
     """What is required before what requires it, otherwise by load order and name.
 
     Raises:
         HocketError: `REQUIREMENT_CYCLE`, naming the chain.
     """
-    by_key = {each.key: each for each in experts}
-    sorter = TopologicalSorter({each.key: [_key_of(need) for need in each.requires] for each in experts})
+    sorter = TopologicalSorter({key: [_Need(each).key for each in chosen[key].requires] for key in sorted(chosen)})
     try:
         sorter.prepare()
     except CycleError as error:
-        chain = " requires ".join(str(by_key[key].candidate) for key in reversed(error.args[1]))
+        chain = " requires ".join(str(chosen[key].candidate) for key in reversed(error.args[1]))
         raise HocketError(
             Reason.REQUIREMENT_CYCLE,
             f"these experts require each other; drop a requirement: {chain[:_MESSAGE_CHARS_MAX]}",
@@ -450,21 +487,11 @@ def _ordered(experts: Sequence[_Expert]) -> list[_Expert]:
     order = []
     while sorter.is_active():
         for publisher, name in sorter.get_ready():
-            heapq.heappush(ready, (by_key[publisher, name].candidate.constraints.load_order, name, publisher))
+            heapq.heappush(ready, (chosen[publisher, name].candidate.constraints.load_order, name, publisher))
         _, name, publisher = heapq.heappop(ready)
-        order.append(by_key[publisher, name])
+        order.append(chosen[publisher, name])
         sorter.done((publisher, name))
     return order
-
-
-def _check_count(experts: Sequence[_Expert]) -> None:
-    listed = ", ".join(str(each.candidate) for each in experts)
-    if len(experts) > EXPERTS_MAX:
-        raise _too_many(f"{len(experts)} experts are needed, and at most {EXPERTS_MAX} go together: {listed[:1000]}")
-    for each in experts:
-        most = each.candidate.constraints.max_chain
-        if most is not None and len(experts) > most:
-            raise _too_many(f"{each.candidate} goes together with at most {most} experts, itself counted: {listed}")
 
 
 def _warnings(experts: Sequence[_Expert]) -> dict[str, None]:
@@ -473,47 +500,10 @@ def _warnings(experts: Sequence[_Expert]) -> dict[str, None]:
     return dict.fromkeys(f"the bases: {each.explanation}" for each in compared if each.match is Match.BY_NAME)
 
 
-def _impossible(catalogue: _Catalogue, causes: Collection[_Cause]) -> HocketError:
-    """Who required what, what was there, and what does not go together."""
-    clashes = list(_clashes(catalogue, causes))
-    keys = sorted({rule.key for rule, _ in causes if rule.requirement is not None})
-    unmet = (_unmet(catalogue, key, causes) for key in keys[:_SHOWN_MAX])
-    said = ". ".join(filter(None, [_few({clash.message: None for clash in clashes}), *unmet]))
-    reasons = {clash.reason for clash in clashes}
-    reason = next(filter(reasons.__contains__, _REASONS), Reason.REQUIREMENT_MISSING)
-    return HocketError(reason, f"no choice of experts goes together: {said[:_MESSAGE_CHARS_MAX]}")
-
-
-def _clashes(catalogue: _Catalogue, causes: Collection[_Cause]) -> Iterator[HocketError]:
-    """Of each exclusion among the causes, the newest expert that it keeps out and that would have done."""
-    for exclusion, owner in causes:
-        if exclusion.requirement is None and isinstance(owner, _Expert):
-            needs = [rule for rule, _ in causes if rule.key == exclusion.key and rule.requirement is not None]
-            for expert in catalogue.experts(exclusion.key):
-                would_do = all(expert.position in need.allowed for need in needs)
-                if would_do and (clash := catalogue.clash(owner, expert)) is not None:
-                    yield clash
-                    break
-
-
-def _unmet(catalogue: _Catalogue, key: _Key, causes: Collection[_Cause]) -> str:
-    """What was required of one expert, and what there is of it."""
-    asked = {
-        f"{owner.candidate} requires {rule.requirement}"
-        if isinstance(owner, _Expert)
-        else f"{rule.requirement} was asked for"
-        for rule, owner in causes
-        if rule.key == key and rule.requirement is not None
-    }
-    versions = [each.version.text for each in catalogue.experts(key)]
-    there = f"of {'/'.join(key)} there is {_few(versions) or 'none'}"
-    return "; ".join([_few(sorted(asked)), there, *catalogue.unreadable[key][:_SHOWN_MAX]])
+def _spelled(publisher: str | None, name: str) -> str:
+    return f"{publisher}/{name}" if publisher else name
 
 
 def _few(texts: Collection[str]) -> str:
     more = len(texts) - _SHOWN_MAX
     return ", ".join([*islice(texts, _SHOWN_MAX), *([f"and {more} more"] if more > 0 else [])])
-
-
-def _too_many(problem: str) -> HocketError:
-    return HocketError(Reason.TOO_MANY_EXPERTS, problem)

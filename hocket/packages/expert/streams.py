@@ -2,7 +2,7 @@
 
 `gunzip` and `unzstd` yield what one gzip member or one zstd frame holds, `inflate` what a raw deflate stream holds.
 The compressed stream has to end where its bytes end. Every piece is metered: what comes out is held against what went
-in so far, so that a bomb is refused while it is small.
+in so far, so that a bomb is refused while it is small, and against a maximum for all of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PIECE_BYTES: Final = 2**16
 """About the most that goes into, or comes out of, one step."""
 
+_BESIDE_BYTES: Final = 2**12
+"""What a tar may have beside the content of a file, on average: a header of 512 bytes, as many to fill the last block,
+and what an extended header needs for a long name and a few attributes."""
 _SHOWN_CHARS: Final = 128
 
 _GZIP: Final = 31  # zlib's number for: largest window, gzip header and checksum required
@@ -53,15 +56,17 @@ class Member:
 
 
 class Meter:
-    """Holds what came out of an archive against what was read of it.
+    """Holds what came out of an archive, content or not, against what was read of it and against a maximum.
 
     Args:
-        limits: `archive_ratio` and `archive_ratio_free_bytes` are used.
+        limits: `archive_ratio` and `archive_ratio_free_bytes` are used; `archive_bytes`, `archive_files` and
+            `archive_end_bytes` make the maximum.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._produced_bytes = 0
+        self._most_bytes = limits.archive_bytes + limits.archive_files * _BESIDE_BYTES + limits.archive_end_bytes
 
     def count(self, piece: bytes, consumed_bytes: int) -> bytes:
         """The same piece, once it is counted.
@@ -74,6 +79,12 @@ class Meter:
             HocketError: `TOO_LARGE`.
         """
         self._produced_bytes += len(piece)
+        if self._produced_bytes > self._most_bytes:
+            raise HocketError(
+                Reason.TOO_LARGE,
+                f"the archive holds more than {self._most_bytes} bytes, the headers of its files included: "
+                "leave out what the expert does not need, and pack without extended attributes",
+            )
         limits = self._limits
         if self._produced_bytes > limits.archive_ratio_free_bytes + limits.archive_ratio * consumed_bytes:
             raise HocketError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hocket.errors import HocketError
 from hocket.identity import check_name
+from hocket.packages.expert.names import CONFIG, GRAMMAR, WEIGHTS
 from hocket.packages.expert.resolution import Requirement
 from hocket.versions import Range, Version
 
@@ -68,10 +69,11 @@ _NOT_EMPTY: Final = (
     "capabilities",
     "routing.keywords",
     "perf.supported_batch_sizes",
-    *(f"{adapter}.target_modules" for adapter in _ADAPTERS),
 )
 
-_TYPES: Final = ("lora", "dora", "ia3", "lokr", "adalora", "lora-fa")
+_SOFT_PROMPTS: Final = ("soft_prompt", "prompt_tuning")
+"""Ours: upstream has no name for an expert that is nothing else."""
+_TYPES: Final = ("lora", "dora", "ia3", "lokr", "adalora", "lora-fa", *_SOFT_PROMPTS)
 _RANKED: Final = ("lora", "dora", "lokr", "adalora", "lora-fa")
 _MODULES: Final = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -147,10 +149,6 @@ _PARSED: Final[Mapping[str, Callable[[str], object]]] = {
     "dependencies[].version": Range.parse,
 }
 
-_CONFIG: Final = "adapter_config.json"
-_WEIGHTS: Final = ("adapter_model.safetensors", "weights.safetensors")
-_GRAMMAR: Final = "grammar.gbnf"
-
 
 def problems(manifest: Manifest, names: Collection[str]) -> list[Problem]:
     """Find what an author should mend.
@@ -216,6 +214,8 @@ def _of_adapters(document: Mapping[str, Any]) -> Iterator[Problem]:
                     yield Problem(f"{path}.{key}", f"is missing; state it as {kind} was trained with it")
                 if kind == "ia3" and adapter.get(key) is not None:
                     yield Problem(f"{path}.{key}", "is stated, and an ia3 has none; drop it")
+            if kind not in _SOFT_PROMPTS and not adapter["target_modules"]:
+                yield Problem(f"{path}.target_modules", "is empty; fill it in")
             if kind != "ia3" and adapter.get("feedforward_modules"):
                 yield Problem(f"{path}.feedforward_modules", f"means nothing for {_shown(kind)}; drop it")
 
@@ -241,10 +241,10 @@ def _of_limitations(document: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _of_files(manifest: Manifest, names: Collection[str]) -> Iterator[Problem]:
     paths = [adapter.path for base in manifest.bases for adapter in base.adapters if adapter.path is not None]
-    if not any(name in names for name in (*paths, *_WEIGHTS)):
-        yield Problem("", f"there are no weights; add {_WEIGHTS[0]}")
-    if _CONFIG not in names:
-        yield Problem("", f"{_CONFIG} is missing; add the one that was saved with the weights")
+    if not any(name in names for name in (*paths, *WEIGHTS)):
+        yield Problem("", f"there are no weights; add {WEIGHTS[0]}")
+    if CONFIG not in names:
+        yield Problem("", f"{CONFIG} is missing; add the one that was saved with the weights")
     for index, prompt in enumerate(manifest.soft_prompts):
         path = f"soft_prompts[{index}].path"
         if prompt.path not in names and prompt.path.rpartition("/")[2] not in names:
@@ -256,8 +256,8 @@ def _of_files(manifest: Manifest, names: Collection[str]) -> Iterator[Problem]:
             "training.decoding.grammar_file",
             f"names {_shown(manifest.grammar_file)}, which is not in the package; add it",
         )
-    if manifest.decoding.use_grammar and manifest.grammar_file is None and _GRAMMAR not in names:
-        yield Problem("training.decoding.use_grammar", f"is true, and there is no grammar; add {_GRAMMAR}")
+    if manifest.decoding.use_grammar and manifest.grammar_file is None and GRAMMAR not in names:
+        yield Problem("training.decoding.use_grammar", f"is true, and there is no grammar; add {GRAMMAR}")
 
 
 def _at(document: Mapping[str, Any], pattern: str) -> Iterator[tuple[str, Any]]:

@@ -2,15 +2,18 @@
 
     offset  bytes  of a header block of 512
     0       100    name
+    100     24     mode, owner and group, 8 each
     124     12     size
+    136     12     time
     148     8      checksum: the sum of the block's bytes, these eight taken as spaces
     156     1      type: '0' or NUL file, '5' folder, 'L' long name, 'x' and 'g' extended headers
     257     8      "ustar", NUL, "00" (POSIX) or "ustar", two spaces, NUL (GNU)
+    329     16     numbers of a device, 8 each
     345     155    prefix of the name (POSIX only)
 
 A member's content follows its header, filled up with zeros to whole blocks; two blocks of zeros end the archive and
-only zeros may follow. What two readers could read differently is refused: links, devices, sparse files, a name or a
-size given twice, records that are not known to be harmless.
+only zeros may follow, as many as fill a record. What two readers could read differently is refused: links, devices,
+sparse files, a name or a size given twice, records that are not known to be harmless.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ _POSIX: Final = b"ustar\x0000"
 _GNU: Final = b"ustar  \x00"
 _SIZE: Final = slice(124, 136)
 _CHECKSUM: Final = slice(148, 156)
+_UNUSED_NUMBERS: Final = (*(slice(start, start + 8) for start in (100, 108, 116, 329, 337)), slice(136, 148))
+"""Fields that say nothing to us, but where they are malformed, other readers take the archive to be at its end."""
+_UNUSED: Final = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].*", re.DOTALL)
 _OCTAL: Final = re.compile(rb" *([0-7]+)[ \0]*")
 
 _FILES: Final = b"0\0"
@@ -56,7 +62,7 @@ def members(stream: Iterable[bytes], limits: Limits) -> Iterator[Member]:
 
     Args:
         stream: The archive, in pieces; read to its end.
-        limits: `pax_bytes` bounds an extended header and a long name.
+        limits: `pax_bytes` bounds an extended header and a long name, `archive_end_bytes` the zeros after the end.
 
     Raises:
         HocketError: `BAD_ARCHIVE`, `BAD_FILE_TYPE` (a link, device, FIFO, sparse file or unknown type),
@@ -84,8 +90,9 @@ def members(stream: Iterable[bytes], limits: Limits) -> Iterator[Member]:
         extended = None
     if extended is not None:
         raise damaged("has an extended header for no member")
-    if pieces.read(BLOCK_BYTES) != _ZEROS or any(rest != bytes(len(rest)) for rest in pieces.rest()):
+    if pieces.read(BLOCK_BYTES) != _ZEROS:
         raise damaged("goes on after its end")
+    _check_end(pieces, limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,20 @@ class _Extended:
 
     name: str | None = None
     size_bytes: int | None = None
+
+
+def _check_end(pieces: Pieces, limits: Limits) -> None:
+    """Only zeros fill the last record, and no more than a record has."""
+    left_bytes = limits.archive_end_bytes
+    for rest in pieces.rest():
+        if rest != bytes(len(rest)):
+            raise damaged("goes on after its end")
+        left_bytes -= len(rest)
+        if left_bytes < 0:
+            raise HocketError(
+                Reason.TOO_LARGE,
+                f"the archive has more than {limits.archive_end_bytes} bytes of zeros after its end: pack it again",
+            )
 
 
 def _extension(pieces: Pieces, block: bytes, limits: Limits) -> bytes:
@@ -141,6 +162,8 @@ def _check(block: bytes) -> None:
         raise damaged("has a member without a ustar header")
     if _number(block[_CHECKSUM]) != sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" "):
         raise damaged("has a header whose checksum is wrong")
+    if not all(_UNUSED.fullmatch(block[place]) for place in _UNUSED_NUMBERS):
+        raise damaged("has a header with a malformed number")
 
 
 def _number(field: bytes) -> int:

@@ -8,8 +8,9 @@ Names are PEFT's: `base_model.model.`, the path of a module in the base, and wha
     <module>.ia3_l                  [1, in] or [out, 1]  feed-forward modules, and others
     prompt_embeddings               [tokens, hidden]
 
-Every tensor has to be understood and every module named has to have its tensors, because an adapter with a part
-missing still answers, only wrongly.
+The format's documents shorten some of these names (`.lora_A`, `.lora_magnitude`, `.ia3_scale`, no prefix); they are
+read as PEFT's. Every tensor has to be understood and every module has to have all its tensors, because an adapter with
+a part missing still answers, only wrongly.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ _PARTS: Final[dict[AdapterKind, tuple[str, ...]]] = {
     AdapterKind.DORA: (_A, _B, _MAGNITUDE),
     AdapterKind.IA3: (_IA3,),
 }
+_SHORTENED: Final = {
+    ".lora_A": f".{_A}",
+    ".lora_B": f".{_B}",
+    ".lora_magnitude": f".{_MAGNITUDE}",
+    f".{_MAGNITUDE}.weight": f".{_MAGNITUDE}",
+    ".ia3_scale": f".{_IA3}",
+}
+"""How documents, and PEFT in memory, end names that PEFT's files end otherwise."""
 _BEYOND: Final[dict[str, str]] = {
     "lora_embedding_A": "adapts the embedding table, which the suite cannot: train without it",
     "lora_embedding_B": "adapts the embedding table, which the suite cannot: train without it",
@@ -57,11 +66,14 @@ class Findings:
         rank: The largest of all modules; 0 for kinds without one.
         projections: Last part of the names of the modules they adapt, each once, in order.
         not_servable: Why they cannot serve, for people; None if they can.
+        unmatched: Names in `target_modules` that no tensor adapts. That is legal (a list that serves several bases,
+            `exclude_modules`), and whoever knows the base knows whether anything is missing.
     """
 
     rank: int = 0
     projections: tuple[str, ...] = ()
     not_servable: str | None = None
+    unmatched: tuple[str, ...] = ()
 
 
 def check_tensors(config: AdapterConfig, tensors: Mapping[str, RawTensor], limits: Limits = DEFAULT_LIMITS) -> Findings:
@@ -86,11 +98,26 @@ def check_tensors(config: AdapterConfig, tensors: Mapping[str, RawTensor], limit
                 Reason.TOO_LARGE, f"a module's name has {len(module)} characters, more than {limits.tag_chars}"
             )
         modules.setdefault(module, {})[part] = tensor
-    _check_coverage(config, modules)
+    unmatched = _unmatched(config, modules)
     ranks = values_for(modules, config.rank_pattern, config.rank)
     for module, parts in modules.items():
         _check_module(config, module, parts, ranks[module])
-    return Findings(max(ranks.values()), projections_of(modules, limits))
+    return Findings(max(ranks.values()), projections_of(modules, limits), unmatched=unmatched)
+
+
+def as_peft_names(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
+    """The same tensors under the names that PEFT gives them, in order.
+
+    Raises:
+        HocketError: `BAD_ADAPTER` if two of them have the same name then.
+    """
+    renamed: dict[str, RawTensor] = {}
+    for name, tensor in tensors.items():
+        full = _peft_name(name)
+        if full in renamed:
+            raise _bad(f"tensor {name[:200]!r} is there twice, also as PEFT spells it")
+        renamed[full] = tensor
+    return dict(sorted(renamed.items()))
 
 
 def projections_of(modules: Iterable[str], limits: Limits) -> tuple[str, ...]:
@@ -132,17 +159,26 @@ def _split(name: str, kind: AdapterKind) -> tuple[str, str]:
     raise _bad(f"tensor {name[:200]!r} is none that PEFT saves for this configuration ({kind})")
 
 
-def _check_coverage(config: AdapterConfig, modules: Mapping[str, object]) -> None:
-    """Whether the configuration names every module, and no module that has no tensors."""
+def _peft_name(name: str) -> str:
+    if name == PROMPT:
+        return name
+    full = name if name.startswith(_PREFIX) else f"{_PREFIX}{name}"
+    short = next((short for short in _SHORTENED if full.endswith(short)), None)
+    return full if short is None else f"{full.removesuffix(short)}{_SHORTENED[short]}"
+
+
+def _unmatched(config: AdapterConfig, modules: Mapping[str, object]) -> tuple[str, ...]:
+    """Targets without tensors, once every module is known to be a target."""
     targets = set(config.target_modules)
-    missing = set(targets)
+    if not targets:
+        return ()
+    left = set(targets)
     for module in modules:
         fitting = targets.intersection(_endings(module))
         if not fitting:
             raise _bad(f"tensors adapt {module!r}, which target_modules does not name")
-        missing -= fitting
-    if missing:
-        raise _bad(f"target_modules names {min(missing)!r}, but no tensor adapts it: the weights are incomplete")
+        left -= fitting
+    return tuple(sorted(left))
 
 
 def _check_module(config: AdapterConfig, module: str, parts: Mapping[str, RawTensor], rank: int) -> None:

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hocket.errors import HocketError
-from hocket.identity import digest_of
+from hocket.identity import check_name, check_version, digest_of
 from hocket.packages.expert.archive import read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.names import MANIFEST
 from hocket.packages.expert.reader import decode
+from hocket.packages.expert.resolution import Requirement
 from hocket.packages.expert.strict import Problem, problems
 from hocket.packages.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from hocket.packages.adapter import AdapterFacts
     from hocket.packages.limits import Limits
@@ -48,10 +49,31 @@ def validate(data: bytes, *, strict: bool = False, limits: Limits = DEFAULT_LIMI
         facts, _ = decode(data, digest_of(data), limits)
     except HocketError as error:
         return Report((Problem(error.field or "", error.message),))
-    errors = [] if facts.not_servable is None else [Problem("", facts.not_servable)]
+    errors = [*_refused_at_the_door(facts)]
     if strict:
         errors += _missed_by_others(read_archive(data, limits).files, limits)
     return Report(tuple(errors), facts.warnings, facts)
+
+
+def _refused_at_the_door(facts: AdapterFacts) -> Iterator[Problem]:
+    """What a registry refuses in a package that can be read, but for what it requires and who signed it."""
+    if facts.not_servable is not None:
+        yield Problem("", facts.not_servable)
+    for path, text, check in (("name", facts.name, check_name), ("version", facts.version, check_version)):
+        try:
+            check(text)
+        except HocketError as error:
+            yield Problem(path, error.message)
+    for key in ("requires", "incompatible_with"):
+        for place, pattern in enumerate(getattr(facts.constraints, key)):
+            path = f"constraints.{key}[{place}]"
+            try:
+                named = Requirement.parse(pattern)
+            except HocketError as error:
+                yield Problem(path, error.message)
+                continue
+            if key == "requires" and (named.publisher, named.name) == (None, facts.name):
+                yield Problem(path, f"{pattern} is the expert itself; drop it")
 
 
 def _missed_by_others(files: Mapping[str, bytes], limits: Limits) -> list[Problem]:

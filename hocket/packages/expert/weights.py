@@ -50,14 +50,17 @@ def read_tensors(data: bytes, limits: Limits = DEFAULT_LIMITS, *, what: str = "t
         HocketError: `BAD_WEIGHTS` for a file that is malformed, has a name twice, a tensor that is neither F32, F16
             nor BF16, is empty, or holds a number that is not finite; `TOO_LARGE` beyond a limit.
     """
-    _check_header(_header(data, limits, what), limits, what)
+    text = _header(data, limits, what)
+    header = _checked(text, limits, what)
     try:
-        entries = deserialize(data)  # type: ignore[no-untyped-call]  # compiled, without type information
+        deserialize(data)  # type: ignore[no-untyped-call]  # compiled, without type information; its copies are let go
     except SafetensorError as error:
         raise _bad(what, f"{error}") from error
+    values = memoryview(data).toreadonly()[_LENGTH_BYTES + len(text) :]
     tensors = {}
-    for name, entry in sorted(entries, key=lambda item: item[0]):
-        tensor = RawTensor(entry["dtype"], tuple(entry["shape"]), memoryview(entry["data"]).toreadonly())
+    for name, entry in sorted(header.items()):
+        begin, end = entry["data_offsets"]
+        tensor = RawTensor(entry["dtype"], tuple(entry["shape"]), values[begin:end])
         if not tensor.data:
             raise _bad(what, f"tensor {name!r} has no values")
         if not _is_finite(tensor):
@@ -81,8 +84,8 @@ def _header(data: bytes, limits: Limits, what: str) -> bytes:
     return text
 
 
-def _check_header(text: bytes, limits: Limits, what: str) -> None:
-    """Refuse what the library would accept, and what would make it work long."""
+def _checked(text: bytes, limits: Limits, what: str) -> dict[str, Any]:
+    """The header's entries by name, once what the library would accept, or work long on, has been refused."""
     try:
         header: Any = strict_json.loads(
             text,
@@ -96,13 +99,14 @@ def _check_header(text: bytes, limits: Limits, what: str) -> None:
         raise _bad(what, error.message) from error
     if not isinstance(header, dict):
         raise _bad(what, "the header is not an object")
-    names = header.keys() - {_METADATA}
-    if len(names) > limits.tensors:
-        raise _too_large(what, f"there are {len(names)} tensors", limits.tensors)
-    for name in sorted(names):
+    header.pop(_METADATA, None)
+    if len(header) > limits.tensors:
+        raise _too_large(what, f"there are {len(header)} tensors", limits.tensors)
+    for name in sorted(header):
         dtype = header[name].get("dtype") if isinstance(header[name], dict) else None
         if not isinstance(dtype, str) or dtype not in _EXPONENTS:
             raise _bad(what, f"tensor {name!r} has dtype {str(dtype)[:20]!r}: store it as F32, F16 or BF16")
+    return header
 
 
 def _is_finite(tensor: RawTensor) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import tarfile
 import zlib
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
 
 import zstandard
@@ -22,10 +23,11 @@ from hocket.packages.expert.archive import safe_name
 from hocket.packages.expert.bases import normalised_name
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.names import CONFIG, GRAMMAR, MANIFEST, WEIGHTS
+from hocket.packages.expert.reader import no_weights
 from hocket.packages.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from hocket.packages.adapter import AdapterConfig, BaseModel
     from hocket.packages.expert.manifest import Manifest
@@ -38,19 +40,24 @@ if TYPE_CHECKING:
 
 EXTRAS: Final = (
     CONFIG,
+    GRAMMAR,
+    "tokenizer*",
     "special_tokens_map.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    "chat_template*",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "calibration.json",
     "README.md",
-    "LICENSE",
+    "LICENSE*",
+    "license*",
+    "NOTICE*",
 )
 """Files that are packed when they are there, beside those that the manifest names. The rest of a training output
 (optimizer states, checkpoints, pickled arguments) stays out of the package."""
 
+_ALPHA_END: Final = 2**32
 _GZIP_LEVEL: Final = 6
 _ZSTD_LEVEL: Final = 3
 _GZIP_FORMAT: Final = 31
@@ -75,14 +82,14 @@ def draft_manifest(
     """
     check_name(name)
     check_version(version)
-    adapter: dict[str, Any] = {"type": str(config.kind), "target_modules": list(config.target_modules)}
+    adapter: dict[str, Any] = {"type": str(config.kind), "target_modules": _last_parts(config.target_modules)}
     if config.kind in {AdapterKind.LORA, AdapterKind.DORA}:
         scaling = "rsqrt" if config.use_rslora else "default"
         adapter |= {"r": config.rank, "scaling": scaling, "use_dora": config.kind is AdapterKind.DORA}
-        if config.alpha == int(config.alpha):  # the manifest knows whole ones only; adapter_config.json decides anyway
+        if config.alpha.is_integer() and 1 <= config.alpha < _ALPHA_END:  # manifests know no others
             adapter["alpha"] = int(config.alpha)
     if config.kind is AdapterKind.IA3:
-        adapter["feedforward_modules"] = list(config.feedforward_modules)
+        adapter["feedforward_modules"] = _last_parts(config.feedforward_modules)
     return {
         "name": name,
         "version": version,
@@ -109,6 +116,7 @@ def draft_manifest(
 def gather(
     manifest: bytes,
     find: Find,
+    present: Collection[str],
     *,
     base: BaseModel | None = None,
     tests: Sequence[str] = (),
@@ -122,8 +130,9 @@ def gather(
     Args:
         manifest: `manifest.json`.
         find: Where the other files are.
-        base: The base that is packed for: which of several is told by its name, of which the last part counts. Its
-            digest, if it has one, is written into the manifest.
+        present: Names of those that lie at the root.
+        base: The base that is packed for, by its name, of which the last part counts. Its digest, if it has one, is
+            written into the manifest. None for the only one.
         tests: Names of test files to pack as well.
         limits: Bounds on the manifest.
 
@@ -132,7 +141,7 @@ def gather(
 
     Raises:
         HocketError: The refusals of `parse_manifest`; `BAD_REQUEST` if the base is not told or not named there;
-            `BAD_PACKAGE` for a file that the manifest names and that is not there.
+            `BAD_PACKAGE` for weights, or a file that the manifest names, that are not there.
     """
     parsed = parse_manifest(manifest, limits=limits)
     document = dict(parsed.document)
@@ -145,14 +154,14 @@ def gather(
     candidates = (*([adapter.path] if adapter.path else []), *WEIGHTS)
     weights = next(((name, content) for name in candidates if (content := find(name)) is not None), None)
     if weights is None:
-        raise _missing(WEIGHTS[0])
+        raise no_weights(present)
     files[weights[0]] = weights[1]
     for prompt in parsed.soft_prompts:
         files[prompt.path] = _needed(find, prompt.path)
     if parsed.grammar_file is not None:
         files[parsed.grammar_file] = _needed(find, parsed.grammar_file)
-    for name in (*EXTRAS, GRAMMAR):
-        if (content := find(name)) is not None:
+    for name in sorted(present):
+        if any(fnmatchcase(name, pattern) for pattern in EXTRAS) and (content := find(name)) is not None:
             files[name] = content
     for name in tests:
         files[safe_name(name, limits)] = _needed(find, name)
@@ -214,16 +223,19 @@ def _tar_entry(name: str, content: bytes) -> Iterator[bytes | memoryview]:
 def _chosen_base(manifest: Manifest, base: BaseModel | None) -> int:
     """The place of the base that is packed for."""
     names = [entry.base.name for entry in manifest.bases]
-    if len(names) == 1:
-        return 0
     if base is None:
+        if len(names) == 1:
+            return 0
         raise HocketError(
             Reason.BAD_REQUEST, f"the manifest names several bases: choose one (--base) of {', '.join(names)}"
         )
     found = [place for place, name in enumerate(names) if name == base.name]
     found = found or [place for place, name in enumerate(names) if normalised_name(name) == normalised_name(base.name)]
     if len(found) != 1:
-        raise HocketError(Reason.BAD_REQUEST, f"the manifest names no base {base.name[:80]!r}: {', '.join(names)}")
+        known = "" if base.digest is None else f"; if that is the same model, write its hocket_base, {base.digest}"
+        raise HocketError(
+            Reason.BAD_REQUEST, f"the manifest is for {', '.join(names)} and not for {base.name[:80]!r}{known}"
+        )
     return found[0]
 
 
@@ -234,11 +246,17 @@ def _fill_in(document: dict[str, Any], place: int, weights: bytes, base_digest: 
     if document.get("base_models"):
         entry = document["base_models"][place]
         document["base_models"] = [{**entry, **based, "adapters": [{**entry["adapters"][0], **stated}]}]
+        document.pop("adapters", None)  # of schema 1.0, where it has no meaning
     else:
         document["base_model"] = {**document["base_model"], **based}
         document["adapters"] = [{**document["adapters"][0], **stated}]
     if document.get("integrity") is not None:
         document["integrity"] = None
+
+
+def _last_parts(modules: Sequence[str]) -> list[str]:
+    """Names of modules without the paths to them, each once, as manifests list them."""
+    return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
 def _needed(find: Find, name: str) -> bytes:

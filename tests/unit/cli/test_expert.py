@@ -123,6 +123,9 @@ class TestPack:
         assert hocket("expert", "pack", authored, "--out", tmp_path / "c", "--zstd").code == 0
         assert read_archive((tmp_path / "c").read_bytes()).files == read_archive((tmp_path / "a").read_bytes()).files
 
+    def test_what_is_not_packed_is_named(self, hocket: Any, authored: Path, tmp_path: Path) -> None:
+        assert "not packed: training_args.bin" in hocket("expert", "pack", authored, "-o", tmp_path / "x").err
+
     def test_the_adapter_may_lie_in_another_folder(self, hocket: Any, authored: Path, tmp_path: Path) -> None:
         final = authored / "weights" / "final"
         final.mkdir(parents=True)
@@ -172,8 +175,13 @@ class TestPack:
             {"name": ""},
             {"soft_prompts": [{"name": "s", "path": "s.pt", "tokens": 2}]},
             {"base_models": []},
+            {"name": "../../escaped"},
+            {"version": "1/../2"},
+            {"constraints": {"requires": ["../x y"]}},
+            {"constraints": {"requires": ["expert-sql"]}},
+            {"constraints": {"incompatible_with": ["a@not a range"]}},
         ],
-        ids=["no name", "a pickle", "no base"],
+        ids=["no name", "a pickle", "no base", "a path", "no version", "no requirement", "itself", "no range"],
     )
     def test_pack_refuses_what_validate_finds_wrong(
         self, hocket: Any, authored: Path, tmp_path: Path, changes: dict[str, Any]

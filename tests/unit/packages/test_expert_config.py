@@ -9,9 +9,9 @@ from safetensors.numpy import save
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import Limits
-from hocket.packages.adapter import AdapterConfig, AdapterKind
+from hocket.packages.adapter import AdapterConfig, AdapterKind, RawTensor
 from hocket.packages.expert.config import read_config, unsupported
-from hocket.packages.expert.tensors import Findings, check_tensors, values_for
+from hocket.packages.expert.tensors import Findings, as_peft_names, check_tensors, values_for
 from hocket.packages.expert.weights import read_tensors
 from tests.experts import HIDDEN, adapter_config, adapter_tensors, module_path
 
@@ -131,6 +131,15 @@ class TestReading:
         assert refusal.value.reason is Reason.BAD_ADAPTER
         assert next(iter(change)).removesuffix("_or_path") in refusal.value.message
 
+    @pytest.mark.parametrize("document", [PEFT_LORA, PEFT_IA3, PEFT_PROMPT])
+    @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+    @pytest.mark.parametrize("value", [5, [5], "q_proj"])
+    def test_patterns_are_objects_whatever_the_kind(self, document: Any, key: str, value: Any) -> None:
+        with pytest.raises(HocketError, match=key) as refusal:
+            config_of(document, **{key: value})
+        assert refusal.value.reason is Reason.BAD_ADAPTER
+        assert config_of(document, **{key: {}}) == config_of(document)
+
     def test_a_document_that_is_no_object_is_refused(self) -> None:
         with pytest.raises(HocketError) as refusal:
             read_config(b"[]")
@@ -174,14 +183,13 @@ class TestSupport:
         ("change", "advice"),
         [
             ({"task_type": "SEQ_CLS"}, "CAUSAL_LM alone"),
-            ({"target_modules": r".*\.q_proj"}, "list the modules by name"),
-            ({"rank_pattern": {"^model.layers.0": 2}}, "name them plainly"),
-            ({"alpha_pattern": {".*q_proj": 2}}, "name them plainly"),
+            ({"rank_pattern": {"^model.layers.0": 2}}, "write plain names"),
+            ({"alpha_pattern": {".*q_proj": 2}}, "write plain names"),
             ({"bias": "lora_only"}, "train with bias none"),
             ({"bias": "all"}, "train with bias none"),
             ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-            ({"init_lora_weights": "olora"}, "convert the adapter"),
-            ({"init_lora_weights": "loftq"}, "convert the adapter"),
+            ({"init_lora_weights": "olora"}, "plain LoRA"),
+            ({"init_lora_weights": "loftq"}, "train it again"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
             ({"layer_replication": [[0, 2]]}, "layer_replication"),
             ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
@@ -214,7 +222,8 @@ class TestSupport:
         assert obstacle(PEFT_LORA, **change) is None
 
     def test_feedforward_modules_by_regular_expression_are_not_supported(self) -> None:
-        assert "list the modules by name" in (obstacle(PEFT_IA3, feedforward_modules=".*down.*") or "")
+        assert "write the list of names" in (obstacle(PEFT_IA3, feedforward_modules=".*down.*") or "")
+        assert obstacle(PEFT_IA3, feedforward_modules=["down_proj"]) is None
 
     def test_a_prompt_for_an_encoder_is_not_supported(self) -> None:
         assert "decoder" in (obstacle(PEFT_PROMPT, num_transformer_submodules=2) or "")
@@ -229,6 +238,9 @@ def findings(kind: str, config: dict[str, Any] | None = None, limits: Limits | N
     kept = {name: value for name, value in every.items() if value is not None}
     document = adapter_config(kind, **(config or {}))
     return check_tensors(read_config(encoded(document)), read_tensors(save(kept)), limits or Limits())
+
+
+RAW = RawTensor("F32", (1,), bytes(4))
 
 
 def full(short: str) -> str:
@@ -291,9 +303,29 @@ class TestTensors:
         assert refusal.value.reason is Reason.BAD_ADAPTER
         assert blamed in refusal.value.message
 
-    def test_a_module_that_is_named_but_has_no_tensors_is_refused(self) -> None:
-        with pytest.raises(HocketError, match="target_modules names 'k_proj'"):
-            findings("lora", {"target_modules": ["q_proj", "down_proj", "k_proj"]})
+    def test_a_module_that_is_named_but_has_no_tensors_is_told(self) -> None:
+        found = findings("lora", {"target_modules": ["q_proj", "down_proj", "k_proj"]})
+        assert found.unmatched == ("k_proj",)
+        assert found.projections == ("down_proj", "q_proj")
+        assert findings("lora").unmatched == ()
+
+    def test_modules_that_a_regular_expression_chose_are_those_that_have_tensors(self) -> None:
+        found = findings("lora", {"target_modules": r".*\.(q|down)_proj"})
+        assert (found.projections, found.unmatched, found.not_servable) == (("down_proj", "q_proj"), (), None)
+
+    def test_names_that_documents_shorten_are_read_as_peft_s(self) -> None:
+        names = adapter_tensors("dora")
+        shortened = [name.removeprefix("base_model.model.").removesuffix(".weight") for name in names]
+        assert as_peft_names({name.replace("_vector", ""): RAW for name in shortened}).keys() == names.keys()
+        assert as_peft_names({"x.ia3_scale": RAW, "prompt_embeddings": RAW}).keys() == {
+            "base_model.model.x.ia3_l",
+            "prompt_embeddings",
+        }
+
+    def test_one_tensor_under_two_names_is_refused(self) -> None:
+        with pytest.raises(HocketError, match="twice") as refusal:
+            as_peft_names({"x.lora_A": RAW, "base_model.model.x.lora_A.weight": RAW})
+        assert refusal.value.reason is Reason.BAD_ADAPTER
 
     def test_a_name_fits_whole_parts_of_a_path_only(self) -> None:
         with pytest.raises(HocketError, match="does not name"):

@@ -190,12 +190,23 @@ class TestConfiguration:
         assert reason_of(**package, files={"adapter_config.json": None}) is Reason.UNSUPPORTED_TYPE
 
     @pytest.mark.parametrize(
-        "config", [{"modules_to_save": ["lm_head"]}, {"target_modules": ".*_proj"}, {"bias": "all"}]
+        "config", [{"modules_to_save": ["lm_head"]}, {"rank_pattern": {".*_proj": 2}}, {"bias": "all"}]
     )
     def test_what_the_suite_cannot_do_is_read_but_cannot_serve(self, config: dict[str, Any]) -> None:
         facts = facts_of(config=config)
         assert facts.not_servable is not None
         assert (facts.kind, facts.rank) == (AdapterKind.LORA, 2)
+
+    def test_modules_without_tensors_are_a_warning(self) -> None:
+        facts = facts_of(config={"target_modules": ["q_proj", "down_proj", "query_key_value"]})
+        assert facts.not_servable is None
+        assert any("query_key_value" in warning for warning in facts.warnings)
+
+    def test_weights_that_are_a_pickle_are_refused_with_advice(self) -> None:
+        files = {"adapter_model.safetensors": None, "adapter_model.bin": b"\x80\x04"}
+        with pytest.raises(HocketError, match="a pickle, which is never loaded") as refusal:
+            read(expert_package(files=files))
+        assert refusal.value.reason is Reason.BAD_PACKAGE
 
     def test_what_contradicts_the_tensors_is_refused(self) -> None:
         assert reason_of(config={"r": 4}) is Reason.BAD_ADAPTER
@@ -219,6 +230,21 @@ class TestSoftPrompts:
         assert facts.soft_prompt_tokens == 3
         assert facts.parameter_bytes == facts_of().parameter_bytes + 3 * HIDDEN * 4
         assert facts.not_servable is None
+
+    def test_each_is_listed_once(self) -> None:
+        other = {**STYLE, "name": "other"}
+        files = {STYLE["path"]: soft_prompt()}
+        assert reason_of(manifest={"soft_prompts": [STYLE, other]}, files=files) is Reason.BAD_ADAPTER
+        other["path"] = "soft_prompts/other.safetensors"
+        files[other["path"]] = soft_prompt()
+        assert facts_of(manifest={"soft_prompts": [STYLE, other]}, files=files).soft_prompt_tokens == 6
+
+    @pytest.mark.parametrize("shape", [(), (2,), (2, HIDDEN, 1)])
+    def test_one_that_is_no_matrix_is_refused_whatever_else_is_the_matter(self, shape: tuple[int, ...]) -> None:
+        other = {"prompt_embeddings": np.ones(shape, np.float32)}
+        package: dict[str, Any] = {"kind": "soft_prompt", "config": {"num_transformer_submodules": 2}}
+        assert "decoder" in (facts_of(**package).not_servable or "")
+        assert reason_of(**package, tensors=other) is Reason.BAD_ADAPTER
 
     def test_upstream_s_packager_moves_it_to_the_root(self) -> None:
         prompts = adapter_of(
@@ -273,7 +299,8 @@ class TestSoftPrompts:
         )
         assert adapter.soft_prompts == ()
         assert facts.soft_prompt_tokens == 3
-        assert f"python -m training.soft_prompt style.{suffix} style.safetensors" in (facts.not_servable or "")
+        assert f"the soft prompt 'style.{suffix}'" in (facts.not_servable or "")
+        assert "python -m training.soft_prompt IN OUT" in (facts.not_servable or "")
 
 
 class TestGrammar:
@@ -286,6 +313,11 @@ class TestGrammar:
         files = {"grammar.gbnf": b"general", "sql.gbnf": b"special"}
         assert adapter_of(manifest=manifest, files=files).grammar == "special"
         assert adapter_of(manifest=manifest, files={"grammar.gbnf": b"general"}).grammar == "general"
+
+    def test_upstream_s_packager_moves_it_to_the_root(self) -> None:
+        manifest = {"training": {"decoding": {"grammar_file": "grammars/sql.gbnf"}}}
+        files = {"grammar.gbnf": b"general", "sql.gbnf": b"special"}
+        assert adapter_of(manifest=manifest, files=files).grammar == "special"
 
     def test_one_that_is_promised_but_missing_is_worth_a_warning(self) -> None:
         manifest = {"training": {"decoding": {"use_grammar": True}}}

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -29,7 +30,7 @@ def draft(**changes: Any) -> dict[str, Any]:
 
 
 def packed(document: Mapping[str, Any], files: Mapping[str, bytes] = FILES, **options: Any) -> dict[str, bytes]:
-    return gather(pretty(document), dict(files).get, **options)
+    return gather(pretty(document), dict(files).get, files, **options)
 
 
 def manifest_of(files: Mapping[str, bytes]) -> Any:
@@ -67,6 +68,16 @@ class TestDraft:
         assert adapter["scaling"] == "rsqrt"
         assert "alpha" not in adapter  # a manifest holds whole ones only
 
+    @pytest.mark.parametrize("alpha", [-2.0, 0.5, 1e300])
+    def test_an_alpha_that_manifests_cannot_hold_is_left_to_the_configuration(self, alpha: float) -> None:
+        document = draft_manifest(replace(LORA, alpha=alpha), QWEN, name="expert-x", version="1.0.0")
+        assert parse_manifest(pretty(document)).bases[0].adapters[0].alpha is None
+
+    def test_modules_are_listed_by_their_last_parts(self) -> None:
+        paths = tuple(f"model.layers.{layer}.self_attn.q_proj" for layer in range(300))
+        document = draft_manifest(replace(LORA, target_modules=paths), QWEN, name="expert-x", version="1.0.0")
+        assert parse_manifest(pretty(document)).bases[0].adapters[0].target_modules == ("q_proj",)
+
     @pytest.mark.parametrize("told", [{"name": "Expert SQL"}, {"version": "1/0"}])
     def test_a_name_no_release_can_have_is_refused(self, told: dict[str, str]) -> None:
         refusal = refusal_of(draft_manifest, LORA, QWEN, **{"name": "expert-sql", "version": "1.0.0", **told})
@@ -100,7 +111,7 @@ class TestGather:
         assert manifest_of(packed(draft(integrity=integrity)))["integrity"] is None
 
     def test_what_belongs_to_a_package_is_taken_and_nothing_else(self) -> None:
-        taken = {"README.md": b"r", "LICENSE": b"l", "tokenizer.json": b"t", "grammar.gbnf": b"g"}
+        taken = {"README.md": b"r", "LICENSE.txt": b"l", "tokenizer.model": b"t", "grammar.gbnf": b"g"}
         left = {"training_args.bin": b"pickle", "optimizer.pt": b"o", "trainer_state.json": b"s"}
         assert packed(draft(), {**FILES, **taken, **left}).keys() == {"manifest.json", *FILES, *taken}
 
@@ -123,6 +134,18 @@ class TestGather:
         refusal = refusal_of(packed, draft(), {"adapter_config.json": b"{}"})
         assert refusal.reason is Reason.BAD_PACKAGE
         assert packed(draft(), {"weights.safetensors": b"w"})["weights.safetensors"] == b"w"
+        assert "a pickle" in refusal_of(packed, draft(), {"adapter_model.bin": b"w"}).message
+
+    def test_a_base_that_the_manifest_is_not_for_is_refused_even_if_it_names_one_alone(self) -> None:
+        other = BaseModel("Llama-9", digest=f"sha256:{'2' * 64}")
+        refusal = refusal_of(packed, draft(), base=other)
+        assert refusal.reason is Reason.BAD_REQUEST
+        assert "is for Qwen3-0.6B" in refusal.message
+        assert str(other.digest) in refusal.message
+        assert packed(draft(), base=BaseModel("Qwen/qwen3-0.6b"))
+
+    def test_adapters_of_the_first_schema_do_not_stay_in_the_second(self) -> None:
+        assert "adapters" not in manifest_of(packed(draft(adapters=[{"type": "lora", "target_modules": []}])))
 
     @pytest.mark.parametrize("chosen", ["models/Llama-3", "llama-3", "LLAMA-3"])
     def test_one_of_several_bases_is_chosen_by_its_name_or_the_last_part_of_it(self, chosen: str) -> None:

@@ -8,10 +8,11 @@ from tests.fuzz.harnesses import HARNESSES
 
 def outcomes(name: str) -> set[str]:
     """What becomes of a harness's first seeds."""
+    harness = HARNESSES[name]
     seen = set()
-    for seed in islice(HARNESSES[name].seeds(), 40):
+    for seed in islice(harness.seeds(), 40):
         try:
-            HARNESSES[name].read(seed)
+            harness.read(harness.prepare(seed))
             seen.add("read")
         except HocketError:
             seen.add("refused")
