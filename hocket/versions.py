@@ -50,10 +50,12 @@ class Version:
     Attributes:
         text: As released. Versions are equal if their texts are.
         semantic: Its precedence, larger for the newer; None for a version that is not semantic.
+        order: What versions are sorted by: precedence, and between equals the text, which build metadata is part of.
     """
 
     text: str
     semantic: Precedence | None = field(compare=False)
+    order: tuple[object, ...] = field(compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Version:
@@ -65,20 +67,16 @@ class Version:
         check_version(text)
         match = _SEMANTIC.fullmatch(text)
         if match is None:
-            return cls(text, None)
+            return cls(text, None, (*_NOT_SEMANTIC, text))
         major, minor, patch, prerelease = match.groups()
         parts = () if prerelease is None else tuple(map(_part, prerelease.split(".")))
-        return cls(text, (int(major), int(minor), int(patch), prerelease is None, parts))
+        semantic = (int(major), int(minor), int(patch), prerelease is None, parts)
+        return cls(text, semantic, (*semantic, text))
 
     @property
     def is_prerelease(self) -> bool:
         """Whether it comes before the version it is named after, such as `1.0.0-rc.1`."""
         return self.semantic is not None and not self.semantic[3]
-
-    @property
-    def order(self) -> tuple[object, ...]:
-        """What versions are sorted by: precedence, and between equals the text, which build metadata is part of."""
-        return (*(self.semantic or _NOT_SEMANTIC), self.text)
 
     def __lt__(self, other: Version) -> bool:
         return self.order < other.order

@@ -19,7 +19,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import combinations, islice
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from hocket.errors import HocketError, Reason
@@ -278,8 +277,8 @@ class _Search:
         self._available: dict[_Key, list[Candidate]] = defaultdict(list)
         for candidate in available:
             self._available[candidate.publisher, candidate.name].append(candidate)
-        self._parsed: dict[str, tuple[Version, tuple[object, ...]]] = {}
-        self._versions: dict[_Key, list[tuple[Version, Candidate]]] = {}
+        self._versions: dict[str, Version] = {}
+        self._newest_first: dict[_Key, list[Candidate]] = {}
         self._experts: dict[tuple[_Key, int], _Expert | None] = {}
         self._patterns: dict[tuple[str, str | None], Requirement] = {}
         self._unreadable: dict[_Key, list[str]] = defaultdict(list)
@@ -305,11 +304,11 @@ class _Search:
         in_the_way = {due[0]}
         conflict = _ConflictError(set(), {})
         learned: list[list[_Trait]] = []
-        versions = self._versions_of(key)
+        releases = self._releases(key)
         tried = 0
-        for position, (version, _) in enumerate(versions):
+        for position, candidate in enumerate(releases):
             self._spend(len(due))
-            if (refusing := _refusing(due, version)) is not None:
+            if (refusing := _refusing(due, self._versions[candidate.version])) is not None:
                 in_the_way.add(refusing)
                 continue
             if (expert := self._expert(key, position)) is None:
@@ -329,7 +328,7 @@ class _Search:
                 conflict.problems |= error.problems
                 self._spend(len(error.traits) + len(error.problems))
         conflict.traits.update(*(need.traits() for need in in_the_way))
-        if tried == 0 or tried < len(versions):
+        if tried == 0 or tried < len(releases):
             conflict.problems |= self._unmet(key, due)
         raise conflict
 
@@ -382,46 +381,43 @@ class _Search:
                 traits = set().union(*(need.traits() for need in by_key.values()))
                 raise _ConflictError(traits | {_Trait(expert.key, _accepts, most)}, {said: Reason.TOO_MANY_EXPERTS})
 
-    def _versions_of(self, key: _Key) -> list[tuple[Version, Candidate]]:
+    def _releases(self, key: _Key) -> list[Candidate]:
         """The versions of an expert, the newest first."""
-        if key not in self._versions:
-            rows = []
-            for candidate in self._available.get(key, ()):
-                try:
-                    version, order = self._version(candidate.version)
-                except HocketError as error:
-                    self._leave_out(candidate, error)
-                else:
-                    rows.append(((*order, candidate.digest), version, candidate))
-            rows.sort(key=itemgetter(0), reverse=True)
-            self._versions[key] = [(version, candidate) for _, version, candidate in rows]
-        return self._versions[key]
+        if key not in self._newest_first:
+            readable = [each for each in self._available.get(key, ()) if self._has_version(each)]
+            readable.sort(key=lambda each: each.digest)
+            readable.sort(key=lambda each: self._versions[each.version].order, reverse=True)
+            self._newest_first[key] = readable
+        return self._newest_first[key]
 
-    def _version(self, text: str) -> tuple[Version, tuple[object, ...]]:
-        """Read a version; many experts have the same ones."""
-        if (read := self._parsed.get(text)) is None:
-            version = Version.parse(text)
-            read = self._parsed[text] = version, version.order
-        return read
+    def _has_version(self, candidate: Candidate) -> bool:
+        """Read its version, unless another expert has the same one."""
+        if candidate.version not in self._versions:
+            try:
+                self._versions[candidate.version] = Version.parse(candidate.version)
+            except HocketError as error:
+                self._leave_out(candidate, error)
+                return False
+        return True
 
     def _expert(self, key: _Key, position: int) -> _Expert | None:
         """The version at a position; None if its constraints cannot be read."""
         if (key, position) not in self._experts:
-            version, candidate = self._versions[key][position]
+            candidate = self._releases(key)[position]
             try:
-                self._experts[key, position] = self._read(version, candidate)
+                self._experts[key, position] = self._read(candidate)
             except HocketError as error:
                 self._leave_out(candidate, error)
                 self._experts[key, position] = None
         return self._experts[key, position]
 
-    def _read(self, version: Version, candidate: Candidate) -> _Expert:
+    def _read(self, candidate: Candidate) -> _Expert:
         patterns: dict[str, list[Requirement]] = defaultdict(list)
         requires = [self._pattern(text, candidate.publisher) for text in candidate.constraints.requires]
         for text in candidate.constraints.incompatible_with:
             pattern = self._pattern(text, None)
             patterns[pattern.name].append(pattern)
-        return _Expert(candidate, version, tuple(requires), patterns)
+        return _Expert(candidate, self._versions[candidate.version], tuple(requires), patterns)
 
     def _pattern(self, text: str, publisher: str | None) -> Requirement:
         """Read a pattern; the versions of an expert share most of theirs."""
@@ -439,7 +435,7 @@ class _Search:
     def _unmet(self, key: _Key, needs: Iterable[_Need]) -> dict[str, Reason]:
         """What is needed of an expert, and what there is of it."""
         self._spend(20)
-        there = _few([version.text for version, _ in self._versions_of(key)])
+        there = _few([each.version for each in self._releases(key)])
         said = [_few(dict.fromkeys(map(str, needs))), f"of {_spelled(*key)} there is {there or 'none'}"]
         return {"; ".join([*said, *self._unreadable[key][:_SHOWN_MAX]]): Reason.REQUIREMENT_MISSING}
 
