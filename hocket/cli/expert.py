@@ -103,7 +103,8 @@ def new(
         output.emit({"path": str(path), "manifest": manifest})
         return
     output.say(f"{path} is written: say in it what the expert does (description, capabilities, routing, license)")
-    output.say(f"Then: hocket expert validate {folder} --strict, and hocket expert pack {folder}")
+    missing = "" if trained.exists() else f"put what PEFT's save_pretrained writes into {folder}, then "
+    output.say(f"Next: {missing}hocket expert validate {folder} --strict, and hocket expert pack {folder}")
 
 
 @app.command()
@@ -196,6 +197,8 @@ def pack(
         return
     for warning in report.warnings:
         output.say(f"warning: {warning}", stderr=True)
+    if name is not None:
+        output.say(f"To say more in its manifest: hocket expert new {folder} --name {facts.name}", stderr=True)
     output.card(
         f"{facts.name} {facts.version}",
         [

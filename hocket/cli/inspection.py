@@ -30,7 +30,7 @@ _KINDS: Final = {
     AdapterKind.SOFT_PROMPT: "soft prompt",
 }
 _UPSTREAM: Final = {
-    Outcome.UNSIGNED: "none in the file",
+    Outcome.UNSIGNED: "none of upstream's tools inside",
     Outcome.VALID: "covers every file",
     Outcome.WEIGHTS_ONLY: "covers every file but the manifest",
     Outcome.INVALID: "IS NOT VALID",

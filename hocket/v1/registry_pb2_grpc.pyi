@@ -51,8 +51,9 @@ class RegistryServiceStub:
     `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.
     FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
     `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`; for an adapter `NAME_MISMATCH` when release and
-    manifest disagree, and `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
-    `TOO_MANY_EXPERTS` when what it requires is not here or does not go together.
+    manifest disagree, `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
+    `TOO_MANY_EXPERTS` when what it requires is not here or does not go together, and `RESOLUTION_TOO_HARD` when that
+    cannot be found out within bounds.
     ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
     the name of the mixture that the package is by itself belongs to another package.
     """
@@ -140,8 +141,9 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.
     FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
     `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`; for an adapter `NAME_MISMATCH` when release and
-    manifest disagree, and `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
-    `TOO_MANY_EXPERTS` when what it requires is not here or does not go together.
+    manifest disagree, `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
+    `TOO_MANY_EXPERTS` when what it requires is not here or does not go together, and `RESOLUTION_TOO_HARD` when that
+    cannot be found out within bounds.
     ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
     the name of the mixture that the package is by itself belongs to another package.
     """
@@ -232,8 +234,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.
         FAILED_PRECONDITION: `UNSIGNED`, `SIGNATURE_INVALID`, `SIGNER_NOT_TRUSTED`, `KEY_REVOKED`, `KEY_EXPIRED`,
         `NAME_NOT_ALLOWED`, `ENCRYPTED`, `NOT_SERVABLE`, `YANKED`; for an adapter `NAME_MISMATCH` when release and
-        manifest disagree, and `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
-        `TOO_MANY_EXPERTS` when what it requires is not here or does not go together.
+        manifest disagree, `REQUIREMENT_MISSING`, `REQUIREMENT_CYCLE`, `EXPERTS_INCOMPATIBLE`, `BASE_MISMATCH` or
+        `TOO_MANY_EXPERTS` when what it requires is not here or does not go together, and `RESOLUTION_TOO_HARD` when that
+        cannot be found out within bounds.
         ALREADY_EXISTS: `VERSION_TAKEN` for the same publisher/name@version with other bytes, `NAME_TAKEN` when
         the name of the mixture that the package is by itself belongs to another package.
         """

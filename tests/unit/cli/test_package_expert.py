@@ -111,7 +111,7 @@ def test_inspect_prints_a_card_for_people(hocket: Any, tmp_path: Path) -> None:
         "word7 and 4 more (priority 0.5)",
         "expert-json@>=1",
         "expert-xml",
-        "none in the file",
+        "none of upstream's tools inside",
         "`hocket sign`",
         "Apache-2.0",
         "the manifest says r 4; adapter_config.json says 2",
