@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from hocket.errors import HocketError
 from hocket.packages import apr, expert
 from hocket.packages.expert.archive import is_expert, read_archive
@@ -130,12 +132,14 @@ def _adapters() -> Iterator[bytes]:
         ("lora", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 8}}),
         ("lora", {"target_modules": ".*_proj", "use_rslora": True, "bias": "all"}),
         ("lora", {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]}),
-        ("ia3", {"rank_pattern": {}, "fan_in_fan_out": True}),
+        ("ia3", {"rank_pattern": 0, "alpha_pattern": 0, "exclude_modules": 0}),
         ("soft_prompt", {"num_transformer_submodules": 2}),
     ):
         yield _written(experts.expert_files(kind=kind, config=config))
     for kind in _KINDS:
         yield _written(experts.expert_files(kind=kind, files={"adapter_config.json": None}))
+    vector = {"prompt_embeddings": np.zeros(2, np.float32)}
+    yield _written(experts.expert_files(kind="soft_prompt", tensors=vector))
     yield _written(_flat_prompt(2**19), {"p.safetensors": 2**21 - 1})
 
 

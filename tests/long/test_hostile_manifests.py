@@ -104,18 +104,33 @@ def _long_lists() -> list[Candidate]:
 
 
 CATALOGUES = {
-    "random requirements": _random_requirements(),
-    "nine slots for ten": _exclusive_slots(9),
-    "twenty slots for ten": _exclusive_slots(20),
-    "everything requires everything": _everything_requires_everything(),
-    "long lists": _long_lists(),
-    "a long chain": [expert(f"acme/n{n}@1.0.0", f"n{n + 1}") for n in range(200)],
-    "each its own base": [
-        expert(f"acme/n{n}@{version}.0.0", base=BaseModel(f"m{version + 20 * n}"))
-        for n in range(10)
-        for version in range(20)
-    ],
+    "random requirements": (_random_requirements(), Reason.TOO_MANY_EXPERTS),
+    "nine slots for ten": (_exclusive_slots(9), Reason.RESOLUTION_TOO_HARD),
+    "twenty slots for ten": (_exclusive_slots(20), None),
+    "everything requires everything": (_everything_requires_everything(), Reason.TOO_MANY_EXPERTS),
+    "long lists": (_long_lists(), Reason.TOO_MANY_EXPERTS),
+    "a long chain": ([expert(f"acme/n{n}@1.0.0", f"n{n + 1}") for n in range(200)], Reason.TOO_MANY_EXPERTS),
+    "each its own base": (
+        [
+            expert(f"acme/n{n}@{version}.0.0", base=BaseModel(f"m{version + 20 * n}"))
+            for n in range(10)
+            for version in range(20)
+        ],
+        Reason.BASE_MISMATCH,
+    ),
 }
+
+
+VERSIONS = [f"{n // 1000}.{n // 10 % 100}.{n % 10}" for n in range(5_000)]
+NEWEST, OLD = VERSIONS[-1], VERSIONS[3]
+LONG_LIVED: dict[str, tuple[Callable[[int], dict[str, Any]], str, str]] = {
+    "unconstrained": (lambda _: {}, "", NEWEST),
+    "exact versions": (lambda _: {}, f"@{OLD}", OLD),
+    "old ones of the first": (lambda n: {"requires": ["n0@<1.0.0"] if n else []}, "", NEWEST),
+    "all of one base but one expert": (lambda n: {"base": BaseModel("x")} if n == 5 else {}, "", ""),
+    "each excludes all others": (lambda n: {"incompatible_with": [f"n{m}" for m in range(10) if m != n]}, "", ""),
+}
+"""What ten experts of 5,000 versions each say, which versions are asked for, and which of the last is found, if any."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -156,16 +171,36 @@ def test_a_hostile_manifest_takes_neither_time_nor_memory(document: dict[str, An
     assert peak_bytes(lambda: parse_manifest(data)) < BYTES_MAX
 
 
-@pytest.mark.parametrize("available", CATALOGUES.values(), ids=CATALOGUES.keys())
-def test_a_hostile_catalogue_takes_neither_time_nor_memory(available: list[Candidate]) -> None:
+@pytest.mark.parametrize(("available", "reason"), CATALOGUES.values(), ids=CATALOGUES.keys())
+def test_a_hostile_catalogue_takes_neither_time_nor_memory(available: list[Candidate], reason: Reason | None) -> None:
     names = sorted({f"{each.publisher}/{each.name}" for each in available})[:10]
     wanted = [Requirement.parse(name) for name in names]
-    reason = None
+    found = None
 
     try:
         resolve(wanted, available)
     except HocketError as error:
-        reason = error.reason
-    assert reason in {None, Reason.EXPERTS_INCOMPATIBLE, Reason.REQUIREMENT_MISSING, Reason.BASE_MISMATCH}
+        found = error.reason
+    assert found is reason
+    assert seconds(lambda: resolve(wanted, available)) < SECONDS_MAX
+    assert peak_bytes(lambda: resolve(wanted, available)) < BYTES_MAX
+
+
+@pytest.mark.parametrize(("says", "range_", "newest"), LONG_LIVED.values(), ids=LONG_LIVED.keys())
+def test_ten_experts_of_five_thousand_versions_each_are_soon_resolved(
+    says: Callable[[int], dict[str, Any]], range_: str, newest: str
+) -> None:
+    available = []
+    for n in range(10):
+        requires = says(n).get("requires", [])
+        others = {key: value for key, value in says(n).items() if key != "requires"}
+        available += [expert(f"acme/n{n}@{version}", *requires, **others) for version in VERSIONS]
+    random.Random(1).shuffle(available)
+    wanted = [Requirement.parse(f"acme/n{n}{range_}") for n in range(10)]
+    found = {}
+
+    with contextlib.suppress(HocketError):
+        found = {each.candidate.name: each.candidate.version for each in resolve(wanted, available).experts}
+    assert found.get("n9", "") == newest
     assert seconds(lambda: resolve(wanted, available)) < SECONDS_MAX
     assert peak_bytes(lambda: resolve(wanted, available)) < BYTES_MAX

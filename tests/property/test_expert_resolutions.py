@@ -25,7 +25,7 @@ patterns = st.builds(
 constraints = st.builds(
     Constraints,
     st.integers(0, 3),
-    st.none(),
+    st.sampled_from([None, None, None, 1, 2]),
     st.lists(patterns, max_size=2).map(tuple),
     st.just(()) | st.lists(patterns, max_size=2).map(tuple),
 )
@@ -60,10 +60,15 @@ def fits(chosen: Sequence[Candidate], wanted: Sequence[Requirement]) -> bool:
     met = all(any(names(each, each.publisher, other) for other in chosen) for each in wanted) and all(
         any(names(each, owner.publisher, other) for other in chosen) for owner in chosen for each in requirements(owner)
     )
-    return met and not any(
-        compatibility(one.base, other.base).match is Match.DIFFERENT
-        or any(names(Requirement.parse(text), None, other) for text in one.constraints.incompatible_with)
-        for one, other in itertools.permutations(chosen, 2)
+    few = all(len(chosen) <= (each.constraints.max_chain or len(chosen)) for each in chosen)
+    return (
+        few
+        and met
+        and not any(
+            compatibility(one.base, other.base).match is Match.DIFFERENT
+            or any(names(Requirement.parse(text), None, other) for text in one.constraints.incompatible_with)
+            for one, other in itertools.permutations(chosen, 2)
+        )
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -290,6 +291,18 @@ def test_no_more_experts_go_together_than_the_least_patient_of_them_allows() -> 
     assert "acme/a@1.0.0 goes together with at most 2 experts" in error.message
 
 
+def test_an_older_version_is_chosen_where_the_newest_needs_too_many_experts() -> None:
+    many = [f"e{n}" for n in range(10)]
+    available = [expert("acme/a@2.0.0", *many), expert("acme/a@1.0.0", *many[1:]), expert("acme/b@2.0.0", max_chain=1)]
+    available += [expert(f"acme/{name}@1.0.0") for name in many]
+
+    assert chosen(["acme/a"], *available)[-1] == "acme/a@1.0.0"
+    assert refused(["acme/a@2.0.0"], *available).reason is Reason.TOO_MANY_EXPERTS
+    assert refused(["acme/b", "acme/e0"], *available).reason is Reason.TOO_MANY_EXPERTS
+    one = expert("acme/b@1.0.0")
+    assert chosen(["acme/b", "acme/e0"], *available, one) == ["acme/b@1.0.0", "acme/e0@1.0.0"]
+
+
 def test_an_expert_whose_constraints_cannot_be_read_is_left_out_and_said_to_be() -> None:
     bad = [expert("acme/a@3.0.0", "??"), expert("acme/a@2.0.0", incompatible_with=["b@^1"]), expert("acme/a@v 1")]
 
@@ -313,23 +326,69 @@ def test_ten_experts_with_a_hundred_versions_each_are_no_trouble() -> None:
     assert chosen(["acme/n0"], *available) == [f"acme/n{n}@1.99.0" for n in reversed(range(10))]
 
 
-def test_a_search_without_end_is_refused_with_advice() -> None:
-    # Ten experts, no two of which may have the same of nine versions.
-    available = [
-        expert(f"acme/n{n}@{slot}.0.0", incompatible_with=[f"n{other}@{slot}.0.0" for other in range(10) if other != n])
-        for n in range(10)
+def test_ten_experts_with_many_versions_each_are_chosen_at_their_newest_or_as_asked_for() -> None:
+    available = [expert(f"acme/n{n}@1.0.{patch}") for n in range(10) for patch in range(200)]
+    names = [f"acme/n{n}" for n in range(10)]
+
+    assert chosen(names, *available) == [f"{name}@1.0.199" for name in names]
+    exactly = [f"{name}@1.0.3" for name in names]
+    assert chosen(exactly, *available) == exactly
+
+
+def test_versions_that_fail_alike_are_not_all_tried() -> None:
+    old = [expert(f"acme/a@1.0.{patch}") for patch in range(100)]
+    new = [expert(f"acme/a@2.0.{patch}", incompatible_with=["b", "c"]) for patch in range(500)]
+    rest = [expert(f"acme/{name}@1.0.{patch}", "a@<3.0.0") for name in "bc" for patch in range(500)]
+
+    assert chosen(["acme/a", "acme/b", "acme/c"], *old, *new, *rest) == [
+        "acme/a@1.0.99",
+        "acme/b@1.0.499",
+        "acme/c@1.0.499",
+    ]
+    error = refused(["acme/a@>=2.0.0", "acme/b", "acme/c"], *old, *new, *rest)
+    assert error.reason is Reason.EXPERTS_INCOMPATIBLE
+
+
+def nine_slots(experts: int) -> list[Candidate]:
+    """Experts no two of which may have the same of nine versions."""
+    names = [f"n{n}" for n in range(experts)]
+    return [
+        expert(f"acme/{name}@{slot}.0.0", incompatible_with=[f"{other}@{slot}.0.0" for other in names if other != name])
+        for name in names
         for slot in range(9)
     ]
 
-    error = refused([f"acme/n{n}" for n in range(10)], *available)
 
-    assert error.reason is Reason.EXPERTS_INCOMPATIBLE
-    assert "ask for exact versions" in error.message
+def test_a_search_without_end_is_refused_for_what_it_is() -> None:
+    error = refused([f"acme/n{n}" for n in range(10)], *nine_slots(10))
+
+    assert error.reason is Reason.RESOLUTION_TOO_HARD
+    assert "was not found out" in error.message
+    assert len(chosen([f"acme/n{n}" for n in range(9)], *nine_slots(9))) == 9
+    exactly = [f"acme/n{n}@{min(n, 8)}.0.0" for n in range(10)]
+    assert refused(exactly, *nine_slots(10)).reason is Reason.EXPERTS_INCOMPATIBLE
 
 
 def test_the_message_of_a_refusal_is_bounded() -> None:
     available = [expert(f"acme/{'n' * 60}{n}@1.0.0", *[f"{'m' * 60}{m}" for m in range(200)]) for n in range(10)]
+    versions = [expert(f"acme/a@{n}.0.0", f"{'m' * 60}{n}@{'9' * 60}.0.0") for n in range(100)]
 
     error = refused([f"acme/{'n' * 60}{n}" for n in range(10)], *available)
+    assert error.reason is Reason.TOO_MANY_EXPERTS
+    assert len(error.message) < 3000
+    error = refused(["acme/a"], *versions)
     assert error.reason is Reason.REQUIREMENT_MISSING
     assert len(error.message) < 3000
+
+
+def test_an_expert_that_nobody_released_is_spelled_by_its_name() -> None:
+    alone = replace(expert("acme/json@1.0.0"), publisher="")
+
+    assert str(alone) == "json@1.0.0"
+    with pytest.raises(HocketError, match="sql was asked for; of sql there is none") as error:
+        resolve([Requirement("sql", publisher="")], [alone])
+    assert error.value.reason is Reason.REQUIREMENT_MISSING
+    assert "/sql" not in error.value.message
+    assert [str(each.candidate) for each in resolve([Requirement("json", publisher="")], [alone]).experts] == [
+        "json@1.0.0"
+    ]
