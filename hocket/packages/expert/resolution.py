@@ -256,6 +256,10 @@ def _accepts(expert: _Expert, experts_max: int) -> bool:
     return expert.candidate.constraints.max_chain == experts_max
 
 
+_Terms: TypeAlias = tuple[tuple[Requirement, ...], "Mapping[str, Sequence[Requirement]]"]
+"""What an expert requires, and what it excludes by name."""
+
+
 class _ConflictError(Exception):
     """No composition has experts of all these traits.
 
@@ -279,9 +283,9 @@ class _Search:
             self._available[candidate.publisher, candidate.name].append(candidate)
         self._versions: dict[str, Version] = {}
         self._newest_first: dict[_Key, list[Candidate]] = {}
-        self._experts: dict[tuple[_Key, int], _Expert | None] = {}
+        self._terms: dict[tuple[str, tuple[str, ...], tuple[str, ...]], _Terms] = {}
         self._patterns: dict[tuple[str, str | None], Requirement] = {}
-        self._unreadable: dict[_Key, list[str]] = defaultdict(list)
+        self._unreadable: dict[_Key, set[str]] = defaultdict(set)
         self._work = 0
 
     def completed(
@@ -306,15 +310,14 @@ class _Search:
         learned: list[list[_Trait]] = []
         releases = self._releases(key)
         tried = 0
-        for position, candidate in enumerate(releases):
-            self._spend(len(due))
+        for candidate in releases:
+            self._spend(len(due) + len(learned))
             if (refusing := _refusing(due, self._versions[candidate.version])) is not None:
                 in_the_way.add(refusing)
                 continue
-            if (expert := self._expert(key, position)) is None:
+            if (expert := self._expert(candidate)) is None:
                 continue
             tried += 1
-            self._spend(len(learned))
             if any(all(trait.test(expert, trait.value) for trait in traits) for traits in learned):
                 continue
             try:
@@ -384,43 +387,44 @@ class _Search:
     def _releases(self, key: _Key) -> list[Candidate]:
         """The versions of an expert, the newest first."""
         if key not in self._newest_first:
-            readable = [each for each in self._available.get(key, ()) if self._has_version(each)]
-            readable.sort(key=lambda each: each.digest)
+            candidates = self._available.get(key, [])
+            for each in candidates:
+                if each.version not in self._versions:  # most experts have the same versions
+                    self._read_version(each)
+            readable = [each for each in candidates if each.version in self._versions]
+            if len({each.version for each in readable}) < len(readable):
+                readable.sort(key=lambda each: each.digest)
             readable.sort(key=lambda each: self._versions[each.version].order, reverse=True)
             self._newest_first[key] = readable
         return self._newest_first[key]
 
-    def _has_version(self, candidate: Candidate) -> bool:
-        """Read its version, unless another expert has the same one."""
-        if candidate.version not in self._versions:
+    def _read_version(self, candidate: Candidate) -> None:
+        try:
+            self._versions[candidate.version] = Version.parse(candidate.version)
+        except HocketError as error:
+            self._leave_out(candidate, error)
+
+    def _expert(self, candidate: Candidate) -> _Expert | None:
+        """A candidate with its constraints; None if they cannot be read. Most versions of an expert have the same."""
+        same = candidate.publisher, candidate.constraints.requires, candidate.constraints.incompatible_with
+        if same not in self._terms:
             try:
-                self._versions[candidate.version] = Version.parse(candidate.version)
+                self._terms[same] = self._read(*same)
             except HocketError as error:
                 self._leave_out(candidate, error)
-                return False
-        return True
+                return None
+        return _Expert(candidate, self._versions[candidate.version], *self._terms[same])
 
-    def _expert(self, key: _Key, position: int) -> _Expert | None:
-        """The version at a position; None if its constraints cannot be read."""
-        if (key, position) not in self._experts:
-            candidate = self._releases(key)[position]
-            try:
-                self._experts[key, position] = self._read(candidate)
-            except HocketError as error:
-                self._leave_out(candidate, error)
-                self._experts[key, position] = None
-        return self._experts[key, position]
-
-    def _read(self, candidate: Candidate) -> _Expert:
-        patterns: dict[str, list[Requirement]] = defaultdict(list)
-        requires = [self._pattern(text, candidate.publisher) for text in candidate.constraints.requires]
-        for text in candidate.constraints.incompatible_with:
+    def _read(self, publisher: str, requires: Iterable[str], incompatible_with: Iterable[str]) -> _Terms:
+        required = tuple(self._pattern(text, publisher) for text in requires)
+        excluded: dict[str, list[Requirement]] = defaultdict(list)
+        for text in incompatible_with:
             pattern = self._pattern(text, None)
-            patterns[pattern.name].append(pattern)
-        return _Expert(candidate, self._versions[candidate.version], tuple(requires), patterns)
+            excluded[pattern.name].append(pattern)
+        return required, excluded
 
     def _pattern(self, text: str, publisher: str | None) -> Requirement:
-        """Read a pattern; the versions of an expert share most of theirs."""
+        """Read a pattern; different constraints share most of theirs."""
         self._spend(1)
         if (pattern := self._patterns.get((text, publisher))) is None:
             self._spend(10)
@@ -430,14 +434,14 @@ class _Search:
         return pattern
 
     def _leave_out(self, candidate: Candidate, error: HocketError) -> None:
-        self._unreadable[candidate.publisher, candidate.name].append(f"{candidate} is left out: {error.message}")
+        self._unreadable[candidate.publisher, candidate.name].add(f"{candidate} is left out: {error.message}")
 
     def _unmet(self, key: _Key, needs: Iterable[_Need]) -> dict[str, Reason]:
         """What is needed of an expert, and what there is of it."""
         self._spend(20)
         there = _few([each.version for each in self._releases(key)])
         said = [_few(dict.fromkeys(map(str, needs))), f"of {_spelled(*key)} there is {there or 'none'}"]
-        return {"; ".join([*said, *self._unreadable[key][:_SHOWN_MAX]]): Reason.REQUIREMENT_MISSING}
+        return {"; ".join([*said, *sorted(self._unreadable[key])[:_SHOWN_MAX]]): Reason.REQUIREMENT_MISSING}
 
     def _spend(self, steps: int) -> None:
         self._work += steps
