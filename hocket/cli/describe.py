@@ -17,6 +17,7 @@ from hocket.v1.package_pb2 import (
     UPSTREAM_OUTCOME_WEIGHTS_ONLY,
     TrustState,
 )
+from hocket.versions import Version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,7 @@ _UPSTREAM: Final[Mapping[UpstreamOutcome.ValueType, str]] = {
     UPSTREAM_OUTCOME_WEIGHTS_ONLY: "covers every file but the manifest",
     UPSTREAM_OUTCOME_INVALID: "IS NOT VALID",
 }
+_NO_VERSION: Final = Version.parse("0")
 
 
 def release_name(release: Release) -> str:
@@ -58,6 +60,14 @@ def package_name(package: Package) -> str:
         return release_name(package.releases[0])
     own = f" ({package.adapter.name}@{package.adapter.version})" if package.HasField("adapter") else ""
     return output.short(package.digest) + own
+
+
+def by_name(package: Package) -> tuple[str, Version]:
+    """What packages are sorted by: name, then version."""
+    if package.releases:
+        first = package.releases[0]
+        return f"{first.publisher}/{first.name}", Version.parse(first.version)
+    return package_name(package), _NO_VERSION
 
 
 def all_names(package: Package) -> str:
@@ -90,7 +100,7 @@ def adapter_of(adapter: AdapterFacts) -> str:
 def summary_of(package: Package) -> tuple[str, str, str]:
     """What a package is, what it takes, and what it answers."""
     if package.HasField("adapter"):
-        return adapter_of(package.adapter), f"text, on {base_name(package.adapter.base.name)}", "text"
+        return adapter_of(package.adapter), f"text (base model {base_name(package.adapter.base.name)})", "text"
     model = package.model
     return kind_of(model), features_of(model), columns_of(model)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from hocket.cli import describe, names, output, servers
 from hocket.composition import candidates
-from hocket.errors import HocketError, Reason
+from hocket.errors import HocketError
+from hocket.identity import is_digest
 from hocket.packages.expert.resolution import Requirement, resolve
+from hocket.v1.package_pb2 import TRUST_STATE_ACTIVE
 from hocket.versions import Range, Version
 
 if TYPE_CHECKING:
@@ -19,12 +22,15 @@ if TYPE_CHECKING:
     from hocket.packages.expert.resolution import Candidate, Resolution
     from hocket.v1.package_pb2 import AdapterFacts, ModelFacts, Package
 
+_SHORT_VERSION: Final = re.compile(r"(?<=[<>=]) *[0-9]+(?:\.[0-9]+)?(?= *(?:,|$))")
+"""`2` or `2.0` after a comparison, which semantic versions are not."""
+
 app = typer.Typer(name="experts", help="Show an expert, or which experts go together.", no_args_is_help=True)
 
 
 @app.command()
 def show(
-    package: Annotated[str, typer.Argument(help="Digest or publisher/name@version.", show_default=False)],
+    package: Annotated[str, typer.Argument(help="Digest or [PUBLISHER/]NAME[@VERSION].", show_default=False)],
     *,
     registry: servers.Registry = servers.REGISTRY_ADDRESS,
     router: servers.Router = servers.ROUTER_ADDRESS,
@@ -32,13 +38,16 @@ def show(
 ) -> None:
     """Show one package.
 
+    Without a version the newest is shown. The publisher may be left out
+    when only one has such a name, and so may `expert-` at its beginning.
     Of a tensor expert also the workers that hold it in memory; of an
     adapter expert what fulfils its requirements in this registry now.
 
+    $ hocket experts show sql
     $ hocket experts show acme/iris@1.0.0
     """
     with servers.registry(registry) as client:
-        found = find_package(client, package)
+        found = client.get_package(find_packages(client, package)[-1].digest)
         satisfied = _satisfied(found, client) if found.HasField("adapter") else {}
     if found.HasField("adapter"):
         if json:
@@ -89,21 +98,23 @@ def resolve_experts(
         output.say(f"warning: {warning}", stderr=True)
 
 
-def find_package(client: RegistryClient, package: str) -> Package:
-    """One package by digest or name.
+def find_packages(client: RegistryClient, written: str) -> list[Package]:
+    """The packages that are meant, of a name without a version all that may serve, or else all; the newest is last.
+
+    Args:
+        client: Of the registry.
+        written: Digest or `[PUBLISHER/]NAME[@VERSION]`.
 
     Raises:
-        HocketError: As `get_package`; of a name that is not known it says which one may be meant.
+        HocketError: As `names.releases`; `UNKNOWN_PACKAGE` for a digest that is not here.
     """
-    try:
-        return client.get_package(package)
-    except HocketError as error:
-        if error.reason not in {Reason.UNKNOWN_PACKAGE, Reason.BAD_REQUEST}:
-            raise
-        known = {describe.release_name(release) for known in client.list_packages() for release in known.releases}
-        if not (perhaps := names.suggestion(package, known)):
-            raise
-        raise HocketError(error.reason, error.message + perhaps) from error
+    if is_digest(written):
+        return [client.get_package(written)]
+    found = sorted(
+        names.releases(written, list(client.list_packages())), key=lambda each: Version.parse(each[1].version)
+    )
+    packages = list({package.digest: package for package, _ in found}.values())
+    return [package for package in packages if package.state == TRUST_STATE_ACTIVE] or packages
 
 
 def dependents(packages: Iterable[Package], going: Collection[str]) -> list[str]:
@@ -137,7 +148,8 @@ def _newest(need: Requirement, owner: str, available: Iterable[Candidate]) -> Ca
 
 def _satisfied(package: Package, client: RegistryClient) -> dict[str, str | None]:
     """What an adapter requires, and the newest expert that fulfils it now."""
-    owner = next((release.publisher for release in package.releases), "")
+    active = (release.publisher for release in package.releases if release.state == TRUST_STATE_ACTIVE)
+    owner = next(active, "")
     available = list(candidates(client.list_packages()))
     found = {
         pattern: _newest(Requirement.parse(pattern), owner, available)
@@ -151,8 +163,18 @@ def _wanted(written: str, available: Sequence[Candidate]) -> Requirement:
     signed = {(expert.publisher, expert.name) for expert in available if expert.publisher}
     taken = {name for _, name in signed}
     unsigned = {("", expert.name) for expert in available if expert.name not in taken}
-    owner, name = names.find(written, signed | unsigned)
-    return Requirement(name, Range.parse(names.split(written)[2] or "*"), owner)
+    owner, name = names.find(written, signed | unsigned, "expert")
+    return Requirement(name, _range(names.split(written)[2] or "*"), owner)
+
+
+def _range(written: str) -> Range:
+    try:
+        return Range.parse(written)
+    except HocketError as error:
+        whole = _SHORT_VERSION.sub(lambda short: short[0] + ".0" * (2 - short[0].count(".")), written)
+        if whole == written:
+            raise
+        raise HocketError(error.reason, f"{error.message}; did you mean {whole}?") from error
 
 
 def _name_of(expert: Candidate) -> str:
@@ -216,7 +238,6 @@ def _adapter_facts(adapter: AdapterFacts, satisfied: Mapping[str, str | None]) -
     constraints, hints = adapter.constraints, adapter.routing
     rank = f", rank {adapter.rank}" if adapter.rank else ""
     modules = f" on {', '.join(adapter.target_modules)}" if adapter.target_modules else ""
-    most = f", with at most {constraints.max_chain} experts in all" if constraints.max_chain else ""
     return [
         ("description", adapter.description or None),
         ("adapter", f"{describe.adapter_of(adapter)}{rank}{modules}"),
@@ -225,14 +246,15 @@ def _adapter_facts(adapter: AdapterFacts, satisfied: Mapping[str, str | None]) -
         ("template", adapter.base.prompt_template or None),
         ("can", ", ".join(adapter.capabilities) or None),
         ("tags", ", ".join(adapter.tags) or None),
-        ("chosen for", ", ".join(hints.keywords) if adapter.HasField("routing") else "never by itself"),
-        ("not for", ", ".join(hints.exclude_keywords) or None),
-        ("composes", f"in place {constraints.load_order}{most}"),
+        ("keywords", ", ".join(hints.keywords) if adapter.HasField("routing") else "none: used only when asked for"),
+        ("exclude keywords", ", ".join(hints.exclude_keywords) or None),
+        ("load order", f"{constraints.load_order} (lower numbers are applied first)"),
+        ("at most", f"{constraints.max_chain} experts together" if constraints.max_chain else None),
         *(("requires", f"{need}: {by or 'NOTHING HERE WILL DO'}") for need, by in satisfied.items()),
         ("not with", ", ".join(constraints.incompatible_with) or None),
         ("grammar", "inside" if adapter.has_grammar else None),
         ("licence", adapter.license or None),
         ("parameters", output.size(adapter.parameter_bytes)),
-        ("signature", describe.upstream_text(adapter.upstream_signature)),
+        ("upstream signature", describe.upstream_text(adapter.upstream_signature)),
         *(("warning", warning) for warning in adapter.warnings),
     ]

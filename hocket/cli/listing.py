@@ -8,22 +8,33 @@ import typer
 
 from hocket.cli import describe, output, servers
 from hocket.errors import HocketError, Reason
+from hocket.v1.package_pb2 import TRUST_STATE_KEY_REVOKED, TRUST_STATE_YANKED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from hocket.v1.package_pb2 import Package
 
 app = typer.Typer()
 
 _SAID_CHARS: Final = 160
+_WITHDRAWN: Final = frozenset({TRUST_STATE_YANKED, TRUST_STATE_KEY_REVOKED})
 
 Publisher = Annotated[str, typer.Option(help="Only packages released by this publisher.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="Show what is withdrawn as well; --json always does.")]
 
 
 @app.command("list")
 def list_packages(
-    *, publisher: Publisher = "", registry: servers.Registry = servers.REGISTRY_ADDRESS, json: output.Json = False
+    *,
+    publisher: Publisher = "",
+    every: All = False,
+    registry: servers.Registry = servers.REGISTRY_ADDRESS,
+    json: output.Json = False,
 ) -> None:
     """List the packages of a registry.
+
+    What was yanked, or lost its last key, is left out unless asked for.
 
     $ hocket list
     $ hocket list --publisher acme
@@ -33,12 +44,9 @@ def list_packages(
     if json:
         _emit(packages)
         return
-    rows = [
-        (describe.package_name(package), *describe.summary_of(package), describe.standing_of(package))
-        for package in sorted(packages, key=describe.package_name)
-    ]
     empty = f"No packages released by {publisher}" if publisher else "No packages yet: `hocket publish`"
-    output.print_table(("name", "kind", "takes", "answers~", "state~"), rows, empty)
+    columns = ("name", "kind", "takes", "answers~", "state~")
+    _print(packages, columns, describe.summary_of, empty, every=every)
 
 
 @app.command()
@@ -52,13 +60,15 @@ def search(
         str, typer.Option(metavar="NAME|DIGEST", help="Only adapters for this base language model.", show_default=False)
     ] = "",
     publisher: Publisher = "",
+    every: All = False,
     registry: servers.Registry = servers.REGISTRY_ADDRESS,
     json: output.Json = False,
 ) -> None:
     """Search the packages of a registry.
 
-    Finds packages in whose names, description, tags, capabilities or
-    labels all of the words occur; case does not matter.
+    Finds packages in whose names, publishers, description, tags,
+    capabilities or labels all of the words occur; case does not matter.
+    Of long descriptions the beginning counts.
 
     $ hocket search sql
     $ hocket search postgres query --base Qwen3-0.6B
@@ -73,11 +83,37 @@ def search(
     if json:
         _emit(packages)
         return
+    empty = "Nothing found: try fewer words, or `hocket list`"
+    columns = ("name", "kind", "about~", "state~")
+    _print(packages, columns, lambda package: (describe.summary_of(package)[0], _said(package)), empty, every=every)
+
+
+def _print(
+    packages: Sequence[Package],
+    columns: Sequence[str],
+    said: Callable[[Package], tuple[str, ...]],
+    empty: str,
+    *,
+    every: bool,
+) -> None:
+    """Print a table of packages, by name and version.
+
+    Args:
+        packages: What was found.
+        columns: Of the table.
+        said: What stands between name and state.
+        empty: The sentence if nothing was found.
+        every: Whether what is withdrawn is shown.
+    """
+    shown = [package for package in packages if every or package.state not in _WITHDRAWN]
     rows = [
-        (describe.package_name(package), describe.summary_of(package)[0], _said(package), describe.standing_of(package))
-        for package in sorted(packages, key=describe.package_name)
+        (describe.package_name(package), *said(package), describe.standing_of(package))
+        for package in sorted(shown, key=describe.by_name)
     ]
-    output.print_table(("name", "kind", "about~", "state~"), rows, "Nothing found: try fewer words, or `hocket list`")
+    if rows or not packages:
+        output.print_table(columns, rows, empty)
+    if hidden := len(packages) - len(shown):
+        output.say(f"{hidden} withdrawn {'is' if hidden == 1 else 'are'} not shown: --all")
 
 
 def _emit(packages: list[Package]) -> None:

@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
+from hocket.versions import Version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,12 +31,13 @@ def split(written: str) -> tuple[str, str, str]:
     return publisher, name, version
 
 
-def find(written: str, names: Iterable[tuple[str, str]]) -> tuple[str, str]:
+def find(written: str, names: Iterable[tuple[str, str]], what: str = "package") -> tuple[str, str]:
     """The publisher and the name that are meant; a version counts for nothing here.
 
     Args:
         written: `[PUBLISHER/]NAME[@VERSION]`.
         names: What there is, each with its publisher.
+        what: What is looked for, in one word.
 
     Raises:
         HocketError: `BAD_REQUEST` if several publishers have it, or this is no name; `UNKNOWN_PACKAGE` if nobody has.
@@ -50,26 +52,46 @@ def find(written: str, names: Iterable[tuple[str, str]]) -> tuple[str, str]:
         if found:
             return found[0]
     perhaps = suggestion(f"{publisher}/{name}" if publisher else name, {f"{owner}/{each}" for owner, each in known})
-    raise HocketError(Reason.UNKNOWN_PACKAGE, f"this registry has no package {written!r}{perhaps}")
+    raise HocketError(Reason.UNKNOWN_PACKAGE, f"this registry has no {what} {written!r}{perhaps}")
 
 
 def releases(written: str, packages: Sequence[Package]) -> list[tuple[Package, Release]]:
     """The releases that are meant, of a bare name all versions, each with its package.
 
     Raises:
-        HocketError: As `find`; `UNKNOWN_PACKAGE` too if there is no such version.
+        HocketError: As `find`; `UNKNOWN_PACKAGE` too if there is no such version, or nobody has signed that name.
     """
     every = [(package, release) for package in packages for release in package.releases]
+    _check_signed(written, packages, {release.name for _, release in every})
     owner, name = find(written, ((release.publisher, release.name) for _, release in every))
     of_name = [(package, release) for package, release in every if (release.publisher, release.name) == (owner, name)]
     version = split(written)[2]
     found = [(package, release) for package, release in of_name if version in {"", release.version}]
     if not found:
-        there = ", ".join(sorted({release.version for _, release in of_name}))
+        there = ", ".join(sorted({release.version for _, release in of_name}, key=Version.parse))
         raise HocketError(
             Reason.UNKNOWN_PACKAGE, f"{owner}/{name} has no version {version} in this registry; it has {there}"
         )
     return found
+
+
+def _check_signed(written: str, packages: Iterable[Package], taken: set[str]) -> None:
+    """Point to the digests of experts that only call themselves so: without a release nobody answers for that name."""
+    publisher, name, version = split(written)
+    if publisher or not taken.isdisjoint(meant := {name, _PREFIX + name}):
+        return
+    digests = [
+        package.digest
+        for package in packages
+        if not package.releases and package.adapter.name in meant and version in {"", package.adapter.version}
+    ]
+    if digests:
+        raise HocketError(
+            Reason.UNKNOWN_PACKAGE,
+            f"{written!r} is not signed here, and has its digest for a name: `hocket yank {digests[0]}` withdraws it, "
+            f"`hocket experts show {digests[0]}` shows it"
+            + (f"; {len(digests) - 1} more call themselves so (`hocket search {name}`)" if len(digests) > 1 else ""),
+        )
 
 
 def suggestion(written: str, names: Iterable[str]) -> str:

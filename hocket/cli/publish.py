@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from hocket.cli import describe, files, names, output, servers
-from hocket.cli.experts import dependents, find_package
+from hocket.cli.experts import dependents, find_packages
 from hocket.cli.progress import progress_of
 from hocket.client.calls import GRPC_STATUS
 from hocket.errors import HocketError, Reason
@@ -20,6 +20,7 @@ from hocket.v1.package_pb2 import TRUST_STATE_YANKED
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from hocket.client.blocking import RegistryClient
     from hocket.v1.package_pb2 import Package
     from hocket.v1.registry_pb2 import PublishPackageResponse
 
@@ -65,7 +66,7 @@ def publish(
 
 @app.command()
 def yank(
-    package: Annotated[str, typer.Argument(help="Digest or publisher/name@version.", show_default=False)],
+    package: Annotated[str, typer.Argument(help="Digest or [PUBLISHER/]NAME[@VERSION].", show_default=False)],
     *,
     explanation: Explanation = "",
     registry: servers.Registry = servers.REGISTRY_ADDRESS,
@@ -77,13 +78,14 @@ def yank(
 
     No new answer uses it, and workers drop it. There is no way back: the
     same bytes cannot be published again. A terminal asks whether that is
-    meant; scripts say --yes.
+    meant; scripts say --yes. All versions of a name go by `uninstall`.
 
+    $ hocket yank sql@0.2.1
     $ hocket yank acme/iris@1.0.0 --explanation "trained on the wrong labels"
     """
     with servers.registry(registry, token_file) as client:
-        digest = package if is_digest(package) else find_package(client, package).digest
-        _ask(f"Withdraw {package} for good?", yes=yes)
+        digest, meant = _one(client, package)
+        _ask(f"Withdraw {meant} for good?", yes=yes)
         gone = client.yank(digest, explanation)
     if json:
         output.emit(output.message_json(gone))
@@ -162,6 +164,20 @@ def revoke_key(
         output.say(f"  {digest} has no other proof and is withdrawn")
     output.say("Trust folders still list it where you have trusted it: remove it there, too:")
     output.say(f"  hocket trust remove {response.key_id}")
+
+
+def _one(client: RegistryClient, written: str) -> tuple[str, str]:
+    """Digest and name of the only package that is meant."""
+    if is_digest(written):
+        return written, written
+    found = find_packages(client, written)
+    if len(found) > 1:
+        versions = ", ".join(map(describe.all_names, found))
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"several packages are called {written}: {versions}; say which, or `hocket uninstall` all",
+        )
+    return found[0].digest, describe.all_names(found[0])
 
 
 def _show_loss(going: Mapping[str, Package], packages: Sequence[Package]) -> None:

@@ -111,7 +111,7 @@ class RegistryClient:
             publisher: Has released it.
             capability: What an adapter can do, such as `task:text2sql`.
             base: What an adapter rides on: its digest, or its name, of which the last part counts.
-            text: Words that all occur in its names, description, tags, capabilities or labels.
+            text: Words that all occur in its names, publishers, description, tags, capabilities or labels.
         """
         token = ""
         while True:

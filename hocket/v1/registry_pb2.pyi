@@ -269,7 +269,7 @@ class ListPackagesRequest(_message.Message):
     base: _builtins.str
     """Only adapters for this base: its digest, or its name. Of a name the last part counts, case does not matter."""
     text: _builtins.str
-    """Only packages in whose name, description, tags, capabilities or labels all of these words occur."""
+    """Only packages in whose names, publishers, description, tags, capabilities or labels all of these words occur."""
     def __init__(
         self,
         *,

@@ -34,7 +34,7 @@ from services.registry.settling import microseconds, settle_all, settle_own_mixt
 from services.registry.store import MixtureRow, PackageRow, ReleaseRow, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from hocket.mixtures import MixtureRecord
@@ -240,14 +240,15 @@ class Catalog:
         """
         messages: list[Package] = []
         size_bytes = 0
-        last = ""
         with self._store.begin() as tx:
-            for row in tx.packages_after(after, query, count + 1):
-                if len(messages) == count or size_bytes >= PAGE_BYTES_MAX:
-                    last = messages[-1].digest
+            rows, more = _some(tx.packages_after(after, query, count + 1), count)
+            releases = tx.releases([row.digest for row in rows])
+            for row in rows:
+                if size_bytes >= PAGE_BYTES_MAX:
                     break
-                messages.append(views.package_message(row, tx.releases([row.digest])[row.digest]))
+                messages.append(views.package_message(row, releases[row.digest]))
                 size_bytes += messages[-1].ByteSize()
+            last = messages[-1].digest if more or len(messages) < len(rows) else ""
             return PackagePage(messages, last, tx.revision())
 
     def yank(self, digest: str, explanation: str) -> Package:
@@ -413,6 +414,11 @@ class Catalog:
 
     def _let_all_be_found(self) -> None:
         """Let packages be found that a registry which knew no search has left."""
+        with self._store.begin() as tx:
+            package_count = tx.not_found_count()
+        if package_count == 0:
+            return
+        _log.info("search_filling", package_count=package_count)
         more = True
         while more:
             with self._store.begin() as tx:
@@ -421,6 +427,7 @@ class Catalog:
                     metadata = Struct.FromString(tx.metadata(row.digest))
                     tx.insert_search(search_row(row.digest, views.stored_facts(row), metadata))
             more = bool(rows)
+        _log.info("search_filled", package_count=package_count)
 
     def _set_trust(self, trust: TrustRoots) -> None:
         self._settled = False
@@ -442,6 +449,18 @@ def _note_policy(proof: Proof, digest: str) -> None:
     if proof.kind == "policy":
         metrics.UNSIGNED_USES.labels("registry").inc()
         _log.warning("unsigned_admitted", digest=digest)
+
+
+def _some(rows: Iterator[PackageRow], count: int) -> tuple[list[PackageRow], bool]:
+    """The first rows, as many as a page may hold, and whether there are more."""
+    found: list[PackageRow] = []
+    size_bytes = 0
+    for row in rows:
+        if len(found) == count or size_bytes >= PAGE_BYTES_MAX:
+            return found, True
+        found.append(row)
+        size_bytes += len(row.facts)
+    return found, False
 
 
 def _insert_package(tx: Transaction, admitted: AdmittedPackage, now: datetime) -> None:

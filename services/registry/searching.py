@@ -1,7 +1,8 @@
 """What packages are found by, and what a request for them means.
 
 Words are folded: compatibility forms become one (NFKC), case is dropped, whatever cannot be printed is a space. A word
-is found wherever it occurs, within another one as well; capabilities are compared as a whole.
+is found wherever it occurs, within another one as well; capabilities are compared as a whole. Of what a package says
+about itself a beginning is kept: name, tags and capabilities first, then its description, then its labels.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ FILTER_CHARS_MAX: Final = 512
 """Longest filter of a list."""
 WORDS_MAX: Final = 16
 """Most words to look for at once."""
+TEXT_CHARS_MAX: Final = 4096
+"""Of one package, what words are looked for in: every search reads it."""
 
 
 def search_row(digest: str, facts: ModelFacts | AdapterFacts, metadata: Struct) -> SearchRow:
@@ -39,11 +42,11 @@ def search_row(digest: str, facts: ModelFacts | AdapterFacts, metadata: Struct) 
     """
     if isinstance(facts, AdapterFacts):
         capabilities = tuple(dict.fromkeys(map(_folded, facts.capabilities)))
-        said: Iterable[str] = (facts.name, facts.description, *facts.tags, *facts.capabilities)
         base_name = normalised_name(facts.base.name) or None
-        return SearchRow(digest, facts.name, base_name, facts.base.digest or None, _text(said), capabilities)
+        text = _text((facts.name, *facts.tags, *capabilities, facts.description))
+        return SearchRow(digest, facts.name, facts.version, base_name, facts.base.digest or None, text, capabilities)
     labels = (column.label for column in facts.columns if column.HasField("label"))
-    return SearchRow(digest, None, None, None, _text((facts.name, *_described(metadata), *labels)), ())
+    return SearchRow(digest, None, None, None, None, _text((facts.name, *_described(metadata), *labels)), ())
 
 
 def read_query(request: ListPackagesRequest) -> Query:
@@ -79,8 +82,8 @@ def read_query(request: ListPackagesRequest) -> Query:
 
 
 def _described(metadata: Struct) -> Iterator[str]:
-    """The description and the tags in the metadata of an `.apr` file, where they are text."""
-    for key in ("description", "tags"):
+    """The tags and the description in the metadata of an `.apr` file, where they are text."""
+    for key in ("tags", "description"):
         if key in metadata.fields:
             value = metadata.fields[key]
             for item in (value, *value.list_value.values):
@@ -89,7 +92,7 @@ def _described(metadata: Struct) -> Iterator[str]:
 
 
 def _text(said: Iterable[str]) -> str:
-    return " ".join(dict.fromkeys(filter(None, map(_folded, said))))
+    return _folded(" ".join(said)[:TEXT_CHARS_MAX])[:TEXT_CHARS_MAX]
 
 
 def _folded(text: str) -> str:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
-from hocket.identity import digest_of
+from hocket.identity import digest_of, is_digest
 from hocket.mixtures import SoftmaxGate
 from hocket.rpc.channel import LOCAL
 from hocket.v1 import registry_pb2
@@ -306,7 +306,7 @@ def _read_token(token: str, query: Query) -> str:
         listed, last = json.loads(base64.urlsafe_b64decode(token))
     except (ValueError, TypeError, RecursionError):
         listed, last = None, None
-    if listed != _name(query) or not isinstance(last, str):
+    if listed != _name(query) or not (isinstance(last, str) and is_digest(last)):
         raise HocketError(
             Reason.BAD_REQUEST, "this page token belongs to another list: begin without one", field="page_token"
         )

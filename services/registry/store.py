@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
     from hocket.identity import ReleaseName
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""Version 1 had no search, and no package in it was an adapter: its registry could not read what is here now."""
+_READABLE: Final = (0, 1, SCHEMA_VERSION)
+"""A new file has version 0; one of version 1 is upgraded in place."""
 _LOCK_TIMEOUT_SECONDS: Final = 0.5
 _IN_ONE_QUERY: Final = 500
 """Values in one `IN (...)`: SQLite allows 999 in old builds."""
@@ -54,6 +57,8 @@ _packages: Final = sql.Table(
     sql.Column("proof_time_us", sql.BigInteger, nullable=False),
     sql.Column("revision", sql.BigInteger, nullable=False, unique=True),
 )
+
+_standing: Final = sql.Index("ix_packages_standing", _packages.c.digest, _packages.c.state, _packages.c.format)
 
 _releases: Final = sql.Table(
     "releases",
@@ -118,6 +123,7 @@ _search: Final = sql.Table(  # what packages are found by: one row for each of t
     _tables,
     sql.Column("digest", sql.ForeignKey("packages.digest"), primary_key=True),
     sql.Column("expert_name", sql.String, index=True),
+    sql.Column("expert_version", sql.String),
     sql.Column("base_name", sql.String, index=True),
     sql.Column("base_digest", sql.String, index=True),
     sql.Column("text", sql.String, nullable=False),
@@ -177,14 +183,16 @@ class SearchRow:
     Args:
         digest: The package.
         expert_name: An adapter's own name; None for other packages.
+        expert_version: An adapter's own version; None for other packages.
         base_name: Normalised name of the base it rides on.
         base_digest: Digest of that base; None if it does not say.
-        text: Every word it says about itself, folded.
+        text: What it says about itself, folded.
         capabilities: Folded, each once.
     """
 
     digest: str
     expert_name: str | None
+    expert_version: str | None
     base_name: str | None
     base_digest: str | None
     text: str
@@ -200,7 +208,7 @@ class Query:
         capability: One of its capabilities.
         base_name: Of the base it rides on.
         base_digest: Of the base it rides on.
-        words: Each occurs in its text, or in the name of a release.
+        words: Each occurs in its text, or in the publisher or the name of a release.
     """
 
     publisher: str = ""
@@ -322,7 +330,7 @@ class Store:
         self._connection: sql.Connection | None = None
 
     def open(self) -> None:
-        """Lock the file, check it, and make the tables of a new one.
+        """Lock the file, check it, make the tables of a new one, and upgrade an old one.
 
         Raises:
             HocketError: `NOT_READY` if another process has it; `BLOB_CORRUPT` if it fails SQLite's integrity check
@@ -330,9 +338,13 @@ class Store:
         """
         try:
             self._connection = self._engine.connect()
-            self._check(self._connection)
+            version = self._check(self._connection)
             with self._connection.begin():
+                if version == 1:  # search tables that are there all the same lack columns; they are filled again
+                    _tables.drop_all(self._connection, [_capabilities, _search])
                 _tables.create_all(self._connection)
+                _standing.create(self._connection, checkfirst=True)  # of tables that are there, it is not made above
+                self._connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 if self._connection.scalar(sql.select(_revisions.c.newest)) is None:
                     self._connection.execute(_revisions.insert().values(newest=0))
         except OperationalError as error:
@@ -381,15 +393,16 @@ class Store:
             raise
         return connection
 
-    def _check(self, connection: sql.Connection) -> None:
+    def _check(self, connection: sql.Connection) -> int:
+        """The version of the file, if it is sound and can be read."""
         with connection.begin():
             found = connection.exec_driver_sql("PRAGMA integrity_check").scalar()
             if found != "ok":
                 raise self._damaged(str(found))
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
-            if version not in {0, SCHEMA_VERSION}:
+            version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+            if version not in _READABLE:
                 raise self._damaged(f"it has version {version}, this registry reads {SCHEMA_VERSION}")
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            return version
 
     def _damaged(self, what: str) -> HocketError:
         return HocketError(
@@ -439,24 +452,23 @@ class Transaction:
         wanted = (_packages.c.digest > digest) & _matching(query)
         return self._package_rows(wanted, order=_packages.c.digest, count=count)
 
-    def experts(self, publisher: str, name: str, state: str) -> list[PackageRow]:
-        """Packages in a state that hold an adapter expert of this name.
+    def expert_versions(self, publisher: str, name: str, *, state: str, package_format: str) -> dict[str, str]:
+        """The version of each package, by digest, that holds an adapter expert of this name.
 
         Args:
             publisher: Who has released it so, by a release in that state; empty for what policy alone admits.
             name: Of the expert.
-            state: Of both.
+            state: Of package and release.
+            package_format: Of adapter experts.
         """
-        named = sql.select(_search.c.digest).where(_search.c.expert_name == name)
-        wanted = (_packages.c.state == state) & _packages.c.digest.in_(named)
-        if publisher:
-            released = sql.select(_releases.c.digest).where(
-                _releases.c.publisher == publisher, _releases.c.name == name, _releases.c.state == state
-            )
-            wanted &= _packages.c.digest.in_(released)
-        else:
-            wanted &= _packages.c.by_policy
-        return list(self._package_rows(wanted, order=_packages.c.digest))
+        released = sql.select(_releases.c.version, _releases.c.digest).join(_packages)
+        query = released.where(_releases.c.publisher == publisher, _releases.c.name == name, _releases.c.state == state)
+        if not publisher:
+            unsigned = sql.select(_search.c.expert_version, _search.c.digest).join(_packages)
+            query = unsigned.where(_search.c.expert_name == name, _packages.c.by_policy)
+        serving = query.where(_packages.c.state == state, _packages.c.format == package_format)
+        rows = self._connection.execute(serving)
+        return {digest: version for version, digest in rows.all()}
 
     def packages_since(self, revision: int, count: int) -> Iterator[PackageRow]:
         """Packages changed after a revision, in that order."""
@@ -504,10 +516,13 @@ class Transaction:
             pairs = [{"capability": capability, "digest": row.digest} for capability in capabilities]
             self._connection.execute(_capabilities.insert(), pairs)
 
+    def not_found_count(self) -> int:
+        """How many packages nobody finds yet: a registry that knew no search has left them."""
+        return int(self._connection.execute(sql.select(sql.func.count()).where(_not_found())).scalar_one())
+
     def packages_not_found(self, count: int) -> list[PackageRow]:
-        """Some of the packages that nobody finds yet: a registry that knew no search has left them."""
-        wanted = _packages.c.digest.not_in(sql.select(_search.c.digest))
-        return list(self._package_rows(wanted, order=_packages.c.digest, count=count))
+        """Some of them."""
+        return list(self._package_rows(_not_found(), order=_packages.c.digest, count=count))
 
     def update_package(self, digest: str, **values: Any) -> None:  # noqa: ANN401 - columns have types of their own
         """Change columns of a package, and give it the next revision."""
@@ -713,8 +728,13 @@ class Transaction:
         return [*self._connection.execute(query).scalars(), *self.parents(digest)]
 
 
+def _not_found() -> sql.ColumnElement[bool]:
+    """Packages without a search row."""
+    return _packages.c.digest.not_in(sql.select(_search.c.digest))
+
+
 def _matching(query: Query) -> sql.ColumnElement[bool]:
-    """Packages that a query wants."""
+    """Packages that a query wants. Words are looked for in one package after the other, until a page is full."""
     wanted: sql.ColumnElement[bool] = sql.true()
     if query.publisher:
         released = sql.select(_releases.c.digest).where(_releases.c.publisher == query.publisher)
@@ -726,10 +746,15 @@ def _matching(query: Query) -> sql.ColumnElement[bool]:
         if value:
             wanted &= _packages.c.digest.in_(sql.select(_search.c.digest).where(column == value))
     for word in query.words:
-        said = sql.select(_search.c.digest).where(_search.c.text.contains(word, autoescape=True))
-        named = sql.select(_releases.c.digest).where(_releases.c.name.contains(word, autoescape=True))
-        wanted &= _packages.c.digest.in_(said) | _packages.c.digest.in_(named)
+        said = _search.c.text.contains(word, autoescape=True)
+        released_so = [column.contains(word, autoescape=True) for column in (_releases.c.publisher, _releases.c.name)]
+        wanted &= _of_package(_search, said) | _of_package(_releases, sql.or_(*released_so))
     return wanted
+
+
+def _of_package(table: sql.Table, wanted: sql.ColumnElement[bool]) -> sql.ColumnElement[bool]:
+    """Whether a row of another table that belongs to the package is wanted."""
+    return sql.exists().where(table.c.digest == _packages.c.digest, wanted).correlate(_packages)
 
 
 def _vouched_for(key_id: str) -> sql.ColumnElement[bool]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import re
 import sqlite3
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -23,7 +27,8 @@ from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, ZETA_SEED, envelope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from pathlib import Path
+
+VERSION_1 = Path(__file__).parents[1] / "unit" / "registry" / "version_1.sql"
 
 
 @pytest.fixture(params=["local", "socket"])
@@ -106,8 +111,8 @@ class TestPublishing:
         assert not header.package.adapter.HasField("metadata")
 
     async def test_publishing_again_changes_nothing_even_when_what_it_requires_has_gone(self, local: Running) -> None:
-        json, tools = expert("expert-json"), expert("expert-tools", "1.0.0", "expert-json")
-        needed = await publish(local, json, "acme/expert-json@1.0.0")
+        needs, tools = expert("expert-json"), expert("expert-tools", "1.0.0", "expert-json")
+        needed = await publish(local, needs, "acme/expert-json@1.0.0")
         await publish(local, tools, "acme/expert-tools@1.0.0")
         await local.client().yank(needed)
         before = len(await local.seen())
@@ -252,13 +257,39 @@ class TestRequirements:
     async def test_requirements_that_lead_to_too_many_names_are_refused(
         self, local: Running, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(composing, "NAMES_MAX", 2)
         await publish(local, expert("expert-a"), "acme/expert-a@1.0.0")
         await publish(local, expert("expert-b", "1.0.0", "expert-a"), "acme/expert-b@1.0.0")
+        further = expert("expert-c", "1.0.0", "expert-b")
+        work = 3 * 32 + 2 * 3  # three are read, two of them listed and compared
+        monkeypatch.setattr(composing, "WORK_MAX", work - 1)
 
-        further = publish(local, expert("expert-c", "1.0.0", "expert-b"), "acme/expert-c@1.0.0")
+        refused = await refusal_of(publish(local, further, "acme/expert-c@1.0.0"))
 
-        assert (await refusal_of(further)).reason is Reason.TOO_MANY_EXPERTS
+        assert refused.reason is Reason.RESOLUTION_TOO_HARD
+        monkeypatch.setattr(composing, "WORK_MAX", work)
+        assert await publish(local, further, "acme/expert-c@1.0.0")
+
+    async def test_of_many_versions_the_newest_that_will_do_are_looked_at_and_old_ones_are_found(
+        self, local: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every version after 1.0.0 requires what is not here, so that only looking far enough back finds it."""
+        monkeypatch.setattr(composing, "VERSIONS_MAX", 2)
+        parts = {version: expert("expert-x", version) for version in ("1.0.0", "2.0.0", "10.0.0")}
+        for version, part in parts.items():
+            await publish(local, part, f"acme/expert-x@{version}")
+            needs = f"expert-x@{version}"
+            await publish(local, expert("expert-json", version, needs), f"acme/expert-json@{version}")
+        for version in ("2.0.0", "10.0.0"):
+            await local.client().yank(digest_of(parts[version]))
+
+        any_version = publish(local, expert("expert-a", "1.0.0", "expert-json"), "acme/expert-a@1.0.0")
+        old = expert("expert-b", "1.0.0", "expert-json@<10.0.0")
+
+        refused = await refusal_of(any_version)
+        assert refused.reason is Reason.REQUIREMENT_MISSING
+        assert "expert-x" in refused.message
+        assert await publish(local, old, "acme/expert-b@1.0.0")
+        assert await publish(local, expert("expert-c", "1.0.0", "expert-json@1.0.0"), "acme/expert-c@1.0.0")
 
     @pytest.mark.parametrize("pattern", ["expert-json@", "no spaces please", "expert-json@=>1", "/expert-json"])
     async def test_a_requirement_that_means_nothing_is_refused(self, local: Running, pattern: str) -> None:
@@ -327,6 +358,20 @@ class TestFinding:
             assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "page_token")
         assert (await refusal_of(page(text="x" * 513))).field == "text"
 
+    @pytest.mark.parametrize("last", ["\ud800", "", "sha256:1", 7, None])
+    async def test_a_page_token_that_names_no_digest_is_refused(self, registry: Running, last: object) -> None:
+        stub = RegistryServiceStub(registry.channels.get(registry.address))
+        for index in range(2):
+            await publish(registry, expert("expert-sql", f"1.0.{index}"), f"acme/expert-sql@1.0.{index}")
+        first = await stub.ListPackages(registry_pb2.ListPackagesRequest(page_size=1), timeout=5)
+        listed, _ = json.loads(base64.urlsafe_b64decode(first.next_page_token))
+        forged = base64.urlsafe_b64encode(json.dumps([listed, last]).encode()).decode()
+
+        with pytest.raises(grpc.RpcError) as caught:
+            await stub.ListPackages(registry_pb2.ListPackagesRequest(page_token=forged), timeout=5)
+
+        assert from_rpc_error(caught.value).reason is Reason.BAD_REQUEST
+
 
 class TestWithdrawing:
     async def test_yanked_and_revoked_adapters_say_so_and_restarts_do_not_change_that(self, tmp_path: Path) -> None:
@@ -369,17 +414,36 @@ async def test_a_mixture_of_adapters_is_refused_with_words(local: Running) -> No
     assert await local.put(fixed("mixed", numbers()))
 
 
-async def test_a_database_from_before_adapters_is_searched_after_opening_it(tmp_path: Path) -> None:
-    """What a registry that knew no search has left: the same tables without those of the search."""
+def version_1(path: Path) -> None:
+    """Move what is in a database into one of version 1, which knew no search."""
+    new = path.rename(path.with_name("new.db"))
+    database = sqlite3.connect(path)
+    database.executescript(VERSION_1.read_text())
+    database.execute("ATTACH ? AS new", [str(new)])
+    for (table,) in database.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'").fetchall():
+        database.execute(f"INSERT INTO main.{table} SELECT * FROM new.{table}")  # noqa: S608 - ours
+    database.commit()
+    database.close()
+
+
+async def test_a_database_from_before_adapters_is_searched_after_opening_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     async with running(tmp_path) as registry:
         for index in range(70):
             await registry.publish(labelled(f"low{index}", "high", weight=index + 1.0), f"acme/n{index}@1")
         revision = (await registry.seen())[-1].revision
-    database = sqlite3.connect(tmp_path / "data" / "registry.db")
-    database.executescript("DROP TABLE package_search; DROP TABLE package_capabilities;")
-    database.close()
+    version_1(tmp_path / "data" / "registry.db")
+    assert "search_filling" not in capsys.readouterr().out
 
     async with running(tmp_path) as registry:
+        said = capsys.readouterr().out
+        assert [
+            len(re.findall(rf"{event} +package_count=70", said)) for event in ("search_filling", "search_filled")
+        ] == [
+            1,
+            1,
+        ]
         assert len(await listed(registry, text="high")) == 70
         assert await listed(registry, text="LOW33") == ["n33"]
         assert (await registry.seen())[-1].revision == revision

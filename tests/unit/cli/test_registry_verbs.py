@@ -14,7 +14,13 @@ from hocket.errors import HocketError
 from hocket.identity import digest_of
 from hocket.mixtures import parse_mixture
 from hocket.packages import Purpose, read_release
-from hocket.v1.package_pb2 import TRUST_STATE_YANKED
+from hocket.v1.package_pb2 import (
+    TRUST_STATE_ACTIVE,
+    TRUST_STATE_KEY_REVOKED,
+    TRUST_STATE_UNTRUSTED,
+    TRUST_STATE_YANKED,
+    Release,
+)
 from tests.builders import apr_bytes, linear
 from tests.fakes import HIGH, LOW, ScriptedRegistry, adapter_package, expert_package
 from tests.signing import ACME_ID, ACME_SEED, envelope_of
@@ -146,7 +152,7 @@ def test_packages_are_listed(hocket: Any, registry: ScriptedRegistry) -> None:
         assert text in listed
     for text in ("sha256:222222222222", "4 x Ridge", "one number", "active, UNSIGNED"):
         assert text in listed
-    for text in ("acme/expert-sql@1.0.0", "DoRA adapter", "text, on Qwen3-0.6B"):
+    for text in ("acme/expert-sql@1.0.0", "DoRA adapter", "text (base model Qwen3-0.6B)"):
         assert text in listed
     card = hocket("experts", "show", HIGH, "--router", "127.0.0.1:1").out
     assert "inside (cdcdcdcdcdcd, not trusted), NOBODY (policy)" in card
@@ -205,7 +211,7 @@ def test_an_adapter_is_shown_whole(hocket: Any, registry: ScriptedRegistry) -> N
         "task:text2sql",
         "select",
         "cypher",
-        "in place 6",
+        "6 (lower numbers are applied first)",
         "expert-json@>=0.4.0: acme/expert-json@0.4.1",
         "zeta/expert-x: NOTHING HERE WILL DO",
         "48 tokens",
@@ -241,16 +247,127 @@ def test_an_adapter_that_says_little_is_shown_with_little(hocket: Any, registry:
         "active, UNSIGNED",
         "soft prompt",
         f"exactly {JSON}",
-        "never by itself",
-        "with at most 3 experts in all",
+        "none: used only when asked for",
+        "3 experts together",
         "IS NOT VALID: a file was altered",
     ):
         assert text in card
     registry.packages[SQL].adapter.ClearField("upstream_signature")
-    assert re.search(r"signature +none", hocket("experts", "show", SQL).out)
+    assert re.search(r"upstream signature +none", hocket("experts", "show", SQL).out)
+
+
+def test_what_is_withdrawn_is_left_out_unless_asked_for(hocket: Any, registry: ScriptedRegistry) -> None:
+    for index, state in enumerate((TRUST_STATE_ACTIVE, TRUST_STATE_YANKED, TRUST_STATE_KEY_REVOKED), start=1):
+        digest = f"sha256:{index:064}"
+        registry.packages[digest] = adapter_package(digest, "expert-sql", version=f"{index}.0.0")
+        registry.packages[digest].state = state
+    registry.packages[LOW] = expert_package(LOW, "low")
+    registry.packages[LOW].state = TRUST_STATE_UNTRUSTED  # trusting its key brings it back
+
+    for verb in (("list",), ("search", "sql")):
+        out = hocket(*verb).out
+        assert "2 withdrawn are not shown: --all" in out
+        assert [name in out for name in ("sql@1.0.0", "sql@2.0.0", "sql@3.0.0", "low@1.0.0")] == [
+            True,
+            False,
+            False,
+            True,
+        ]
+        every = hocket(*verb, "--all").out
+        assert "not shown" not in every
+        assert all(state in every for state in ("active", "yanked", "key revoked", "untrusted"))
+        states = [package["state"] for package in hocket(*verb, "--json").document["packages"]]
+        assert len(states) == 4
+    for digest in (LOW, f"sha256:{1:064}", f"sha256:{2:064}"):
+        del registry.packages[digest]
+    assert hocket("list").out == "1 withdrawn is not shown: --all\n"
+
+
+def test_versions_are_ordered_as_versions(hocket: Any, registry: ScriptedRegistry) -> None:
+    for digest, version in ((LOW, "10.0.0"), (HIGH, "2.0.0"), (SQL, "2.0.0-rc.1")):
+        registry.packages[digest] = adapter_package(digest, "expert-sql", version=version)
+    registry.packages[JSON] = adapter_package(JSON, "expert-json", version="3.0.0")
+
+    for verb in (("list",), ("search", "sql")):
+        shown = re.findall(r"acme/expert-\w+@(\S+)", hocket(*verb).out)
+        assert shown == ["3.0.0", "2.0.0-rc.1", "2.0.0", "10.0.0"]
+    assert "it has 2.0.0-rc.1, 2.0.0, 10.0.0" in hocket("uninstall", "sql@9").err
+
+
+class TestShortNames:
+    def test_show_takes_the_newest_version_that_may_serve(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        versions = {LOW: "2.0.0", HIGH: "10.0.0", SQL: "11.0.0"}
+        for digest, version in versions.items():
+            registry.packages[digest] = adapter_package(digest, "expert-sql", version=version)
+        registry.packages[SQL].state = TRUST_STATE_YANKED
+
+        for written, digest in (("sql", HIGH), ("acme/expert-sql", HIGH), ("sql@2.0.0", LOW), ("sql@11.0.0", SQL)):
+            assert hocket("experts", "show", written, "--json").document["digest"] == digest
+
+    def test_yank_takes_a_name_that_only_one_package_has(self, hocket: Any, registry: ScriptedRegistry) -> None:
+        registry.packages[LOW] = adapter_package(LOW, "expert-sql", version="1.0.0")
+        registry.packages[HIGH] = adapter_package(HIGH, "expert-sql", version="1.1.0")
+
+        error = hocket("yank", "sql", "--yes", "--json").document["error"]
+        assert error["reason"] == "BAD_REQUEST"
+        assert "acme/expert-sql@1.0.0, acme/expert-sql@1.1.0" in error["message"]
+        assert "hocket uninstall" in error["message"]
+        assert registry.withdrawn == {}
+        assert hocket("yank", "sql@1.1.0", "--yes").code == 0
+        assert list(registry.withdrawn) == [HIGH]
+        registry.packages[HIGH].state = TRUST_STATE_YANKED
+        assert hocket("yank", "sql", "--yes").code == 0
+        assert list(registry.withdrawn) == [HIGH, LOW]
+
+    @pytest.mark.parametrize("verb", [("uninstall", "--yes"), ("yank", "--yes"), ("experts", "show")])
+    @pytest.mark.parametrize("written", ["u", "expert-u", "expert-u@1.0.0"])
+    def test_an_unsigned_expert_goes_by_its_digest(
+        self, hocket: Any, registry: ScriptedRegistry, verb: tuple[str, ...], written: str
+    ) -> None:
+        registry.packages[SQL] = adapter_package(SQL, "expert-u")
+        del registry.packages[SQL].releases[:]
+        registry.packages[LOW] = expert_package(LOW, "low")
+
+        error = hocket(*verb, written, "--json").document["error"]
+
+        assert error["reason"] == "UNKNOWN_PACKAGE"
+        assert f"`hocket yank {SQL}`" in error["message"]
+        assert "is not signed" not in hocket(*verb, "expert-u@9").err
+        registry.packages[JSON] = adapter_package(JSON, "expert-u", version="1.1.0")
+        assert "is not signed" not in hocket("experts", "show", written).err
+
+
+def test_requirements_mean_a_publisher_whose_release_counts(hocket: Any, registry: ScriptedRegistry) -> None:
+    registry.packages[JSON] = adapter_package(JSON, "expert-json")
+    registry.packages[SQL] = adapter_package(SQL, "expert-sql", "expert-json")
+    show = ("experts", "show", SQL, "--json")
+    registry.packages[SQL].releases.insert(0, Release(publisher="aaa", name="expert-sql", version="1.0.0"))
+
+    assert hocket(*show).document["satisfied_by"] == {"expert-json": "acme/expert-json@1.0.0"}
+    registry.packages[SQL].releases[0].state = TRUST_STATE_ACTIVE
+    assert hocket(*show).document["satisfied_by"] == {"expert-json": None}
 
 
 class TestResolving:
+    @pytest.mark.parametrize(
+        ("written", "meant"),
+        [(">=2", ">=2.0.0"), (">= 1.5, <2", ">= 1.5.0, <2.0.0"), (">=1.0.0,<2", ">=1.0.0,<2.0.0")],
+    )
+    def test_a_range_of_short_versions_is_told_how_to_be_written(
+        self, hocket: Any, registry: ScriptedRegistry, written: str, meant: str
+    ) -> None:
+        registry.packages[JSON] = adapter_package(JSON, "expert-json", version="2.1.0")
+
+        error = hocket("experts", "resolve", f"json@{written}", "--json").document["error"]
+
+        assert error["reason"] == "BAD_REQUEST"
+        assert f"did you mean {meant}?" in error["message"]
+        assert "did you mean" not in hocket("experts", "resolve", "json@>=x").err
+        assert hocket("experts", "resolve", "json@>=2.0.0").code == 0
+
+    def test_what_is_looked_for_is_an_expert(self, hocket: Any) -> None:
+        assert "this registry has no expert 'json'" in hocket("experts", "resolve", "json").err
+
     def test_a_composition_is_explained_in_order(self, hocket: Any, registry: ScriptedRegistry) -> None:
         registry.packages[JSON] = adapter_package(JSON, "expert-json", version="0.4.1")
         registry.packages[SQL] = adapter_package(SQL, "expert-sql", "expert-json@>=0.4.0")
@@ -454,9 +571,8 @@ def test_a_script_says_yes_before_anything_final(
 
 def test_a_name_that_is_nearly_right_gets_a_suggestion(hocket: Any, registry: ScriptedRegistry) -> None:
     registry.packages[HIGH] = expert_package(HIGH, "high")
-    for written in ("acme/hihg@1.0.0", "high"):
-        for verb in (("experts", "show"), ("yank", "--yes")):
-            assert "did you mean acme/high@1.0.0?" in hocket(*verb, written).err
+    for verb in (("experts", "show"), ("yank", "--yes")):
+        assert "did you mean acme/high?" in hocket(*verb, "acme/hihg@1.0.0").err
     assert "did you mean" not in hocket("experts", "show", "zeta/other@3").err
 
 

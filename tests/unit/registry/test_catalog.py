@@ -19,6 +19,7 @@ from hocket.v1.package_pb2 import Package, TrustState
 from services.registry import catalog as catalog_module
 from services.registry.admission import admit_mixture, admit_package
 from services.registry.catalog import Catalog
+from services.registry.store import Query, Transaction
 from services.registry.threads import Threads
 from tests.builders import apr_bytes, mixture
 from tests.registries import fixed, labelled, mixture_release, numbers, trust_in
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from services.registry.admission import AdmittedMixture, AdmittedPackage
+    from services.registry.store import ReleaseRow
 
 DATA = labelled("a", "b")
 
@@ -137,6 +139,40 @@ def test_a_package_has_so_many_releases_and_no_more(shelf: Shelf, monkeypatch: p
     assert len(package.releases) == 3
     assert shelf.refusal_of(shelf.publish, DATA, "acme/iris@last") is Reason.TOO_LARGE
     assert shelf.keep(shelf.admitted(name="acme/iris@0"))[1] is False
+
+
+def test_a_page_of_packages_asks_for_their_releases_at_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [labelled("a", "b", weight=float(weight)) for weight in range(1, 6)]
+    for index, each in enumerate(data):
+        shelf.publish(each, f"acme/iris@{index}")
+    asked: list[list[str]] = []
+    releases = Transaction.releases
+
+    def counted(tx: Transaction, digests: list[str]) -> dict[str, list[ReleaseRow]]:
+        asked.append(digests)
+        return releases(tx, digests)
+
+    monkeypatch.setattr(Transaction, "releases", counted)
+
+    page = shelf.catalog.list_packages("", Query(), 4)
+
+    assert [len(digests) for digests in asked] == [4]
+    assert [len(package.releases) for package in page.packages] == [1, 1, 1, 1]
+    rest = shelf.catalog.list_packages(page.last, Query(), 4)
+    assert sorted(package.digest for package in [*page.packages, *rest.packages]) == sorted(map(digest_of, data))
+    assert rest.last == ""
+
+
+def test_a_page_ends_with_the_package_that_fills_it(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(3):
+        shelf.publish(labelled("a", "b", weight=index + 1.0), f"acme/iris@{index}")
+    whole = shelf.catalog.list_packages("", Query(), 9).packages
+    facts_bytes = whole[0].model.ByteSize()
+
+    for bytes_max, count in ((1, 1), (facts_bytes + 1, 1), (whole[0].ByteSize() + 1, 2)):
+        monkeypatch.setattr(catalog_module, "PAGE_BYTES_MAX", bytes_max)
+        page = shelf.catalog.list_packages("", Query(), 9)
+        assert (len(page.packages), page.last) == (count, whole[count - 1].digest)
 
 
 def test_each_change_is_told_with_its_revision(shelf: Shelf) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hocket.errors import HocketError, Reason
 from hocket.v1.package_pb2 import AdapterFacts, BaseModel, ModelFacts, OutputColumn
 from hocket.v1.registry_pb2 import ListPackagesRequest
-from services.registry.searching import FILTER_CHARS_MAX, WORDS_MAX, read_query, search_row
+from services.registry.searching import FILTER_CHARS_MAX, TEXT_CHARS_MAX, WORDS_MAX, read_query, search_row
 from services.registry.store import PackageRow, Query, ReleaseRow, SearchRow, Store
 
 if TYPE_CHECKING:
@@ -85,9 +85,10 @@ class TestRows:
     def test_an_adapter_is_found_by_what_its_manifest_says(self) -> None:
         row = search_row(digest(1), adapter(), Struct())
 
+        assert row.expert_version == "1.0.0"
         assert (row.expert_name, row.base_name, row.base_digest) == ("expert-sql", "qwen3-0.6b", BASE)
         assert row.capabilities == ("task:text2sql", "language:en")
-        assert row.text == "expert-sql turns questions into sql. postgresql task:text2sql language:en"
+        assert row.text == "expert-sql postgresql task:text2sql language:en turns questions into sql."
 
     def test_a_base_without_a_digest_is_known_by_name_alone(self) -> None:
         row = search_row(digest(1), adapter(base=BaseModel(name="Qwen/Qwen3-0.6B")), Struct())
@@ -101,7 +102,7 @@ class TestRows:
 
         row = search_row(digest(1), ModelFacts(name="iris", columns=columns), metadata)
 
-        assert row == SearchRow(digest(1), None, None, None, "iris flowers of fisher botany setosa", ())
+        assert row == SearchRow(digest(1), None, None, None, None, "iris botany flowers of fisher setosa", ())
 
     @pytest.mark.parametrize("description", [7, None, ["a"], {"b": "c"}])
     def test_metadata_of_any_kind_is_passed_over(self, description: Any) -> None:
@@ -109,6 +110,15 @@ class TestRows:
         metadata.update({"description": description})
 
         assert set(search_row(digest(1), ModelFacts(name="iris"), metadata).text.split()) <= {"iris", "a"}
+
+    def test_of_a_long_description_the_beginning_counts_and_nothing_else_is_lost_for_it(self) -> None:
+        row = search_row(digest(1), adapter(description="begin " + "\ufdfa" * TEXT_CHARS_MAX + " end"), Struct())
+
+        assert len(row.text) == TEXT_CHARS_MAX
+        assert all(word in row.text for word in ("expert-sql", "postgresql", "language:en", "begin"))
+        assert "end" not in row.text
+        just = adapter(name="n", description="x" * (TEXT_CHARS_MAX - 6) + " end", tags=[], capabilities=[])
+        assert search_row(digest(1), just, Struct()).text.endswith("x end")
 
 
 class TestQueries:
@@ -178,7 +188,12 @@ class TestFinding:
         assert found(store, text="QUESTIONS expert-sql") == [digest(1)]
         assert found(store, text="questions iris") == []
         assert found(store, text="flower IRIS") == [digest(2)]
-        assert found(store, text="acme") == []
+        assert found(store, text="acme") == [digest(1), digest(2)]
+        assert found(store, text="ACME iris") == [digest(2)]
+        with store.begin() as tx:
+            tx.insert_release(ReleaseRow("zeta", "petals", "1.0.0", "k", digest(2), b"", "ACTIVE", 7))
+        assert found(store, text="zeta") == found(store, text="petal acme") == [digest(2)]
+        assert found(store, text="nobody") == []
 
     @pytest.mark.parametrize("wildcard", ["%", "_", "/", "\\", "100%", "a_c"])
     def test_a_wildcard_means_itself(self, store: Store, wildcard: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,8 @@ from services.registry.store import MixtureRow, PackageRow, Query, ReleaseRow, S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+VERSION_1 = Path(__file__).with_name("version_1.sql").read_text()
 
 
 @pytest.fixture
@@ -133,11 +135,34 @@ class TestOpening:
     def test_a_file_of_another_version_does_not_start(self, store: Store, path: Path) -> None:
         store.close()
         connection = sqlite3.connect(path)
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
         connection.close()
 
-        with pytest.raises(HocketError, match="version 2"):
+        with pytest.raises(HocketError, match="version 3"):
             store.open()
+
+    @pytest.mark.parametrize(
+        "more",
+        ["", "CREATE TABLE package_search (digest VARCHAR PRIMARY KEY); INSERT INTO package_search VALUES ('x')"],
+    )
+    def test_a_file_of_version_1_is_upgraded_so_that_its_registry_leaves_it_alone(self, path: Path, more: str) -> None:
+        connection = sqlite3.connect(path)
+        connection.executescript(VERSION_1 + more)
+        connection.execute("INSERT INTO revisions VALUES (7)")
+        connection.commit()
+        connection.close()
+
+        for _ in range(2):
+            store = Store(path)
+            store.open()
+            with store.begin() as tx:
+                version = tx._connection.exec_driver_sql("PRAGMA user_version").scalar()
+                indexes = tx._connection.exec_driver_sql(
+                    "SELECT name FROM sqlite_master WHERE type = 'index'"
+                ).scalars()
+                assert (version, tx.revision(), "ix_packages_standing" in set(indexes)) == (2, 7, True)
+                assert list(tx.packages_after("", Query(words=("a",)), 9)) == []
+            store.close()
 
     def test_a_store_that_is_not_open_says_so(self, path: Path) -> None:
         with pytest.raises(HocketError, match="not open"), Store(path).begin():
@@ -238,8 +263,9 @@ class TestPackages:
     def test_packages_that_nobody_finds_yet_can_be_told(self, store: Store) -> None:
         insert(store, 1, 2, 3)
         with store.begin() as tx:
-            tx.insert_search(SearchRow(digest(2), None, None, None, "iris", ()))
+            tx.insert_search(SearchRow(digest(2), None, None, None, None, "iris", ()))
 
+            assert tx.not_found_count() == 2
             assert [row.digest for row in tx.packages_not_found(9)] == [digest(1), digest(3)]
             assert [row.digest for row in tx.packages_not_found(1)] == [digest(1)]
 
@@ -250,7 +276,7 @@ class TestPackages:
         insert(store, 6)
         with store.begin() as tx:
             for index in range(1, 6):
-                tx.insert_search(SearchRow(digest(index), "sql", None, None, "", ()))
+                tx.insert_search(SearchRow(digest(index), "sql", "0.9.0", None, None, "", ()))
             tx.insert_release(release(1, "acme/sql@1"))
             tx.insert_release(release(1, "acme/sql@1", key_id="l"))
             tx.insert_release(release(2, "zeta/sql@1"))
@@ -258,10 +284,13 @@ class TestPackages:
             tx.insert_release(release(4, "acme/sql@3"))
             tx.insert_release(release(6, "acme/sql@4"))
 
-            assert [row.digest for row in tx.experts("acme", "sql", "ACTIVE")] == [digest(1)]
-            assert [row.digest for row in tx.experts("zeta", "sql", "ACTIVE")] == [digest(2)]
-            assert [row.digest for row in tx.experts("", "sql", "ACTIVE")] == [digest(5)]
-            assert tx.experts("acme", "json", "ACTIVE") == []
+            def versions(publisher: str, name: str) -> dict[str, str]:
+                return tx.expert_versions(publisher, name, state="ACTIVE", package_format="expert")
+
+            assert versions("acme", "sql") == {digest(1): "1"}
+            assert versions("zeta", "sql") == {digest(2): "1"}
+            assert versions("", "sql") == {digest(5): "0.9.0"}
+            assert versions("acme", "json") == {}
 
 
 class TestMixtures:
