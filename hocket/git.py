@@ -5,8 +5,9 @@ listings come from strangers, so git is given nothing that could be more than it
 alone, object ids instead of names, and `--end-of-options` before either. git runs in a session of its own without a
 terminal, in an environment from which every `GIT_` variable is taken that could make it read, run or write something
 else. The person's own configuration stays, because credential helpers, proxies and mirrors live there; hooks, templates
-and the configuration of whatever folder the command runs in have no effect. Why the program and not a library:
-`docs/adr/0009-git.md`.
+and the configuration of whatever folder the command runs in have no effect. A repository in a folder has a
+configuration of its own, which git kept from running only since the versions of May 2024: older ones read no folders.
+Why the program and not a library: `docs/adr/0009-git.md`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from types import FrameType
 
 TIMEOUT_SECONDS: Final = 300.0
 """How long one run of git may take unless the caller says otherwise."""
@@ -51,13 +56,24 @@ _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
 _REMOTE: Final = re.compile(rf"(?:[^\s/@-][^\s/@]*@)?{_HOST}(?::[0-9]{{1,5}})?/\S*[^\s/]\S*")
 _SSH: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]*@{_HOST}:[^\s:-]\S*")  # user@host:path
 _HELPER: Final = re.compile(r"[A-Za-z0-9+.-]*::")
-_SECRETS: Final = re.compile(r"(https://)[^\s/]*@")
+_SECRETS: Final = re.compile(
+    r"((?<!ssh)://)[^/]*@"  # user and password
+    r"|(ssh://)[^/@]*:[^/]*@"  # of ssh the user alone is no secret
+    r"|(://)[^/@:\[]+:(?![0-9]*/)[^@]*@"  # a password with a slash in it, which is no address
+    r"|^[^\s/@:]+:[^\s/@]+@",  # user:password@host:path, which is none either
+    re.IGNORECASE,
+)
 
 _OBJECT_ID: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REF: Final = re.compile(r"((?:[0-9a-f]{40})|(?:[0-9a-f]{64}))\t(HEAD|refs/(?:heads|tags)/\S+)")
 _FILE: Final = re.compile(rb"100(?:644|755) blob ([0-9a-f]+) +([0-9]+)\t(.+)", re.DOTALL)
 _OWNERSHIP: Final = re.compile(r"dubious ownership in repository at '(.+)'")
 _FORMATS: Final = {40: "sha1", 64: "sha256"}
+
+_GIT_VERSION: Final = re.compile(rb"git version ([0-9]{1,4})\.([0-9]{1,4})(?:\.([0-9]{1,4}))?")
+_PATCHED: Final = {39: 4, 40: 2, 41: 1, 42: 2, 43: 4, 44: 1, 45: 1}
+"""The first release of each series of git 2 with the fixes for CVE-2024-32004 and CVE-2024-32465: before them, reading
+a folder that somebody else has made up could run what its configuration says."""
 
 _KEPT: Final = frozenset(
     {
@@ -127,7 +143,7 @@ def check_address(text: str, *, local: bool = True) -> str:
         HocketError: `BAD_REQUEST` for anything else, and for what git could take for an option or a command.
     """
     if not text.strip() or len(text) > _ADDRESS_CHARS or text.startswith("-") or UNSPEAKABLE.search(text):
-        raise _bad(f"{text[:80]!r} is not the address of a git repository")
+        raise _bad(f"{shown(text)[:80]!r} is not the address of a git repository")
     if _HELPER.match(text):
         raise _bad(f"{shown(text)!r} would have git run another program: give an https:// or ssh:// address")
     if match := _URL.fullmatch(text):
@@ -143,14 +159,17 @@ def check_address(text: str, *, local: bool = True) -> str:
         return f"{scheme}://{rest}"
     if ":" in text.partition("/")[0]:
         if _SSH.fullmatch(text) is None:
-            raise _bad(f"{shown(text)!r} is not an address of the form user@host:path; a folder is written ./{text}")
+            raise _bad(f"{shown(text)!r} is not an address of the form user@host:path; a folder begins with ./")
         return text
     return _local(os.path.expanduser(text), text, allowed=local)  # noqa: PTH111 - which raises nothing
 
 
 def shown(address: str) -> str:
-    """An address, or text that contains some, as it may be printed: without user names and passwords of https."""
-    return _SECRETS.sub(r"\1", address)
+    """An address, or a line of text that contains some, as it may be printed.
+
+    User names and passwords are left out, but for the user of ssh, and so are control characters.
+    """
+    return UNSPEAKABLE.sub("?", _SECRETS.sub(r"\1\2\3", address))
 
 
 @contextmanager
@@ -164,15 +183,38 @@ def opened(
         timeout_seconds: How long one run of git may take.
         bytes_max: Most bytes to take to disk.
     """
-    with TemporaryDirectory(prefix="hocket-git-", ignore_cleanup_errors=True) as folder:
+    with _ended_in_order(), TemporaryDirectory(prefix="hocket-git-", ignore_cleanup_errors=True) as folder:
         yield Repository(address, Path(folder), timeout_seconds, bytes_max)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have the signals that end a process end it as Ctrl-C does: git in its own session would not hear of them.
+
+    Signals that somebody handles or ignores (`nohup`) are left to them.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # the status that a shell gives a process ended by a signal
 
 
 class Repository:
     """A repository somewhere, and what has been fetched of it. Made by `opened`.
 
     Every method raises `HocketError`: `UNREACHABLE` with git's own words when it cannot be read, `BAD_REQUEST` when git
-    is not installed or the folder belongs to somebody else, `DEADLINE`, and `TOO_LARGE`.
+    is not installed, too old for folders, or the folder belongs to somebody else, `DEADLINE`, and `TOO_LARGE`.
 
     Attributes:
         address: Where it is.
@@ -240,6 +282,8 @@ class Repository:
         """
         git_dir = self._folder / object_format
         if not git_dir.exists():
+            if self.address.startswith("/"):
+                _check_version(_git())
             self._run(git_dir, "init", "--quiet", "--bare", "--template=", f"--object-format={object_format}")
         self._run(git_dir, *arguments, stdin=stdin, output_bytes_max=output_bytes_max)
         with (self._folder / "output").open("rb") as out:
@@ -248,14 +292,11 @@ class Repository:
     def _run(
         self, git_dir: Path, *arguments: str, stdin: bytes = b"", output_bytes_max: int = LISTING_BYTES_MAX
     ) -> None:
-        git = shutil.which("git")
-        if git is None:
-            raise _bad("git is not installed: repositories are read with it (https://git-scm.com)")
         given, output, errors = (self._folder / name for name in ("input", "output", "errors"))
         given.write_bytes(stdin)
         with given.open("rb") as source, output.open("wb") as out, errors.open("wb") as said:
             process = subprocess.Popen(  # noqa: S603 - a list, checked above; no shell
-                [git, *_OPTIONS, *arguments],
+                [_git(), *_OPTIONS, *arguments],
                 stdin=source,
                 stdout=out,
                 stderr=said,
@@ -291,7 +332,8 @@ class Repository:
                     Reason.DEADLINE,
                     f"{shown(self.address)} was not read within {self._timeout_seconds:g} s: give it more (--timeout)",
                 )
-            time.sleep(_LOOK_SECONDS)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK_SECONDS)
 
     def _failure(self, said: str) -> HocketError:
         if owned := _OWNERSHIP.search(said):
@@ -299,24 +341,56 @@ class Repository:
                 f"{self.address} belongs to another user, and git does not read it. If you trust its owner: "
                 f"git config --global --add safe.directory {shlex.quote(owned[1])}",
             )
-        words = "; ".join(line.strip() for line in shown(said).splitlines() if line.strip())[:_SAID_CHARS]
+        words = "; ".join(shown(line.strip()) for line in said.splitlines() if line.strip())[:_SAID_CHARS]
         advice = next((f" ({advice})" for sign, advice in _ADVICE if sign in said), "")
         return HocketError(Reason.UNREACHABLE, f"cannot read {shown(self.address)}{advice}; git says: {words}")
+
+
+def _git() -> str:
+    git = shutil.which("git")
+    if git is None:
+        raise _bad("git is not installed: repositories are read with it (https://git-scm.com)")
+    return git
+
+
+def _check_version(git: str) -> None:
+    """Pass if this git may read a folder that somebody else has made up."""
+    major, minor, patch = _version(git)
+    is_patched = major == 2 and minor in _PATCHED and patch >= _PATCHED[minor]  # noqa: PLR2004 - git 2
+    if not is_patched and (major, minor) <= (2, max(_PATCHED)):
+        raise _bad(
+            f"git {major}.{minor}.{patch} may run what the configuration of a repository in a folder says "
+            f"(CVE-2024-32004, CVE-2024-32465): update git to 2.{max(_PATCHED)}.{_PATCHED[max(_PATCHED)]} or newer, "
+            "or give the repository's https:// or ssh:// address"
+        )
+
+
+@cache
+def _version(git: str) -> tuple[int, int, int]:
+    """The version of a git program; zeros if it does not tell."""
+    try:
+        done = subprocess.run(  # noqa: S603 - a program's own path
+            [git, "version"], capture_output=True, stdin=subprocess.DEVNULL, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0, 0, 0
+    match = _GIT_VERSION.match(done.stdout)
+    return (0, 0, 0) if match is None else (int(match[1]), int(match[2]), int(match[3] or 0))
 
 
 def _path_of(url: str) -> str:
     parts = urlsplit(url)
     path = unquote(parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or UNSPEAKABLE.search(path):
-        raise _bad(f"{url[:80]!r} is not an address of the form file:///path")
+        raise _bad(f"{shown(url)[:80]!r} is not an address of the form file:///path")
     return path
 
 
 def _local(path: str, text: str, *, allowed: bool) -> str:
     if not allowed:
-        raise _bad(f"{text[:80]!r} is a folder of this computer: only an https:// or ssh address may stand here")
+        raise _bad(f"{shown(text)[:80]!r} is a folder of this computer: only an https:// or ssh address may stand here")
     if not os.path.isdir(path):  # noqa: PTH112 - which raises nothing
-        raise _bad(f"there is no folder {text[:200]}")
+        raise _bad(f"there is no folder {shown(text)[:200]}")
     return os.path.abspath(path)  # noqa: PTH100 - without a look at links
 
 
@@ -334,10 +408,17 @@ def _environment(git_dir: Path) -> dict[str, str]:
 def _size_bytes(folder: Path) -> int:
     """What the files of a folder take; those that go away meanwhile take nothing."""
     total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 - many times a second
+    waiting = [os.fspath(folder)]
+    while waiting:  # not `os.walk`, which warns of an open folder where a signal interrupts it
+        place = waiting.pop()
+        with suppress(OSError):
+            for name in os.listdir(place):  # noqa: PTH208 - many times a second
+                path = f"{place}/{name}"
+                with suppress(OSError):
+                    found = os.lstat(path)
+                    total += found.st_size
+                    if stat.S_ISDIR(found.st_mode):
+                        waiting.append(path)
     return total
 
 

@@ -18,6 +18,7 @@ nothing but that. Which versions there are is asked of the repository, and whose
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -91,7 +92,7 @@ def parse_index(data: bytes, where: str, *, is_local: bool = False) -> Index:
     if document.get("version") != _VERSION:
         raise HocketError(
             Reason.UNSUPPORTED_VERSION,
-            f"{INDEX_FILE} has version {str(document.get('version'))[:40]!r}, not {_VERSION}",
+            f"{INDEX_FILE} has version {json.dumps(document.get('version'))[:40]}, not {json.dumps(_VERSION)}",
         )
     repositories: dict[str, str] = {}
     for entry in document["experts"]:

@@ -6,18 +6,20 @@ A source is written as
 - an address or folder of a git repository, `https://...`, `ssh://...`, `git@host:path`, `file://...`, `./folder`, also
   with `git+` before it. `@RANGE` may follow: what stands behind the last `@` that comes after the last `/` and `:`; and
   then `#REF`, a branch or tag. A folder that exists as written is meant as written;
-- `NAME` or `NAME@RANGE`: an expert that an index lists (`hocket.index`).
+- `NAME`, `PUBLISHER/NAME`, either with `@RANGE`: an expert that an index lists (`hocket.index`), unless the latter is a
+  folder.
 
 A repository releases a version with a tag `v1.2.0` on a commit that has the package file and, beside it, the file's
 release. Names and folders do not matter, several versions and several experts may lie side by side: what a file is,
-its release says. Tags are tried from the newest that the range allows; `#REF` picks one commit, and a repository
-without version tags is read at its HEAD. What a release says here is a claim, good enough to choose by. Whoever takes
-an offer verifies it (`hocket.installing`).
+its release says. Tags that the range allows are tried from the newest; then, because the tags of a repository with
+several experts number only one of them, other version tags; then HEAD. `#REF` picks one commit. What a release says
+here is a claim, good enough to choose by. Whoever takes an offer verifies it (`hocket.installing`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,10 +32,10 @@ from hocket.identity import check_name
 from hocket.index import INDEX_BYTES_MAX, INDEX_FILE, Index, parse_index
 from hocket.packages.limits import DEFAULT_LIMITS
 from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX, read_release
-from hocket.versions import Range, Version
+from hocket.versions import ANY, Range, Version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from hocket.git import File, Repository
     from hocket.identity import ReleaseName
@@ -47,9 +49,12 @@ RELEASE_SUFFIX: Final = ".release.json"
 PACKAGES_MAX: Final = 1000
 """Most package files in one commit."""
 
-_COMMITS_MAX: Final = 8
+TAGS_MAX: Final = 12
+"""Most version tags of a repository that are looked at for one expert."""
+
 _LISTED: Final = 12
 _LFS: Final = b"version https://git-lfs"
+_OWNED: Final = re.compile(r"[a-z0-9][^/:]*/[a-z0-9][^/:]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +86,15 @@ class Named:
     Attributes:
         name: Of the expert.
         wanted: Which versions will do.
+        publisher: Whose; empty if that is left to the index.
     """
 
     name: str
     wanted: Range = Range()  # noqa: RUF009 - frozen
+    publisher: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.publisher}/{self.name}" if self.publisher else self.name
 
 
 Source: TypeAlias = PackageFile | InRepository | Named
@@ -113,11 +123,13 @@ class Commit:
 
     Attributes:
         where: For people.
+        label: The branch or tag in it, or `HEAD`.
         offers: The package files in it.
         index: The index at its root; None if there is none.
     """
 
     where: str
+    label: str
     offers: tuple[Offer, ...]
     index: Index | None
 
@@ -129,7 +141,7 @@ def parse_source(text: str) -> Source:
         HocketError: `BAD_REQUEST` if it is none of the forms, or no such folder exists.
     """
     if UNSPEAKABLE.search(text):
-        raise HocketError(Reason.BAD_REQUEST, f"{text[:80]!r} has control characters, or is not UTF-8")
+        raise HocketError(Reason.BAD_REQUEST, f"{shown(text)[:80]!r} has control characters, or is not UTF-8")
     written = text.removeprefix("git+")
     if "://" not in written and not os.path.isdir(os.path.expanduser(written)):  # noqa: PTH111, PTH112 - raise nothing
         if written == text and text.endswith(SUFFIXES):
@@ -144,11 +156,13 @@ def parse_source(text: str) -> Source:
         place = place[:at]
     if sharp and not ref:
         raise HocketError(Reason.BAD_REQUEST, f"{shown(text)!r} ends with #: name a branch or tag after it")
-    if "/" in place or ":" in place or written != text:
+    publisher, slash, name = place.rpartition("/")
+    is_owned = _OWNED.fullmatch(place) is not None and not os.path.isdir(place)  # noqa: PTH112 - raises nothing
+    if (slash and not is_owned) or ":" in place or written != text:
         return InRepository(check_address(place), wanted, ref or None)
     if ref:
-        raise HocketError(Reason.BAD_REQUEST, f"{text!r}: a branch or tag goes with the address of a repository")
-    return Named(check_name(place), wanted)
+        raise HocketError(Reason.BAD_REQUEST, f"{shown(text)!r}: a branch or tag goes with the address of a repository")
+    return Named(check_name(name), wanted, check_name(publisher, "publisher") if slash else "")
 
 
 @contextmanager
@@ -181,8 +195,12 @@ def find(repository: Repository, wanted: Range, *, ref: str | None = None, name:
             index, or without that branch or tag; what `hocket.git` raises.
     """
     seen: list[Commit] = []
-    for commit in _commits(repository, wanted, ref):
-        if commit.index is not None and not commit.offers:
+    refs = repository.refs()
+    places = _places(repository, refs, wanted, ref)
+    if not places:
+        raise HocketError(Reason.UNKNOWN_PACKAGE, f"{shown(repository.address)} is empty")
+    for commit in _commits(repository, places, name):
+        if commit.index is not None and not commit.offers and not any(each.offers for each in seen):
             raise HocketError(
                 Reason.BAD_REQUEST,
                 f"{commit.where} is an index, not an expert: choose one of {_some(commit.index.repositories)} "
@@ -192,19 +210,30 @@ def find(repository: Repository, wanted: Range, *, ref: str | None = None, name:
         if len(found) == 1:
             return commit, found[0]
         if found:
-            names = _some(offer.where if offer.claim is None else _name(offer.claim) for offer in found)
-            raise HocketError(
-                Reason.BAD_REQUEST, f"{commit.where} has several experts, {names}: choose one with --name"
-            )
+            raise _several(commit, found)
         seen.append(commit)
-    there = sorted({str(offer.claim) for commit in seen for offer in commit.offers if offer.claim is not None})
-    what = name or "a released package"
-    has = f"; it has {_some(there)}" if there else ""
-    raise HocketError(
-        Reason.UNKNOWN_PACKAGE,
-        f"{' and '.join(commit.where for commit in seen)}: no {what} of a version in {wanted} is there{has} "
-        "(pre-releases have to be named)",
-    )
+    raise _nothing(repository, seen, wanted, name, tag_count=len(list(_version_tags(refs))))
+
+
+def search(repository: Repository, wanted: Range, name: str) -> Iterator[tuple[Commit, Offer]]:
+    """Every version of an expert in a repository, each once; of each tag the newest first.
+
+    Commits are fetched when it is their turn.
+
+    Args:
+        repository: Where to look.
+        wanted: Which versions will do.
+        name: `publisher/name`.
+
+    Raises:
+        HocketError: What `hocket.git` raises.
+    """
+    told = set()
+    for commit in _commits(repository, _places(repository, repository.refs(), wanted, None), name):
+        for offer in fitting(commit, wanted, name):
+            if offer.claim not in told:
+                told.add(offer.claim)
+                yield commit, offer
 
 
 def select(commit: Commit, wanted: Range, name: str = "") -> list[Offer]:
@@ -217,18 +246,29 @@ def select(commit: Commit, wanted: Range, name: str = "") -> list[Offer]:
         wanted: Which versions will do.
         name: `name` or `publisher/name`; empty for all.
     """
-    newest: dict[str, tuple[Version, Offer]] = {}
-    for offer in commit.offers:
-        if offer.claim is None or name not in {"", offer.claim.name, _name(offer.claim)}:
-            continue
-        version = Version.parse(offer.claim.version)
-        if wanted.allows(version):
-            other = newest.get(_name(offer.claim))
-            if other is None or other[0] < version:
-                newest[_name(offer.claim)] = version, offer
+    newest: dict[str, Offer] = {}
+    for offer in fitting(commit, wanted, name):
+        newest.setdefault(_name_of(offer), offer)
     if not name and all(offer.claim is None for offer in commit.offers):
         return list(commit.offers)
-    return [offer for _, offer in newest.values()]
+    return list(newest.values())
+
+
+def fitting(commit: Commit, wanted: Range, name: str = "") -> list[Offer]:
+    """The released files of a commit that will do, as their releases claim; the newest first.
+
+    Args:
+        commit: Where to look.
+        wanted: Which versions will do.
+        name: `name` or `publisher/name`; empty for all.
+    """
+    versions = [
+        (Version.parse(offer.claim.version), offer)
+        for offer in commit.offers
+        if offer.claim is not None and name in {"", offer.claim.name, _name_of(offer)}
+    ]
+    versions.sort(key=lambda each: each[0], reverse=True)
+    return [offer for version, offer in versions if wanted.allows(version)]
 
 
 def read_index(repository: Repository, ref: str | None = None) -> Index:
@@ -237,9 +277,9 @@ def read_index(repository: Repository, ref: str | None = None) -> Index:
     Raises:
         HocketError: `UNKNOWN_PACKAGE` if there is none; what `hocket.index` and `hocket.git` raise.
     """
-    label, object_id = _one_commit(repository.address, repository.refs(), ref)
-    files = repository.files(object_id)
-    index = _index(repository, label, files)
+    refs = repository.refs()
+    place = _named_place(repository, refs, ref) if ref is not None else _Place("HEAD", refs.get("HEAD", ""))
+    index = _index(repository, place.label, repository.files(place.object_id)) if place.object_id else None
     if index is None:
         raise HocketError(
             Reason.UNKNOWN_PACKAGE, f"{shown(repository.address)} is no index of experts: it has no {INDEX_FILE}"
@@ -247,22 +287,82 @@ def read_index(repository: Repository, ref: str | None = None) -> Index:
     return index
 
 
-def _commits(repository: Repository, wanted: Range, ref: str | None) -> Iterator[Commit]:
-    """The commits to look at, the newest version first; each is fetched when it is its turn."""
-    refs = repository.refs()
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A commit to look at.
+
+    Attributes:
+        label: The branch or tag.
+        object_id: Of the commit or tag.
+        other_version: Of a tag that the range does not allow, its version.
+    """
+
+    label: str
+    object_id: str
+    other_version: str | None = None
+
+
+def _places(repository: Repository, refs: Mapping[str, str], wanted: Range, ref: str | None) -> list[_Place]:
+    """The commits to look at, the likeliest first."""
+    if ref is not None:
+        return [_named_place(repository, refs, ref)]
     tags = sorted(_version_tags(refs), reverse=True)
-    if ref is not None or not tags:
-        yield _commit(repository, *_one_commit(repository.address, refs, ref))
-        return
-    fitting = [(version, tag) for version, tag in tags if wanted.allows(version)]
-    if not fitting:
-        raise HocketError(
-            Reason.UNKNOWN_PACKAGE,
-            f"{shown(repository.address)} has no version in {wanted}; it has {_some(str(v) for v, _ in tags)} "
-            "(pre-releases have to be named; #BRANCH looks at a branch instead)",
+    likely = [_Place(tag.removeprefix("refs/tags/"), refs[tag]) for version, tag in tags if wanted.allows(version)]
+    others = [
+        _Place(tag.removeprefix("refs/tags/"), refs[tag], str(version))
+        for version, tag in tags
+        if not wanted.allows(version)
+    ]
+    head = [_Place("HEAD", refs["HEAD"])] if "HEAD" in refs else []
+    return [*(likely + others)[:TAGS_MAX], *head]
+
+
+def _commits(repository: Repository, places: Iterable[_Place], name: str) -> Iterator[Commit]:
+    """The commits in these places, each once, fetched when it is its turn.
+
+    Where a tag that the range does not allow numbers what is looked for, other such tags do so too, and are left out.
+    """
+    seen = set()
+    is_numbered = False
+    for place in places:
+        if place.object_id in seen or (is_numbered and place.other_version is not None):
+            continue
+        seen.add(place.object_id)
+        commit = _commit(repository, place.label, place.object_id)
+        yield commit
+        if place.other_version is not None:
+            versions = {None if offer.claim is None else offer.claim.version for offer in fitting(commit, ANY, name)}
+            is_numbered = versions == {place.other_version}
+
+
+def _several(commit: Commit, found: Sequence[Offer]) -> HocketError:
+    if all(offer.claim is None for offer in found):
+        names = _some(_file_of(commit, offer) for offer in found)
+        return HocketError(
+            Reason.BAD_REQUEST,
+            f"{commit.where} has several package files that nobody has released, {names}: get the one that is meant, "
+            "and install the file",
         )
-    for _, tag in fitting[:_COMMITS_MAX]:
-        yield _commit(repository, tag.removeprefix("refs/tags/"), refs[tag])
+    names = _some(sorted(map(_name_of, found)))
+    return HocketError(Reason.BAD_REQUEST, f"{commit.where} has several experts, {names}: choose one with --name")
+
+
+def _nothing(
+    repository: Repository, seen: Sequence[Commit], wanted: Range, name: str, *, tag_count: int
+) -> HocketError:
+    there = sorted({str(offer.claim) for commit in seen for offer in commit.offers if offer.claim is not None})
+    unreleased = {_file_of(commit, offer) for commit in seen for offer in commit.offers if offer.claim is None}
+    what = name or "released package"
+    versions = f" of a version in {wanted}" if wanted.comparators else ""
+    has = f"; it has {_some(there)}" if there else ""
+    without = f"; nobody has released {_some(sorted(unreleased))}" if unreleased else ""
+    bound = f", of its {tag_count} version tags no more than {TAGS_MAX}" if tag_count > TAGS_MAX else ""
+    advice = " (pre-releases have to be named)" if wanted.comparators or there else ""
+    return HocketError(
+        Reason.UNKNOWN_PACKAGE,
+        f"{shown(repository.address)}: no {what}{versions} is there{has}{without}{advice}. "
+        f"Looked at {_some(commit.label for commit in seen)}{bound}: #REF looks at another branch or tag",
+    )
 
 
 def _version_tags(refs: Mapping[str, str]) -> Iterator[tuple[Version, str]]:
@@ -276,16 +376,13 @@ def _version_tags(refs: Mapping[str, str]) -> Iterator[tuple[Version, str]]:
                 yield version, ref
 
 
-def _one_commit(address: str, refs: Mapping[str, str], ref: str | None) -> tuple[str, str]:
-    if ref is None:
-        if "HEAD" not in refs:
-            raise HocketError(Reason.UNKNOWN_PACKAGE, f"{shown(address)} is empty")
-        return "HEAD", refs["HEAD"]
+def _named_place(repository: Repository, refs: Mapping[str, str], ref: str) -> _Place:
     for full in (f"refs/tags/{ref}", f"refs/heads/{ref}"):
         if full in refs:
-            return ref, refs[full]
+            return _Place(ref, refs[full])
     there = _some(full.split("/", 2)[2] for full in refs if full != "HEAD")
-    raise HocketError(Reason.BAD_REQUEST, f"{shown(address)} has no branch or tag {ref[:80]!r}; it has {there}")
+    where = shown(repository.address)
+    raise HocketError(Reason.BAD_REQUEST, f"{where} has no branch or tag {ref[:80]!r}; it has {there}")
 
 
 def _commit(repository: Repository, label: str, object_id: str) -> Commit:
@@ -302,7 +399,7 @@ def _commit(repository: Repository, label: str, object_id: str) -> Commit:
         _offer(repository, where, file, None if release is None else envelopes.get(release, b""))
         for file, release in zip(packages, beside, strict=True)
     )
-    return Commit(where, offers, None if offers else _index(repository, label, files))
+    return Commit(where, label, offers, None if offers else _index(repository, label, files))
 
 
 def _offer(repository: Repository, where: str, file: File, release: bytes | None) -> Offer:
@@ -341,8 +438,12 @@ def _index(repository: Repository, label: str, files: Iterable[File]) -> Index |
     return parse_index(data, where, is_local=repository.address.startswith("/"))
 
 
-def _name(claim: ReleaseName) -> str:
-    return f"{claim.publisher}/{claim.name}"
+def _file_of(commit: Commit, offer: Offer) -> str:
+    return offer.where.removeprefix(f"{commit.where}, ")
+
+
+def _name_of(offer: Offer) -> str:
+    return "" if offer.claim is None else f"{offer.claim.publisher}/{offer.claim.name}"
 
 
 def _some(names: Iterable[str]) -> str:

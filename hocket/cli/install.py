@@ -8,6 +8,7 @@ published, so that a refusal changes nothing.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,12 +21,12 @@ from hocket.cli import describe, files, names, output, servers
 from hocket.cli.progress import progress_of
 from hocket.client.calls import GRPC_STATUS
 from hocket.composition import candidates
-from hocket.errors import HocketError, Reason
+from hocket.errors import HocketError, Reason, Situation
 from hocket.git import TIMEOUT_SECONDS, check_address, shown
 from hocket.identity import ReleaseName
 from hocket.installing import Finder, plan
 from hocket.packages import Policy
-from hocket.sources import InRepository, Offer, claimed, parse_source, read_index, repositories
+from hocket.sources import InRepository, Offer, PackageFile, claimed, parse_source, read_index, repositories
 from hocket.v1.package_pb2 import TRUST_STATE_ACTIVE, TRUST_STATE_YANKED
 from hocket.versions import Version
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from hocket.index import Index
     from hocket.installing import Prepared, Step
     from hocket.packages import TrustRoots
-    from hocket.sources import PackageFile, Source
+    from hocket.sources import Source
     from hocket.v1.package_pb2 import Package
 
 app = typer.Typer()
@@ -62,9 +63,14 @@ _SAID: Final = {
     _UPDATED: "updated",
     _NEWEST: "is the newest",
     _WITHDRAWN: "has a newer version, which was withdrawn from this registry",
-    _NO_REPOSITORY: "neither its manifest nor an index (--index) says where newer ones would be",
+    _NO_REPOSITORY: "no home is known",
 }
 """The states of packages and experts, in words."""
+
+_HOMES: Final = (
+    "An expert's home is where newer versions of it are: `repository.url` in its manifest, or what an index says "
+    "(--index URL). `hocket install` does not remember where it found one."
+)
 
 IndexAddress = Annotated[
     str,
@@ -94,7 +100,9 @@ def install(
     name: Annotated[
         list[str] | None,
         typer.Option(
-            "--name", metavar="[PUBLISHER/]NAME", help="Which expert of a repository that has several; may be repeated."
+            "--name",
+            metavar="[PUBLISHER/]NAME",
+            help="Which expert of a repository that has several, or whose of several; may be repeated.",
         ),
     ] = None,
     index: IndexAddress = "",
@@ -110,7 +118,7 @@ def install(
     """Put packages into a registry, with all that they require.
 
     SOURCE is a package file with its release beside it; a git repository,
-    by address or folder; or the name of an expert that an index lists.
+    by address or folder; or [PUBLISHER/]NAME of an expert in an index.
     @RANGE after it says which versions will do, #REF after that which
     branch or tag to look at. Releases are verified against the trust
     folder, and nothing is published before everything is found.
@@ -118,33 +126,40 @@ def install(
     $ hocket install sql.expert
     $ hocket install 'https://git.example.org/acme/expert-sql@>=0.3.0'
     $ hocket install ./experts.git#main --name expert-json
-    $ hocket install expert-sql --index https://git.example.org/experts
+    $ hocket install acme/expert-sql --index https://git.example.org/experts
     """
     wanted = [(text, parse_source(text)) for text in sources]
-    if name and not any(isinstance(source, InRepository) for _, source in wanted):
-        raise HocketError(Reason.BAD_REQUEST, "--name chooses in a repository, and none was given")
+    if name and all(isinstance(source, PackageFile) for _, source in wanted):
+        raise HocketError(Reason.BAD_REQUEST, "--name chooses in repositories and indexes, and only files were given")
     with servers.registry(registry, token_file) as client:
         packages = list(client.list_packages())
         roots, policy = files.read_trust(trust), Policy(allow_unsigned=allow_unsigned)
-        with _finder(packages, roots, policy, index, timeout) as finder, _spinner("looking", shown=not json):
+        with (
+            repositories(timeout) as repository,
+            _spinner("looking", shown=not json),
+        ):
+            finder = _finder(packages, roots, policy, repository, cache(partial(_index, repository, index)))
             found = [
                 package
                 for text, source in wanted
-                for package in _packages(finder, text, source, name or [""], alone=len(wanted) == 1)
+                for package in _packages(finder, text, source, name or [], alone=len(wanted) == 1)
             ]
             steps = _plan(finder, found, packages, with_requirements=not no_deps)
+        done: list[str] = []
         planned = ((step, _PRESENT if step.package is None else _PLANNED) for step in steps)
-        for step, state in planned if dry_run else _published(client, steps, shown=not json):
-            if json:
-                output.emit(_step_json(step, state))
-            else:
-                _print_step(step, state)
+        with _naming(done):
+            for step, state in planned if dry_run else _published(client, steps, done, shown=not json):
+                if json:
+                    output.emit(_step_json(step, state))
+                else:
+                    _print_step(step, state)
     if dry_run and not json:
         output.say("Nothing was published: this was a dry run")
 
 
 @app.command()
 def update(
+    context: typer.Context,
     experts: Annotated[
         list[str] | None, typer.Argument(metavar="[PUBLISHER/]NAME...", help="Which; all if none are named.")
     ] = None,
@@ -159,8 +174,9 @@ def update(
 ) -> None:
     """Put newer versions of adapter experts into a registry.
 
-    Looks for releases of the same publisher in the repository that an
-    expert's manifest names, or else in the index. Older versions stay,
+    Looks for releases of the same publisher where an index says that is
+    given with --index; else in the repository that the expert's manifest
+    names, or by the index in HOCKET_INDEX. Older versions stay,
     and what names them keeps them, until `hocket uninstall`. An expert
     that cannot be updated does not keep others from it.
 
@@ -172,15 +188,31 @@ def update(
         installed = _installed(packages)
         chosen = {names.find(written, installed) for written in experts or ()} or set(installed)
         roots = files.read_trust(trust)
-        changes = []
-        with _finder(packages, roots, Policy(), index, timeout) as finder:
-            finder.index()  # where it cannot be read, that is said once
-            for each in sorted(chosen):
-                with _spinner("/".join(each), shown=not json):
-                    change = _change(client, finder, packages, *installed[each])
-                changes.append(change if dry_run else _carried_out(client, change, shown=not json))
-    _print_changes(changes, json=json)
-    if any(change.error is not None for change in changes):
+        with repositories(timeout) as repository:  # where the index cannot be read, that is said once
+            known = _index(repository, index)
+        given = context.get_parameter_source("index")
+        is_explicit = given is not None and given.name == "COMMANDLINE"
+        changes: dict[ReleaseName, _Change] = {}
+        by_home: dict[str, list[ReleaseName]] = defaultdict(list)
+        for before, digest in (installed[each] for each in sorted(chosen)):
+            home = _home(client, before, digest, known, index_first=is_explicit)
+            if isinstance(home, _Change):
+                changes[before] = home
+            else:
+                by_home[home].append(before)
+        done: list[str] = []
+        with _naming(done):
+            for home, experts_there in by_home.items():
+                with repositories(timeout) as repository:  # one home at a time is on disk
+                    finder = _finder(packages, roots, Policy(), repository, lambda: known)
+                    for before in experts_there:
+                        with _spinner(f"{before.publisher}/{before.name}", shown=not json):
+                            change = _change(finder, packages, before, home)
+                        if not dry_run:
+                            change = _carried_out(client, change, done, shown=not json)
+                        changes[before] = change.without_bytes()
+    _print_changes([change for _, change in sorted(changes.items())], json=json)
+    if any(change.error is not None for change in changes.values()):
         raise typer.Exit(_REFUSED)
 
 
@@ -202,22 +234,28 @@ class _Change:
     after: str | None = None
     error: HocketError | None = None
 
+    def without_bytes(self) -> _Change:
+        """The same for telling of it: packages are out of memory then."""
+        return replace(self, steps=tuple(replace(step, package=None) for step in self.steps))
 
-@contextmanager
+
 def _finder(
-    packages: Sequence[Package], trust: TrustRoots, policy: Policy, index: str, timeout: float
-) -> Iterator[Finder]:
+    packages: Sequence[Package],
+    trust: TrustRoots,
+    policy: Policy,
+    repository: Callable[[str], Repository],
+    index: Callable[[], Index | None],
+) -> Finder:
     """What finds packages, as long as its repositories are open."""
-    with repositories(timeout) as repository:
-        yield Finder(
-            trust=trust,
-            policy=policy,
-            now=datetime.now(UTC),
-            repository=repository,
-            index=cache(partial(_index, repository, index)),
-            taken={describe.release_name(release): each.digest for each in packages for release in each.releases},
-            yanked={each.digest for each in packages if each.state == TRUST_STATE_YANKED},
-        )
+    return Finder(
+        trust=trust,
+        policy=policy,
+        now=datetime.now(UTC),
+        repository=repository,
+        index=index,
+        taken={describe.release_name(release): each.digest for each in packages for release in each.releases},
+        yanked={each.digest for each in packages if each.state == TRUST_STATE_YANKED},
+    )
 
 
 def _index(repository: Callable[[str], Repository], address: str) -> Index | None:
@@ -247,20 +285,40 @@ def _read_file(source: PackageFile) -> Offer:
 
 def _packages(finder: Finder, text: str, source: Source, chosen: Sequence[str], *, alone: bool) -> Iterator[Prepared]:
     """What one source means; of several sources it is said which one is to blame."""
-    for name in chosen if isinstance(source, InRepository) else [""]:
+    for name in _chosen(source, chosen, alone=alone):
         try:
             yield finder.package(source, _read_file, name)
         except HocketError as error:
             if alone:
                 raise
             written = shown(text)
+            message = error.message if written in error.message else f"{written}: {error.message}"
             raise HocketError(
                 error.reason,
-                f"{written}: {error.message.removeprefix(f'{written}: ')} (nothing was published)",
+                f"{message} (nothing was published)",
                 field=error.field,
                 retry_after_seconds=error.retry_after_seconds,
                 **{**error.metadata, output.BLAMED_FILE: written},
             ) from error
+
+
+def _chosen(source: Source, names: Sequence[str], *, alone: bool) -> Sequence[str]:
+    """Those of the names given with `--name` that are about a source."""
+    match source:
+        case InRepository():
+            return names or [""]
+        case PackageFile():
+            return [""]
+    short = source.name.removeprefix("expert-")
+    meant = [
+        name
+        for name in names
+        if name.rpartition("/")[2].removeprefix("expert-") == short
+        and (not source.publisher or name.rpartition("/")[0] in {"", source.publisher})
+    ]
+    if names and alone and not meant:
+        raise HocketError(Reason.BAD_REQUEST, f"--name {names[0]} does not go with {source}")
+    return meant or [""]
 
 
 def _plan(
@@ -277,9 +335,11 @@ def _plan(
     return tuple(replace(step, package=None) if (step.name, step.digest) in active else step for step in steps)
 
 
-def _published(client: RegistryClient, steps: Sequence[Step], *, shown: bool) -> Iterator[tuple[Step, str]]:
-    """Publish what a plan says, and tell after each step what became of it."""
-    for place, step in enumerate(steps):
+def _published(
+    client: RegistryClient, steps: Sequence[Step], done: list[str], *, shown: bool
+) -> Iterator[tuple[Step, str]]:
+    """Publish what a plan says, note it in `done`, and tell after each step what became of it."""
+    for step in steps:
         if step.package is None:
             yield step, _PRESENT
             continue
@@ -289,17 +349,44 @@ def _published(client: RegistryClient, steps: Sequence[Step], *, shown: bool) ->
         except HocketError as error:
             if GRPC_STATUS in error.metadata:  # the connection is to blame
                 raise
-            done = ", ".join(each.name for each in steps[:place] if each.package is not None)
-            raise HocketError(
-                error.reason,
-                f"{step.package.where}: the registry refuses it: {error.message}"
-                f"{f' (already published: {done})' if done else ''}",
-                field=error.field,
-                retry_after_seconds=error.retry_after_seconds,
-                **{**error.metadata, output.BLAMED_FILE: step.package.where},
-            ) from error
+            raise _refused(error, step.package.where, done) from error
+        if response.created:
+            done.append(step.name)
         unsigned = response.package.unsigned_by_policy
         yield step, (_UNSIGNED if unsigned else _PUBLISHED) if response.created else _PRESENT
+
+
+def _refused(error: HocketError, where: str, done: Sequence[str]) -> HocketError:
+    """A refusal by the registry; without the right token no file is to blame."""
+    told = _already(done)
+    if error.reason.situation in {Situation.UNAUTHENTICATED, Situation.FORBIDDEN}:
+        message = f"the registry wants its admin's token for this: give --token-file FILE{told}"
+        return HocketError(
+            error.reason, message, field=error.field, retry_after_seconds=error.retry_after_seconds, **error.metadata
+        )
+    return HocketError(
+        error.reason,
+        f"{where}: the registry refuses it: {error.message}{told}",
+        field=error.field,
+        retry_after_seconds=error.retry_after_seconds,
+        **{**error.metadata, output.BLAMED_FILE: where},
+    )
+
+
+@contextmanager
+def _naming(done: Sequence[str]) -> Iterator[None]:
+    """Where the connection breaks, say what was published before."""
+    try:
+        yield
+    except HocketError as error:
+        if GRPC_STATUS not in error.metadata or not done:
+            raise
+        message = f"the connection to the registry broke: {error.message}{_already(done)}"
+        raise HocketError(error.reason, message, retry_after_seconds=error.retry_after_seconds) from error
+
+
+def _already(done: Sequence[str]) -> str:
+    return f" (already published: {', '.join(done)})" if done else ""
 
 
 def _step_json(step: Step, state: str) -> dict[str, Any]:
@@ -315,8 +402,12 @@ def _step_json(step: Step, state: str) -> dict[str, Any]:
 
 
 def _print_step(step: Step, state: str) -> None:
-    source = "" if step.package is None else f" from {step.package.where}"
-    output.say(f"{step.name} {_SAID[state]}{source}: {', '.join(step.why)}, {step.digest}")
+    facts = [
+        ("why", "; ".join(step.why)),
+        ("from", None if step.package is None else step.package.where),
+        ("digest", output.short(step.digest)),
+    ]
+    output.card(f"{step.name} {_SAID[state]}", facts)
 
 
 def _installed(packages: Iterable[Package]) -> dict[tuple[str, str], tuple[ReleaseName, str]]:
@@ -331,32 +422,28 @@ def _installed(packages: Iterable[Package]) -> dict[tuple[str, str], tuple[Relea
     return newest
 
 
-def _change(
-    client: RegistryClient, finder: Finder, packages: Sequence[Package], name: ReleaseName, digest: str
-) -> _Change:
-    """What there is to be done for one expert."""
+def _home(
+    client: RegistryClient, before: ReleaseName, digest: str, index: Index | None, *, index_first: bool
+) -> str | _Change:
+    """The address of the repository that an expert comes from; or what becomes of it without."""
+    places = [partial(_home_in_manifest, client, digest), partial(_home_in_index, index, before.name)]
     try:
-        address = _home(client, digest)
-        if address is None and (index := finder.index()) is not None:
-            listed = index.repository_of(name.name)
-            address = None if listed is None else listed[1]
-        if address is None:
-            return _Change(name, _NO_REPOSITORY)
-        found = finder.newer(name, address)
-        if found is None:
-            return _Change(name, _NEWEST)
-        steps = _plan(finder, [found], packages, with_requirements=True)
+        for place in reversed(places) if index_first else places:
+            if (address := place()) is not None:
+                return address
     except HocketError as error:
         if GRPC_STATUS in error.metadata:
             raise
-        if error.reason is Reason.YANKED:
-            return _Change(name, _WITHDRAWN)
-        return _Change(name, _ERROR, error=error)
-    return _Change(name, _PLANNED, steps, str(found).rpartition("@")[2])
+        return _Change(before, _ERROR, error=error)
+    return _Change(before, _NO_REPOSITORY)
 
 
-def _home(client: RegistryClient, digest: str) -> str | None:
-    """The address of the repository that an expert's manifest names; None if it names none."""
+def _home_in_index(index: Index | None, name: str) -> str | None:
+    listed = None if index is None else index.repository_of(name)
+    return None if listed is None else listed[1]
+
+
+def _home_in_manifest(client: RegistryClient, digest: str) -> str | None:
     manifest = output.message_json(client.get_package(digest))["adapter"].get("metadata") or {}
     repository = manifest.get("repository")
     url = repository.get("url") if isinstance(repository, dict) else None
@@ -370,18 +457,32 @@ def _home(client: RegistryClient, digest: str) -> str | None:
         ) from error
 
 
-def _carried_out(client: RegistryClient, change: _Change, *, shown: bool) -> _Change:
-    """Publish what a change needs; the packages are then out of memory."""
+def _change(finder: Finder, packages: Sequence[Package], name: ReleaseName, home: str) -> _Change:
+    """What there is to be done for one expert."""
+    try:
+        found = finder.newer(name, home)
+        if found is None:
+            return _Change(name, _NEWEST)
+        steps = _plan(finder, [found], packages, with_requirements=True)
+    except HocketError as error:
+        if error.reason is Reason.YANKED:
+            return _Change(name, _WITHDRAWN)
+        return _Change(name, _ERROR, error=error)
+    return _Change(name, _PLANNED, steps, str(found).rpartition("@")[2])
+
+
+def _carried_out(client: RegistryClient, change: _Change, done: list[str], *, shown: bool) -> _Change:
+    """Publish what a change needs."""
     if change.state != _PLANNED:
         return change
     try:
-        for _ in _published(client, change.steps, shown=shown):
+        for _ in _published(client, change.steps, done, shown=shown):
             pass
     except HocketError as error:
         if GRPC_STATUS in error.metadata:
             raise
         return replace(change, state=_ERROR, error=error)
-    return replace(change, state=_UPDATED, steps=tuple(replace(step, package=None) for step in change.steps))
+    return replace(change, state=_UPDATED)
 
 
 def _print_changes(changes: Sequence[_Change], *, json: bool) -> None:
@@ -406,3 +507,5 @@ def _print_changes(changes: Sequence[_Change], *, json: bool) -> None:
     output.print_table(("expert", "before", "after", "what~"), rows, "No adapter experts here: `hocket install`")
     if any(change.state == _UPDATED for change in changes):
         output.say("Older versions stay until `hocket uninstall`")
+    if any(change.state == _NO_REPOSITORY for change in changes):
+        output.say(_HOMES)

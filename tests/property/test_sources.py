@@ -48,7 +48,8 @@ def test_a_source_is_refused_or_understood(text: str) -> None:
         case InRepository():
             assert SAFE.fullmatch(source.address)
         case Named():
-            assert "/" not in source.name
+            assert "/" not in source.name + source.publisher
+            assert not source.publisher.startswith("-")
             assert not source.name.startswith("-")
 
 

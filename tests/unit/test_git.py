@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -189,7 +192,50 @@ def test_what_is_no_address_of_a_repository_is_refused(address: str, why: str) -
     assert "pass/word" not in caught.value.message
 
 
-def test_credentials_are_not_printed() -> None:
+@pytest.mark.parametrize(
+    ("written", "printed"),
+    [
+        ("https://user:s3cret@example.org/x", "https://example.org/x"),
+        ("HTTPS://user:s3cret@example.org/x", "HTTPS://example.org/x"),
+        ("Https://s3cret@example.org/x#", "Https://example.org/x#"),
+        ("https://user:s3c\x01\nret@example.org/x", "https://example.org/x"),
+        ("https://user:my s3cret@example.org/x", "https://example.org/x"),
+        ("https://user:s3/cret@example.org/x", "https://example.org/x"),
+        ("git+https://user:s3cret@example.org/x@1.0.0", "git+https://example.org/x@1.0.0"),
+        ("ssh://user:s3cret@example.org/x", "ssh://example.org/x"),
+        ("SSH://user:s3cret@example.org/x", "SSH://example.org/x"),
+        ("ftp://user:s3cret@example.org/x", "ftp://example.org/x"),
+        ("user:s3cret@example.org:x", "example.org:x"),
+        ("unable to access 'https://user:s3cret@example.org/x/'", "unable to access 'https://example.org/x/'"),
+    ],
+)
+def test_credentials_of_any_spelling_are_not_printed(written: str, printed: str) -> None:
+    assert shown(written) == printed
+    try:
+        check_address(written)
+    except HocketError as error:
+        said = error.message
+    else:
+        said = ""
+    assert "cret" not in said
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ssh://git@example.org:22/x@>=1.0.0",
+        "git@example.org:x.git@1.0.0#main",
+        "https://example.org:8443/x@1.0.0",
+        "https://[::1]:8443/x@1.0.0",
+        "/home/me@work/x",
+        "./x@1.0.0",
+    ],
+)
+def test_what_is_no_secret_is_printed_as_it_is(address: str) -> None:
+    assert shown(address) == address
+
+
+def test_credentials_are_not_printed_when_a_repository_cannot_be_read() -> None:
     secret = "https://user:hunter2@127.0.0.1:1/x"
 
     assert shown(secret) == "https://127.0.0.1:1/x"
@@ -197,7 +243,6 @@ def test_credentials_are_not_printed() -> None:
     assert error.reason is Reason.UNREACHABLE
     assert "hunter2" not in error.message
     assert "user" not in error.message
-    assert shown("ssh://git@example.org/x") == "ssh://git@example.org/x"
 
 
 # Nothing that is read can become more than data
@@ -340,6 +385,90 @@ def test_a_folder_of_another_user_is_not_read_and_it_is_said_what_to_do(
     assert f"git config --global --add safe.directory {tree}" in error.message
 
 
+def test_git_is_handed_nothing_that_could_be_more_than_data(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second lines of defence, which nothing else would miss."""
+    runs: list[tuple[list[str], dict[str, str]]] = []
+    real = subprocess.Popen
+
+    def noted(command: list[str], **options: Any) -> Any:
+        runs.append((command[1:], options.get("env") or {}))
+        assert "shell" not in options
+        return real(command, **options)
+
+    monkeypatch.setenv("GIT_EXEC_PATH", "/nowhere")
+    monkeypatch.setenv("GIT_CONFIG_PARAMETERS", "'core.pager=touch pwned'")
+    monkeypatch.setenv("GIT_SSL_NO_VERIFY", "1")
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    assert contents(str(tree))["a.txt"] == b"two"
+    runs = [(command, environment) for command, environment in runs if command != ["version"]]
+
+    assert [command[8] for command, _ in runs] == ["init", "ls-remote", "fetch", "ls-tree", "cat-file"]
+    for command, environment in runs:
+        assert command[:8:2] == ["-c"] * 4
+        assert {"core.hooksPath=/dev/null", "gc.auto=0", "maintenance.auto=false"} < set(command[1:8:2])
+        assert {name: value for name, value in environment.items() if name.startswith("GIT_")} == {
+            "GIT_ALLOW_PROTOCOL": "file:https:ssh",
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_DIR": environment["GIT_DIR"],
+            "GIT_NO_LAZY_FETCH": "1",
+            "GIT_NO_REPLACE_OBJECTS": "1",
+            "GIT_TERMINAL_PROMPT": "0",
+        }
+        assert not environment["GIT_DIR"].startswith(str(tree))
+        data = [word for word in command if word.startswith("/") or git_module._OBJECT_ID.fullmatch(word)]
+        assert command[9:] == ["--batch"] or not data or command[-len(data) - 1 :] == ["--end-of-options", *data]
+    assert [command[-2] for command, _ in runs[1:4]] == ["--end-of-options", str(tree), "--end-of-options"]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_read"),
+    [
+        ("2.29.0", False),
+        ("2.39.3", False),
+        ("2.39.4", True),
+        ("2.39.5 (Apple Git-154)", True),
+        ("2.44.0.windows.1", False),
+        ("2.45.0", False),
+        ("2.45.1", True),
+        ("2.46.GIT", True),
+        ("3.0.0", True),
+        ("unknown", False),
+    ],
+)
+def test_whether_a_git_has_the_fixes_that_folders_need_is_told_by_its_version(
+    version: str, *, is_read: bool, tmp_path: Path
+) -> None:
+    old = script(tmp_path / "git", f'echo "git version {version}"')
+
+    if is_read:
+        git_module._check_version(old)
+    else:
+        with pytest.raises(HocketError, match="CVE-2024-32004"):
+            git_module._check_version(old)
+
+
+def test_a_git_that_would_run_what_a_folder_says_reads_none(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.which("git")
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin" / "git", f'[ "$1" = version ] && echo "git version 2.39.3" || exec {real} "$@"')
+    mirror = tmp_path / "gitconfig"
+    mirror.write_text(f'[url "{tree.parent}/"]\n\tinsteadOf = https://example.org/\n')
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(mirror))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+    with opened("https://example.org/tree") as source:
+        assert source.refs()
+    error = refusal(str(tree))
+    assert error.reason is Reason.BAD_REQUEST
+    assert "update git to 2.45.1 or newer, or give the repository's https:// or ssh:// address" in error.message
+
+
+def test_a_git_that_cannot_be_started_has_no_version(tmp_path: Path) -> None:
+    assert git_module._version(str(tmp_path)) == (0, 0, 0)
+
+
 # Bounds
 
 
@@ -421,6 +550,46 @@ def test_an_interrupted_command_leaves_nothing_running(hanging: Path) -> None:
             source.refs()
     assert gone(hanging)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_nothing_behind(
+    number: signal.Signals, hanging: Path, tmp_path: Path
+) -> None:
+    program = "from hocket.git import opened\nwith opened('ssh://example.org/x') as source: source.refs()"
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(folder)})
+    while not hanging.exists():
+        time.sleep(0.01)
+    assert list(folder.iterdir())
+    process.send_signal(number)
+
+    assert process.wait(timeout=10) == 128 + number
+    assert gone(hanging)
+    assert not list(folder.iterdir())
+
+
+def test_signals_are_taken_only_while_a_repository_is_open_and_only_from_nobody(tree: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with opened(str(tree)):
+            taken = signal.getsignal(signal.SIGTERM)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with opened(str(tree)):
+                assert signal.getsignal(signal.SIGTERM) is taken
+            assert signal.getsignal(signal.SIGTERM) is taken
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_repository_is_read_in_another_thread_as_well(tree: Path) -> None:
+    read = []
+    thread = threading.Thread(target=lambda: read.append(contents(str(tree))["a.txt"]))
+    thread.start()
+    thread.join()
+    assert read == [b"two"]
 
 
 def test_an_object_that_is_not_what_was_listed_is_refused(tree: Path) -> None:

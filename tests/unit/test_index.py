@@ -71,6 +71,13 @@ def test_an_address_that_git_could_take_for_something_else_is_refused_when_it_is
     assert parse_index(document({"name": "x", "repository": repository}), "").repository_of("y") is None
 
 
+def test_a_version_that_is_a_number_is_said_to_be_one() -> None:
+    with pytest.raises(HocketError, match=r'has version 1\.0, not "1\.0"'):
+        parse_index(document(version=1.0), "")
+    with pytest.raises(HocketError, match=r'has version "2\.0", not "1\.0"'):
+        parse_index(document(version="2.0"), "")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

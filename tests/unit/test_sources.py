@@ -11,7 +11,7 @@ from hocket.errors import HocketError, Reason
 from hocket.git import check_address, opened
 from hocket.packages import Limits
 from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX
-from hocket.sources import InRepository, Named, PackageFile, find, parse_source, read_index, repositories
+from hocket.sources import InRepository, Named, PackageFile, find, parse_source, read_index, repositories, search
 from hocket.versions import Range
 from tests.repositories import commit, git, repository
 from tests.signing import envelope_of
@@ -80,6 +80,8 @@ def refusal(folder: Path, wanted: str = "*", **options: Any) -> HocketError:
         ("git+ssh://git@example.org/x@<2.0.0", InRepository("ssh://git@example.org/x", Range.parse("<2.0.0"))),
         ("sql", Named("sql")),
         ("expert-sql@>=0.3.0", Named("expert-sql", Range.parse(">=0.3.0"))),
+        ("acme/expert-sql", Named("expert-sql", publisher="acme")),
+        ("acme/expert-sql@>=0.3.0", Named("expert-sql", Range.parse(">=0.3.0"), "acme")),
     ],
 )
 def test_a_source_is_a_file_a_repository_or_a_name(text: str, source: Any) -> None:
@@ -100,6 +102,9 @@ def test_a_folder_that_exists_as_written_is_meant_as_written(
         assert parse_source(text) == InRepository(str(tree))
     assert parse_source("./tree@1.0.0#main") == InRepository(str(tree), Range.parse("1.0.0"), "main")
     assert parse_source("tree") == Named("tree")
+    assert parse_source("acme/tree") == Named("tree", publisher="acme")
+    (tmp_path / "acme" / "tree").mkdir(parents=True)
+    assert parse_source("acme/tree") == parse_source("acme/tree@*") == InRepository(str(tmp_path / "acme" / "tree"))
     monkeypatch.chdir(tree)
     assert parse_source(".") == InRepository(str(tree))
 
@@ -116,7 +121,11 @@ def test_a_folder_that_exists_as_written_is_meant_as_written(
         "ext::sh -c touch@1.0.0",
         "http://example.org/x",
         "/nowhere/at/all",
-        "nobody/knows",
+        "./nobody/knows",
+        "nobody/knows/it",
+        "Nobody/knows",
+        "acme/sql#main",
+        "acme/x_",
         "~nobody-of-this-name/x",
         "x" * 5000 + "/y",
         "x\0/y",
@@ -134,13 +143,30 @@ def test_what_is_none_of_these_is_refused(text: str) -> None:
         parse_source(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HTTPS://user:s3cret@example.org/x#",
+        "Https://user:s3cret@example.org/x#",
+        "ssh://user:s3cret@example.org/x#",
+        "https://user:s3cret@example.org/x\x01",
+        "https://user:s3\x1bcret@example.org/x",
+        "https://user:s3 cret@example.org/x#",
+    ],
+)
+def test_no_refusal_prints_a_password(text: str) -> None:
+    with pytest.raises(HocketError, match="example") as caught:
+        parse_source(text)
+    assert "cret" not in caught.value.message
+
+
 # What a repository offers
 
 
 def test_the_newest_tag_in_the_range_is_taken(tree: Path) -> None:
     for version in ("1.0.0", "1.2.0", "1.10.0", "2.0.0-rc.1"):
         commit(tree, package(f"acme/sql@{version}", "dist/sql.expert"), tag=f"v{version}")
-    commit(tree, package("acme/sql@3.0.0", "dist/sql.expert"))
+    commit(tree, package("acme/sql@2.0.0-rc.2", "dist/sql.expert"))
     for name in ("v+", "v3", "version-3.0.0", "x/v3.0.0", "3.0.0", "v3.0.0;x"):
         git(tree, "tag", name)
 
@@ -149,7 +175,10 @@ def test_the_newest_tag_in_the_range_is_taken(tree: Path) -> None:
     assert found(tree, ">=2.0.0-rc.0") == "acme/sql@2.0.0-rc.1"
     error = refusal(tree, ">=2.0.0")
     assert error.reason is Reason.UNKNOWN_PACKAGE
-    assert "it has 2.0.0-rc.1, 1.10.0, 1.2.0, 1.0.0" in error.message
+    for version in ("2.0.0-rc.2", "2.0.0-rc.1", "1.10.0"):
+        assert f"acme/sql@{version}" in error.message
+    assert "no released package of a version in >=2.0.0 is there" in error.message
+    assert "(pre-releases have to be named)" in error.message
 
 
 def test_a_reference_is_taken_at_its_word(tree: Path) -> None:
@@ -187,6 +216,65 @@ def test_an_older_tag_is_tried_where_the_newest_lacks_the_package(tree: Path) ->
     assert found(tree, name="sql") == "acme/sql@1.1.0"
 
 
+def fetched(folder: Path, wanted: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], str]:
+    """Which commits are looked at for an expert, and what is chosen."""
+    labels = []
+    real = sources._commit
+
+    def noted(repository: Repository, label: str, object_id: str) -> Any:
+        labels.append(label)
+        return real(repository, label, object_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_commit", noted)
+        try:
+            return labels, found(folder, wanted, **options)
+        except HocketError as error:
+            return labels, error.message
+
+
+def test_tags_that_number_another_expert_are_no_obstacle(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ours, other in (("0.1.0", "4.0.0"), ("0.3.0", "5.0.0")):
+        names = (f"acme/ma@{other}", f"acme/mb@{ours}")
+        commit(tree, {path: data for name in names for path, data in package(name, f"{name[5:7]}.expert").items()})
+        git(tree, "tag", f"v{other}")
+
+    assert found(tree, "<1.0.0", name="mb") == found(tree, "0.3.0") == "acme/mb@0.3.0"
+    assert found(tree, "<0.2.0") == found(tree, "0.1.0", name="acme/mb") == "acme/mb@0.1.0"
+    assert found(tree, name="ma") == found(tree, ">=5.0.0", name="ma") == "acme/ma@5.0.0"
+    labels, said = fetched(tree, ">=6.0.0", monkeypatch, name="mb")
+    assert labels == ["v5.0.0", "v4.0.0"]  # HEAD is the same commit as v5.0.0
+    assert "Looked at v5.0.0, v4.0.0: #REF" in said
+    with opened(check_address(str(tree))) as source:
+        every = [str(offer.claim) for _, offer in search(source, Range(), "acme/mb")]
+        assert every == ["acme/mb@0.3.0", "acme/mb@0.1.0"]
+
+
+def test_a_repository_whose_tags_number_what_is_wanted_is_not_searched_in_vain(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("1.0.0", "1.1.0", "1.2.0"):
+        commit(tree, package(f"acme/sql@{version}", "sql.expert"), tag=f"v{version}")
+    commit(tree, {"README.md": b"more"})
+
+    labels, said = fetched(tree, ">1.2.0", monkeypatch, name="sql")
+    assert labels == ["v1.2.0", "HEAD"]
+    assert "no sql of a version in >1.2.0 is there; it has acme/sql@1.2.0" in said
+    commit(tree, package("acme/sql@1.3.0", "sql.expert"))
+    assert fetched(tree, ">1.2.0", monkeypatch, name="sql") == (labels, "acme/sql@1.3.0")
+
+
+def test_only_so_many_tags_are_tried_and_that_is_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TAGS_MAX", 2)
+    for number in range(4):
+        commit(tree, package(f"acme/sql@0.{number}.0", "sql.expert"), tag=f"v{number}.0.0")
+
+    labels, said = fetched(tree, ">=7.0.0", monkeypatch)
+    assert labels == ["v3.0.0", "v2.0.0"]
+    assert "of its 4 version tags no more than 2" in said
+    assert found(tree, "<0.2.0", ref="v1.0.0") == "acme/sql@0.1.0"
+
+
 def test_of_several_experts_one_has_to_be_chosen(tree: Path) -> None:
     names = ("acme/sql@1.0.0", "acme/json@1.0.0", "zeta/json@2.0.0")
     commit(tree, {key: value for name in names for key, value in package(name).items()})
@@ -199,7 +287,7 @@ def test_of_several_experts_one_has_to_be_chosen(tree: Path) -> None:
     assert refusal(tree, name="json").reason is Reason.BAD_REQUEST
     error = refusal(tree, name="neo4j")
     assert error.reason is Reason.UNKNOWN_PACKAGE
-    assert "no neo4j of a version in * is there; it has acme/json@1.0.0, acme/sql@1.0.0" in error.message
+    assert "no neo4j is there; it has acme/json@1.0.0, acme/sql@1.0.0" in error.message
 
 
 def test_a_file_without_a_release_is_offered_only_where_nothing_is_released(tree: Path) -> None:
@@ -207,7 +295,13 @@ def test_a_file_without_a_release_is_offered_only_where_nothing_is_released(tree
     with opened(check_address(str(tree))) as source:
         _, offer = find(source, Range())
     assert (offer.release, offer.claim) == (None, None)
-    assert refusal(tree, name="plain").reason is Reason.UNKNOWN_PACKAGE
+    error = refusal(tree, name="plain")
+    assert error.reason is Reason.UNKNOWN_PACKAGE
+    assert "no plain is there; nobody has released plain.expert. Looked at HEAD" in error.message
+    commit(tree, {"more.expert": b"package None"})
+    error = refusal(tree)
+    assert "several package files that nobody has released, more.expert, plain.expert" in error.message
+    assert "--name" not in error.message
 
     commit(tree, package("acme/sql@1.0.0"))
     assert found(tree) == "acme/sql@1.0.0"
@@ -245,7 +339,9 @@ def test_a_pointer_of_git_lfs_is_said_so(tree: Path) -> None:
 def test_an_empty_repository_and_one_without_packages_are_said_so(tree: Path) -> None:
     assert "is empty" in refusal(tree).message
     commit(tree, {"README.md": b"hello", "sql.expert.release.json": b"{}"})
-    assert refusal(tree).reason is Reason.UNKNOWN_PACKAGE
+    error = refusal(tree)
+    assert error.reason is Reason.UNKNOWN_PACKAGE
+    assert "no released package is there. Looked at HEAD" in error.message
 
 
 def test_too_many_or_too_large_packages_are_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from hocket import installing
 from hocket.cli import install
 from hocket.client import blocking
 from hocket.errors import HocketError, Reason
-from hocket.identity import ReleaseName
+from hocket.identity import ReleaseName, digest_of
 from hocket.installing import Step
+from hocket.rpc.handlers import Tokens
 from hocket.trust_folder import TrustFolder
 from tests.builders import apr_bytes
 from tests.experts import expert_package
@@ -126,8 +128,7 @@ def test_a_file_is_installed_with_the_release_beside_it(hocket: Any, tmp_path: P
     outcome = hocket("install", tmp_path / "expert-sql.expert")
 
     assert outcome.code == 0
-    assert "acme/expert-sql@1.0.0 published from" in outcome.out
-    assert "it was asked for" in outcome.out
+    assert outcome.out.startswith("acme/expert-sql@1.0.0 published\n  why     it was asked for\n  from    ")
     assert states(hocket("install", tmp_path / "expert-sql.expert", "--json")) == [("acme/expert-sql@1.0.0", "present")]
     assert there() == {"acme/expert-sql@1.0.0"}
 
@@ -176,11 +177,78 @@ def test_of_several_experts_those_named_are_installed(hocket: Any, tree: Path) -
     assert refusal(hocket("install", "sql.expert", "--name", "x", "--json"))[0] == "BAD_REQUEST"
 
 
+def test_a_file_that_is_not_there_is_named_once(hocket: Any) -> None:
+    assert refusal(hocket("install", "nothing.expert", "--json"))[1].count("nothing.expert") == 1
+    two = refusal(hocket("install", "nothing.expert", "none.expert", "--json"))[1]
+    assert two == "cannot read nothing.expert: No such file or directory (nothing was published)"
+
+
+def test_what_is_told_fits_a_narrow_terminal(hocket: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    commit(tree, {**expert("acme/expert-tools@1.0.0", ("expert-json",)), **expert("acme/expert-json@1.0.0")})
+    outcome = hocket("install", "expert-tools.expert", "expert-json.expert", "--dry-run")
+
+    assert "why     acme/expert-tools@1.0.0 requires acme/expert-json" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) < 80
+
+
+def test_what_was_asked_for_is_published_and_no_other_build_of_it(hocket: Any, tmp_path: Path) -> None:
+    """A bare version stands for every build of it; here the file is meant."""
+    for build, rank in (("+b", 2), ("", 4), ("+c", 3)):
+        name = f"acme/expert-x@1.0.0{build}"
+        for path, data in expert(name, path=f"x{build}.expert", rank=rank).items():
+            (tmp_path / path).write_bytes(data)
+        outcome = hocket("install", tmp_path / f"x{build}.expert", "--json")
+        assert states(outcome) == [(name, "published")]
+        assert outcome.lines[0]["digest"] == digest_of((tmp_path / f"x{build}.expert").read_bytes())
+    assert there() == {"acme/expert-x@1.0.0+b", "acme/expert-x@1.0.0", "acme/expert-x@1.0.0+c"}
+
+
+@pytest.mark.parametrize("registry", [{"allow_unsigned": True}], indirect=True)
+def test_files_of_one_name_that_nobody_has_signed_are_different_files(hocket: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{rank}.expert" for rank in (1, 2, 3, 4)]
+    for rank, path in enumerate(paths, start=1):
+        path.write_bytes(expert_package("expert-x", "1.0.0", rank=rank))
+    digests = {digest_of(path.read_bytes()) for path in paths}
+    assert len(digests) == 4
+
+    outcome = hocket("install", *paths[:3], "--allow-unsigned", "--json")
+    assert states(outcome) == [("expert-x@1.0.0", "published_unsigned")] * 3
+    outcome = hocket("install", paths[3], "--allow-unsigned", "--json")
+    assert states(outcome) == [("expert-x@1.0.0", "published_unsigned")]
+    assert outcome.document["digest"] == digest_of(paths[3].read_bytes())
+    assert len(hocket("list", "--json").document["packages"]) == 4
+    for options in ((), ("--no-deps",)):
+        outcome = hocket("install", *paths, "--allow-unsigned", "--dry-run", "--json", *options)
+        assert {line["digest"] for line in outcome.lines} == digests
+
+
+def test_of_a_repository_whose_tags_number_another_expert_the_older_one_is_installed(
+    hocket: Any, tree: Path, tmp_path: Path
+) -> None:
+    commit(tree, {**expert("acme/expert-ma@5.0.0"), **expert("acme/expert-mb@0.3.0")}, tag="v5.0.0")
+    index = index_of(tmp_path / "index", expert_mb=str(tree))
+    wanted = [("acme/expert-mb@0.3.0", "planned")]
+
+    assert states(hocket("install", f"{tree}@<1.0.0", "--name", "expert-mb", "--dry-run", "--json")) == wanted
+    assert states(hocket("install", f"{tree}@0.3.0", "--dry-run", "--json")) == wanted
+    assert states(hocket("install", "expert-mb@0.3.0", "--index", index, "--dry-run", "--json")) == wanted
+
+
+def test_passwords_are_not_printed(hocket: Any, tmp_path: Path) -> None:
+    (tmp_path / "gitconfig").write_text("")
+    for address in ("HTTPS://user:s3cret@127.0.0.1:1/x", "ssh://user:s3cret@-/x", "Https://user:s3/cret@[::1]:1/x"):
+        for arguments in ((address,), (address, tmp_path / "x.expert"), ("sql", "--index", address)):
+            outcome = hocket("install", *arguments, "--json", "--timeout", 5)
+            assert outcome.code == 2
+            assert "cret" not in outcome.out + outcome.err
+
+
 def test_nothing_is_published_in_a_dry_run(hocket: Any, tree: Path) -> None:
     commit(tree, expert())
     outcome = hocket("install", tree, "--dry-run")
 
-    assert "acme/expert-sql@1.0.0 would be published from" in outcome.out
+    assert "acme/expert-sql@1.0.0 would be published\n" in outcome.out
     assert "Nothing was published" in outcome.out
     assert there() == set()
 
@@ -314,6 +382,62 @@ def test_what_is_required_may_be_installed_together_or_come_from_the_index(
     assert there() == set()
 
 
+def test_a_required_version_that_was_withdrawn_or_whose_name_is_taken_is_passed_over(
+    hocket: Any, tree: Path, tmp_path: Path
+) -> None:
+    for version in ("1.1.0", "1.2.0"):
+        commit(tree, expert(f"acme/expert-json@{version}"), tag=f"v{version}")
+        hocket("install", tree)
+    hocket("yank", "acme/expert-json@1.1.0", "--yes")
+    hocket("yank", "acme/expert-json@1.2.0", "--yes")
+    taken = expert("acme/expert-json@1.2.0", rank=4)
+    commit(tree, {**taken, **expert("acme/expert-json@1.1.0", path="old/1.1.0.expert")}, tag="v1.3.0")
+    tools = repository(tmp_path / "tools")
+    needs = expert("acme/expert-tools@1.0.0", ("expert-json",))
+    commit(tools, needs, tag="v1.0.0")
+    command = ("install", tools, "--index", index_of(tmp_path / "index", expert_json=str(tree)), "--dry-run", "--json")
+
+    reason, message = refusal(hocket(*command))
+    assert reason == "VERSION_TAKEN"
+    assert "without it" in message
+    assert "acme/expert-tools@1.0.0 requires acme/expert-json" in message
+    commit(tree, expert("acme/expert-json@1.0.0", path="old/1.0.0.expert"), tag="v1.4.0")
+    wanted = [("acme/expert-json@1.0.0", "planned"), ("acme/expert-tools@1.0.0", "planned")]
+    assert states(hocket(*command)) == wanted
+    commit(tree, needs)
+    assert states(hocket("install", f"{tree}#main", "--name", "expert-tools", "--dry-run", "--json")) == wanted
+
+
+def test_a_required_version_that_does_not_go_together_gives_way_to_an_older_one(
+    hocket: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = {"max_chain": 10, "load_order": 5, "incompatible_with": ["expert-tools"], "requires": []}
+    commit(
+        tree,
+        {
+            **expert("acme/expert-tools@1.0.0", ("expert-json",)),
+            **expert("acme/expert-json@1.0.0", path="1.0.0.expert"),
+            **expert("acme/expert-json@1.1.0", path="1.1.0.expert"),
+            **expert("acme/expert-json@2.0.0", path="2.0.0.expert", manifest={"constraints": apart}),
+            **expert("acme/expert-json@0.9.0", path="0.9.0.expert", seed=STRANGER_SEED),
+        },
+    )
+    command = ("install", tree, "--name", "expert-tools", "--json")
+
+    assert states(hocket(*command, "--dry-run")) == [
+        ("acme/expert-json@1.1.0", "planned"),
+        ("acme/expert-tools@1.0.0", "planned"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(installing, "FETCHED_MAX", 1)  # then older ones are not looked into
+        assert refusal(hocket(*command))[0] == "EXPERTS_INCOMPATIBLE"
+    for version in ("1.0.0", "1.1.0"):
+        (tree / f"{version}.expert").unlink()
+    commit(tree)
+    assert refusal(hocket(*command))[0] == "EXPERTS_INCOMPATIBLE"
+    assert there() == set()
+
+
 def test_another_publishers_expert_of_the_name_is_not_what_is_required(hocket: Any, tree: Path) -> None:
     commit(tree, {**expert("acme/expert-tools@1.0.0", ("expert-json",)), **expert("zeta/expert-json@9.0.0")})
 
@@ -386,6 +510,25 @@ def test_of_several_sources_it_is_said_which_one_is_to_blame(hocket: Any, tree: 
     assert there() == set()
 
 
+@pytest.mark.parametrize(
+    "registry", [{"tokens": Tokens("a" * 32, "b" * 32, frozenset({"Publish"}), frozenset())}], indirect=True
+)
+def test_without_the_token_no_file_is_to_blame(hocket: Any, tree: Path, tmp_path: Path) -> None:
+    commit(tree, expert())
+    outcome = hocket("install", tree, "--json")
+    assert refusal(outcome) == (
+        "TOKEN_REQUIRED",
+        "the registry wants its admin's token for this: give --token-file FILE",
+    )
+    assert "file" not in outcome.document["error"]
+
+    (tmp_path / "token").write_text("b" * 32)
+    (tmp_path / "token").chmod(0o600)
+    assert refusal(hocket("install", tree, "--token-file", tmp_path / "token", "--json"))[0] == "TOKEN_NOT_ALLOWED"
+    (tmp_path / "token").write_text("a" * 32)
+    assert states(hocket("install", tree, "--token-file", tmp_path / "token", "--json"))[0][1] == "published"
+
+
 def test_a_refusal_by_the_registry_says_what_was_published_before(hocket: Any, tree: Path, trust: TrustFolder) -> None:
     trust.add_key(trusted(STRANGER_SEED, "stranger"))
     data = expert_package("expert-x", "1.0.0")
@@ -428,6 +571,49 @@ def test_an_expert_of_another_name_at_that_address_is_not_what_was_meant(
     assert refusal(hocket("install", "expert-sql", "--index", index, "--json"))[0] == "UNKNOWN_PACKAGE"
     index_of(index, expert_json=str(tree))
     assert states(hocket("install", "expert-json", "--index", index, "--json"))[0][1] == "published"
+
+
+def test_whose_expert_is_meant_can_be_said(hocket: Any, tree: Path, tmp_path: Path) -> None:
+    commit(tree, {**expert("acme/expert-sql@1.0.0"), **expert("zeta/expert-sql@2.0.0", path="zeta.expert")})
+    install = ("install", "--index", index_of(tmp_path / "index", expert_sql=str(tree)), "--dry-run", "--json")
+
+    assert "acme/expert-sql, zeta/expert-sql: choose one with --name" in refusal(hocket(*install, "sql"))[1]
+    acme = [("acme/expert-sql@1.0.0", "planned")]
+    assert states(hocket(*install, "acme/sql")) == states(hocket(*install, "acme/expert-sql@<2.0.0")) == acme
+    assert states(hocket(*install, "sql", "--name", "acme/expert-sql")) == acme
+    assert states(hocket(*install, "zeta/sql", "--name", "expert-sql")) == [("zeta/expert-sql@2.0.0", "planned")]
+    assert refusal(hocket(*install, "nobody/sql"))[0] == "UNKNOWN_PACKAGE"
+    for name in ("zeta/expert-sql", "expert-json"):
+        assert f"--name {name} does not go with acme/sql" in refusal(hocket(*install, "acme/sql", "--name", name))[1]
+
+
+def test_a_name_that_the_registry_knows_as_somebody_elses_has_to_be_chosen(
+    hocket: Any, tree: Path, tmp_path: Path
+) -> None:
+    """Both publishers are trusted; an index must not lead from one to the other."""
+    commit(tree, expert("acme/expert-sql@1.0.0"))
+    hocket("install", tree)
+    commit(tree, expert("zeta/expert-sql@2.0.0"))
+    install = ("install", "--index", index_of(tmp_path / "index", expert_sql=str(tree)), "--json")
+
+    reason, message = refusal(hocket(*install, "sql"))
+    assert reason == "BAD_REQUEST"
+    assert f"the registry has acme/expert-sql, and {tree} at HEAD, expert-sql.expert is zeta/expert-sql" in message
+    assert "--name zeta/expert-sql, or --name acme/expert-sql for the other" in message
+    assert refusal(hocket(*install, "sql", "--name", "acme/expert-sql"))[0] == "UNKNOWN_PACKAGE"
+    assert there() == {"acme/expert-sql@1.0.0"}
+    assert states(hocket(*install, "sql", "--name", "zeta/expert-sql"))[0] == ("zeta/expert-sql@2.0.0", "published")
+    assert states(hocket(*install, "sql"))[0] == ("zeta/expert-sql@2.0.0", "present")
+
+
+def test_what_nobody_has_signed_does_not_take_a_publishers_name(hocket: Any, tree: Path, tmp_path: Path) -> None:
+    commit(tree, expert("acme/expert-sql@1.0.0"))
+    hocket("install", tree)
+    commit(tree, expert("zeta/expert-sql@2.0.0", seed=STRANGER_SEED))
+    index = index_of(tmp_path / "index", expert_sql=str(tree))
+
+    message = refusal(hocket("install", "sql", "--index", index, "--allow-unsigned", "--json"))[1]
+    assert "is one of expert-sql that nobody has signed: choose with --name acme/expert-sql" in message
 
 
 def test_an_index_cannot_have_git_run_or_read_something_else(
@@ -516,6 +702,78 @@ def test_a_newer_version_that_was_withdrawn_is_not_installed_again(hocket: Any, 
     assert refusal(hocket("update", "--index", tree, "--json"))[0] == "UNKNOWN_PACKAGE"
 
 
+def test_an_update_passes_over_a_version_that_was_withdrawn(hocket: Any, tree: Path, tmp_path: Path) -> None:
+    for version in ("1.0.0", "1.2.0"):
+        commit(tree, expert(f"acme/expert-sql@{version}"))
+        hocket("install", tree)
+    hocket("yank", "acme/expert-sql@1.2.0", "--yes")
+    commit(tree, expert("acme/expert-sql@1.1.0", path="1.1.0.expert"))
+
+    outcome = hocket("update", "--index", index_of(tmp_path / "index", expert_sql=str(tree)), "--json")
+    assert (outcome.document["state"], outcome.document["after"]) == ("updated", "1.1.0")
+
+
+def test_an_index_that_is_asked_for_beats_what_a_manifest_says(
+    hocket: Any, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address in a published file cannot be changed any more."""
+    mirrored(monkeypatch, tmp_path, gone=tmp_path)
+    commit(tree, {**expert("acme/a@1.0.0", **home_at(f"{HTTPS}/gone")), **expert("acme/b@1.0.0")})
+    hocket("install", tree, "--name", "a", "--name", "b")
+    commit(tree, {**expert("acme/a@1.1.0", **home_at(f"{HTTPS}/gone")), **expert("acme/b@1.1.0")})
+    index = index_of(tmp_path / "index", a=str(tree), b=str(tree))
+    monkeypatch.setenv("HOCKET_INDEX", str(index))
+
+    def outcomes(*options: object) -> list[str]:
+        return [line["state"] for line in hocket("update", "--dry-run", "--json", *options).lines]
+
+    assert outcomes() == ["refused", "planned"]
+    assert outcomes("--index", index) == ["planned", "planned"]
+    index_of(index, b=str(tree))
+    assert outcomes("--index", index) == ["refused", "planned"]
+
+
+def test_experts_without_a_home_are_told_once_how_to_get_one(hocket: Any, tree: Path) -> None:
+    commit(tree, {**expert("acme/a@1.0.0"), **expert("acme/b@1.0.0")})
+    hocket("install", tree, "--name", "a", "--name", "b")
+
+    said = hocket("update").out
+    assert said.count("no home is known") == 2
+    assert said.count("`repository.url` in its manifest, or what an index says") == 1
+    assert "does not remember" in said
+
+
+def test_one_repository_at_a_time_is_on_disk_and_no_package_stays_in_memory(
+    hocket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {name: repository(tmp_path / name) for name in ("a", "b", "c")}
+    for version in ("1.0.0", "1.1.0"):
+        for name, folder in folders.items():
+            commit(folder, expert(f"acme/{name}@{version}"))
+            if version == "1.0.0":
+                hocket("install", folder)
+    index = index_of(tmp_path / "index", **{name: str(folder) for name, folder in folders.items()})
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    seen: list[int] = []
+    real = install._change
+
+    def noted(*arguments: Any) -> Any:
+        change = real(*arguments)
+        seen.append(len(list(temporary.iterdir())))
+        return change
+
+    def told(changes: Any, **_options: Any) -> None:
+        assert [change.state for change in changes] == ["planned"] * 3
+        assert all(step.package is None for change in changes for step in change.steps)
+
+    monkeypatch.setattr(install, "_change", noted)
+    monkeypatch.setattr(install, "_print_changes", told)
+    assert hocket("update", "--index", index, "--dry-run").code == 0
+    assert seen == [1, 1, 1]
+
+
 def test_another_publishers_newer_version_is_no_update(hocket: Any, tree: Path, tmp_path: Path) -> None:
     commit(tree, expert("acme/expert-sql@1.0.0"))
     hocket("install", tree)
@@ -601,12 +859,41 @@ def test_a_registry_that_goes_away_meanwhile_is_to_blame_and_not_the_package() -
     step = Step("x", "y", (), package)
 
     for act in (
-        lambda: list(install._published(gone, [step], shown=False)),
-        lambda: install._change(gone, gone, [], name, "y"),
-        lambda: install._carried_out(gone, install._Change(name, "planned", (step,)), shown=False),
+        lambda: list(install._published(gone, [step], [], shown=False)),
+        lambda: install._home(gone, name, "y", None, index_first=False),
+        lambda: install._carried_out(gone, install._Change(name, "planned", (step,)), [], shown=False),
     ):
         with pytest.raises(HocketError, match="UNREACHABLE: gone"):
             act()
+
+
+@pytest.mark.parametrize("verb", ["install", "update"])
+def test_where_the_connection_breaks_it_is_said_what_was_published_before(
+    verb: str, hocket: Any, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(tree, {**expert("acme/a@1.0.0"), **expert("acme/b@1.0.0")})
+    both = ("install", tree, "--name", "a", "--name", "b")
+    if verb == "update":
+        hocket(*both)
+        commit(tree, {**expert("acme/a@1.1.0"), **expert("acme/b@1.1.0")})
+    index = index_of(tmp_path / "index", a=str(tree), b=str(tree))
+    calls: list[Any] = []
+    real = blocking.RegistryClient.publish
+
+    def breaking(client: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise HocketError(Reason.UNREACHABLE, "reset by peer", grpc_status="UNAVAILABLE")
+        return real(client, *arguments, **options)
+
+    monkeypatch.setattr(blocking.RegistryClient, "publish", breaking)
+    command = both if verb == "install" else ("update", "--index", index)
+    reason, message = refusal(hocket(*command, "--json"))
+    assert reason == "UNREACHABLE"
+    version = "1.0.0" if verb == "install" else "1.1.0"
+    assert message.endswith(
+        f"the connection to the registry broke: reset by peer (already published: acme/a@{version})"
+    )
 
 
 def test_at_a_terminal_something_moves_while_git_works(
