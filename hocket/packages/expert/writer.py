@@ -86,7 +86,7 @@ def draft_manifest(
     if config.kind in {AdapterKind.LORA, AdapterKind.DORA}:
         scaling = "rsqrt" if config.use_rslora else "default"
         adapter |= {"r": config.rank, "scaling": scaling, "use_dora": config.kind is AdapterKind.DORA}
-        if config.alpha.is_integer() and 1 <= config.alpha < _ALPHA_END:  # manifests know no others
+        if float(config.alpha).is_integer() and 1 <= config.alpha < _ALPHA_END:  # manifests know no others
             adapter["alpha"] = int(config.alpha)
     if config.kind is AdapterKind.IA3:
         adapter["feedforward_modules"] = _last_parts(config.feedforward_modules)
