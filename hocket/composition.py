@@ -43,7 +43,7 @@ def _candidate(digest: str, publisher: str, facts: AdapterFacts) -> Candidate:
         constraints=Constraints(
             load_order=constraints.load_order,
             max_chain=constraints.max_chain or None,
-            requires=tuple(constraints.requires),
+            requires=tuple(constraints.requirements),
             incompatible_with=tuple(constraints.incompatible_with),
         ),
     )

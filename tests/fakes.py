@@ -54,7 +54,7 @@ def adapter_package(
         "description": f"The test expert {name}",
         "kind": package_pb2.ADAPTER_KIND_DORA,
         "base": package_pb2.BaseModel(name="F:\\models\\Qwen3-0.6B"),
-        "constraints": package_pb2.Constraints(load_order=6, requires=requires),
+        "constraints": package_pb2.Constraints(load_order=6, requirements=requires),
         **facts,
     }
     return package_pb2.Package(

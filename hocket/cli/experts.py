@@ -153,7 +153,7 @@ def _satisfied(package: Package, client: RegistryClient) -> dict[str, str | None
     available = list(candidates(client.list_packages()))
     found = {
         pattern: _newest(Requirement.parse(pattern), owner, available)
-        for pattern in package.adapter.constraints.requires
+        for pattern in package.adapter.constraints.requirements
     }
     return {pattern: None if expert is None else _name_of(expert) for pattern, expert in found.items()}
 

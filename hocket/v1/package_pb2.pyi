@@ -603,14 +603,14 @@ class Constraints(_message.Message):
 
     LOAD_ORDER_FIELD_NUMBER: _builtins.int
     MAX_CHAIN_FIELD_NUMBER: _builtins.int
-    REQUIRES_FIELD_NUMBER: _builtins.int
+    REQUIREMENTS_FIELD_NUMBER: _builtins.int
     INCOMPATIBLE_WITH_FIELD_NUMBER: _builtins.int
     load_order: _builtins.int
     """Experts compose in ascending order."""
     max_chain: _builtins.int
     """Most experts in one composition; 0 leaves it to the suite."""
     @_builtins.property
-    def requires(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Experts that must be there as well."""
 
     @_builtins.property
@@ -622,12 +622,12 @@ class Constraints(_message.Message):
         *,
         load_order: _builtins.int = ...,
         max_chain: _builtins.int = ...,
-        requires: _abc.Iterable[_builtins.str] | None = ...,
+        requirements: _abc.Iterable[_builtins.str] | None = ...,
         incompatible_with: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incompatible_with", b"incompatible_with", "load_order", b"load_order", "max_chain", b"max_chain", "requires", b"requires"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incompatible_with", b"incompatible_with", "load_order", b"load_order", "max_chain", b"max_chain", "requirements", b"requirements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

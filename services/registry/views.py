@@ -97,7 +97,7 @@ def adapter_message(facts: adapter.AdapterFacts) -> AdapterFacts:
         constraints=Constraints(
             load_order=constraints.load_order,
             max_chain=constraints.max_chain or 0,
-            requires=constraints.requires,
+            requirements=constraints.requires,
             incompatible_with=constraints.incompatible_with,
         ),
         has_grammar=facts.has_grammar,

@@ -153,7 +153,7 @@ def test_an_adapter_is_described_whole() -> None:
     )
     assert (shown.base.name, shown.base.digest, shown.license) == ("Qwen/Qwen3-0.6B", "", "")
     assert (shown.constraints.load_order, shown.constraints.max_chain) == (6, 0)
-    assert list(shown.constraints.requires) == ["expert-json@>=0.4.0"]
+    assert list(shown.constraints.requirements) == ["expert-json@>=0.4.0"]
     assert shown.upstream_signature.outcome == package_pb2.UPSTREAM_OUTCOME_INVALID
     assert shown.upstream_signature.explanation == "altered"
     assert (list(shown.routing.keywords), shown.routing.router_hint) == (["sql"], "language=sql")
