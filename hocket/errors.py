@@ -185,6 +185,21 @@ class HocketError(Exception):
         self.retry_after_seconds = retry_after_seconds
         self.metadata: Mapping[str, str] = metadata
 
+    def restated(self, message: str, **metadata: str) -> HocketError:
+        """The same refusal in other words.
+
+        Args:
+            message: For people, in place of its own.
+            **metadata: Facts to add to its own.
+        """
+        return HocketError(
+            self.reason,
+            message,
+            field=self.field,
+            retry_after_seconds=self.retry_after_seconds,
+            **{**self.metadata, **metadata},
+        )
+
     @property
     def situation(self) -> Situation:
         """The row of the status table this refusal belongs to."""

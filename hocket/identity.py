@@ -16,6 +16,7 @@ from hocket.errors import HocketError, Reason
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _KEY: Final = re.compile(r"ed25519:[0-9a-f]{64}")
 _EXPERT: Final = re.compile(r"(sha256:[0-9a-f]{64})(?:#(0|[1-9][0-9]{0,5}))?")
+_SEPARATORS: Final = re.compile(r"[/\\]")
 _NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _VERSION: Final = re.compile(r"[0-9A-Za-z](?:[0-9A-Za-z.+-]{0,62}[0-9A-Za-z])?")
 
@@ -77,6 +78,11 @@ def check_version(text: str) -> str:
     if _VERSION.fullmatch(text) is None:
         raise HocketError(Reason.BAD_REQUEST, f"{text[:80]!r} is not a valid version: use letters, digits and . + -")
     return text
+
+
+def short_name(model: str) -> str:
+    """The last part of a base model's name, which may be a hub id, or a path on somebody's disk."""
+    return _SEPARATORS.split(model.strip().rstrip("/\\"))[-1]
 
 
 @dataclass(frozen=True, slots=True, order=True)

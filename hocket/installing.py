@@ -393,7 +393,7 @@ def _needs(expert: Candidate) -> Iterator[Requirement]:
             need = Requirement.parse(text)
         except HocketError as error:
             raise HocketError(error.reason, f"{expert} cannot be installed: {error.message}") from error
-        yield replace(need, publisher=expert.publisher if need.publisher is None else need.publisher)
+        yield replace(need, publisher=need.owner(expert.publisher))
 
 
 def _fits(need: Requirement, expert: Candidate) -> bool:

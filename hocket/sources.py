@@ -31,7 +31,7 @@ from hocket.git import TIMEOUT_SECONDS, UNSPEAKABLE, check_address, opened, show
 from hocket.identity import check_name
 from hocket.index import INDEX_BYTES_MAX, INDEX_FILE, Index, parse_index
 from hocket.packages.limits import DEFAULT_LIMITS
-from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX, read_release
+from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX, RELEASE_SUFFIX, read_release
 from hocket.versions import ANY, Range, Version
 
 if TYPE_CHECKING:
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 SUFFIXES: Final = (".expert", ".apr")
 """How the names of package files end."""
-
-RELEASE_SUFFIX: Final = ".release.json"
-"""What the name of a release adds to that of its file."""
 
 PACKAGES_MAX: Final = 1000
 """Most package files in one commit."""

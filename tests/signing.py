@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nacl.signing import SigningKey
 
@@ -13,6 +13,9 @@ from hocket.identity import ReleaseName, key_id_of
 from hocket.packages.keys import public_key_of
 from hocket.packages.release import Purpose, Release, Subject, sign_release
 from hocket.packages.trust import TrustedKey, TrustRoots
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NOW = datetime(2026, 6, 1, 12, 0, tzinfo=UTC)
 
@@ -73,3 +76,8 @@ def seal(payload: bytes, seed: bytes = ACME_SEED, payload_type: str = "applicati
             "signatures": [{"keyid": key_id_of(public_key_of(seed)), "sig": base64.b64encode(signature).decode()}],
         }
     ).encode()
+
+
+def release_path(path: Path) -> Path:
+    """Where the release of a package file lies."""
+    return path.with_name(path.name + ".release.json")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Final
 
 from hocket.cli import output
-from hocket.identity import ExpertId
+from hocket.identity import ExpertId, short_name
 from hocket.v1.package_pb2 import (
     ADAPTER_KIND_DORA,
     ADAPTER_KIND_IA3,
@@ -113,7 +112,7 @@ def features_of(model: ModelFacts) -> str:
 
 def base_name(name: str) -> str:
     """The last part of a base's name, which may be a path on somebody's disk."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+    return short_name(name) or name
 
 
 def base_text(base: BaseModel) -> str:

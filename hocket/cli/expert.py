@@ -12,9 +12,10 @@ from hocket.base_folder import base_digest, base_name
 from hocket.cli import files, output
 from hocket.cli.progress import progress_of
 from hocket.errors import HocketError, Reason
+from hocket.identity import short_name
 from hocket.packages.adapter import AdapterConfig, AdapterKind, BaseModel
 from hocket.packages.expert.config import read_config
-from hocket.packages.expert.names import CONFIG, MANIFEST
+from hocket.packages.expert.names import CONFIG, MANIFEST, PROJECTIONS
 from hocket.packages.expert.validation import validate as validate_package
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive
 from hocket.packages.limits import DEFAULT_LIMITS
@@ -30,7 +31,6 @@ app = typer.Typer(name="expert", help="Make .expert packages: new, validate, pac
 _INVALID: Final = 2
 _TESTS: Final = "tests"
 _COMPRESSIONS: Final = {False: "gzip", True: "zstd"}
-_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Folder = Annotated[
     Path,
@@ -216,7 +216,7 @@ def pack(
 def _planned(kind: AdapterKind, rank: int, alpha: float | None) -> AdapterConfig:
     """What shall be trained."""
     if kind in {AdapterKind.LORA, AdapterKind.DORA}:
-        return AdapterConfig(kind, rank=rank, alpha=2.0 * rank if alpha is None else alpha, target_modules=_MODULES)
+        return AdapterConfig(kind, rank=rank, alpha=2.0 * rank if alpha is None else alpha, target_modules=PROJECTIONS)
     if kind is AdapterKind.IA3:
         return AdapterConfig(kind, target_modules=("k_proj", "v_proj", "down_proj"), feedforward_modules=("down_proj",))
     return AdapterConfig(kind)
@@ -329,5 +329,4 @@ def _said(problem: Problem) -> str:
 
 def _file_part(base_name: str) -> str:
     """A base's name as upstream puts it into file names."""
-    last = base_name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return last.lower().replace(".", "-").replace("_", "-") or "base"
+    return short_name(base_name).lower().replace(".", "-").replace("_", "-") or "base"

@@ -136,7 +136,7 @@ def dependents(packages: Iterable[Package], going: Collection[str]) -> list[str]
 
 def _newest(need: Requirement, owner: str, available: Iterable[Candidate]) -> Candidate | None:
     """The newest expert that fulfils what an expert of the publisher `owner` requires; None if there is none."""
-    publisher = owner if need.publisher is None else need.publisher
+    publisher = need.owner(owner)
     fitting = [
         (version, expert)
         for expert in available

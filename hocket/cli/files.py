@@ -17,7 +17,7 @@ from hocket.identity import key_bytes, key_id_of
 from hocket.keyring import load_key
 from hocket.packages.keys import public_key_of
 from hocket.packages.limits import DEFAULT_LIMITS
-from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX
+from hocket.packages.release import ENVELOPE_SIZE_BYTES_MAX, RELEASE_SUFFIX
 from hocket.telemetry.logs import configure_logs
 from hocket.trust_folder import TrustFolder
 
@@ -42,7 +42,6 @@ KeyName = Annotated[
 ]
 """Argument: a key that is known already."""
 
-_RELEASE_SUFFIX: Final = ".release.json"
 _KEY_ID: Final = re.compile(r"[0-9a-f]{12,64}")
 _KEY_ID_DIGITS: Final = 64
 
@@ -70,7 +69,7 @@ def read_package(path: Path) -> bytes:
 
 def release_path(path: Path) -> Path:
     """Where the release of a package file lies: beside it."""
-    return path.with_name(path.name + _RELEASE_SUFFIX)
+    return path.with_name(path.name + RELEASE_SUFFIX)
 
 
 def read_releases(path: Path) -> tuple[bytes, ...]:

@@ -132,13 +132,7 @@ def _flag_named() -> Iterator[None]:
         if error.reason is not Reason.COVERAGE:
             raise
         advice = "--renormalise answers without what is missing, --min-coverage says how much of it may be"
-        raise HocketError(
-            error.reason,
-            f"{error.message} ({advice})",
-            field=error.field,
-            retry_after_seconds=error.retry_after_seconds,
-            **error.metadata,
-        ) from error
+        raise error.restated(f"{error.message} ({advice})") from error
 
 
 class _Board:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hocket.cli import output
 from hocket.errors import HocketError
+from hocket.identity import short_name
 from hocket.packages.adapter import AdapterKind, Outcome
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _adapter_text(facts: AdapterFacts) -> str:
 
 
 def _base_text(base: BaseModel) -> str:
-    name = re.split(r"[/\\]", base.name.rstrip("/\\"))[-1] or base.name
+    name = short_name(base.name) or base.name
     if base.digest is not None:
         return f"{name}, exactly {base.digest}"
     return f"{name} (by name: the package does not say which weights exactly)"

@@ -293,13 +293,7 @@ def _packages(finder: Finder, text: str, source: Source, chosen: Sequence[str], 
                 raise
             written = shown(text)
             message = error.message if written in error.message else f"{written}: {error.message}"
-            raise HocketError(
-                error.reason,
-                f"{message} (nothing was published)",
-                field=error.field,
-                retry_after_seconds=error.retry_after_seconds,
-                **{**error.metadata, output.BLAMED_FILE: written},
-            ) from error
+            raise error.restated(f"{message} (nothing was published)", **{output.BLAMED_FILE: written}) from error
 
 
 def _chosen(source: Source, names: Sequence[str], *, alone: bool) -> Sequence[str]:
@@ -360,17 +354,9 @@ def _refused(error: HocketError, where: str, done: Sequence[str]) -> HocketError
     """A refusal by the registry; without the right token no file is to blame."""
     told = _already(done)
     if error.reason.situation in {Situation.UNAUTHENTICATED, Situation.FORBIDDEN}:
-        message = f"the registry wants its admin's token for this: give --token-file FILE{told}"
-        return HocketError(
-            error.reason, message, field=error.field, retry_after_seconds=error.retry_after_seconds, **error.metadata
-        )
-    return HocketError(
-        error.reason,
-        f"{where}: the registry refuses it: {error.message}{told}",
-        field=error.field,
-        retry_after_seconds=error.retry_after_seconds,
-        **{**error.metadata, output.BLAMED_FILE: where},
-    )
+        return error.restated(f"the registry wants its admin's token for this: give --token-file FILE{told}")
+    message = f"{where}: the registry refuses it: {error.message}{told}"
+    return error.restated(message, **{output.BLAMED_FILE: where})
 
 
 @contextmanager

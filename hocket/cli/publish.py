@@ -205,13 +205,8 @@ def _blame(path: Path, later: Sequence[Path]) -> Iterator[None]:
         if GRPC_STATUS in error.metadata:  # the connection is to blame
             raise
         left = f" (not tried: {', '.join(map(str, later))})" if later else ""
-        raise HocketError(
-            error.reason,
-            f"{path}: {error.message.removeprefix(f'{path}: ')}{left}",
-            field=error.field,
-            retry_after_seconds=error.retry_after_seconds,
-            **{**error.metadata, output.BLAMED_FILE: str(path)},
-        ) from error
+        message = f"{path}: {error.message.removeprefix(f'{path}: ')}{left}"
+        raise error.restated(message, **{output.BLAMED_FILE: str(path)}) from error
 
 
 def _signers(packages: Iterable[Package]) -> set[str]:

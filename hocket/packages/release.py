@@ -30,6 +30,9 @@ from hocket.packages.trust import Proof, Revocations, TrustRoots
 if TYPE_CHECKING:
     from datetime import datetime
 
+RELEASE_SUFFIX: Final = ".release.json"
+"""What the name of a release adds to that of its package file, which it lies beside."""
+
 ENVELOPE_SIZE_BYTES_MAX: Final = 16 * 1024
 """No envelope is larger; a genuine one has about 700 bytes."""
 

@@ -123,7 +123,7 @@ class _Shelf:
 def _required(experts: Sequence[Candidate]) -> list[tuple[_Key, Range]]:
     """Publisher, name and versions of all that experts require."""
     return [
-        ((expert.publisher if need.publisher is None else need.publisher, need.name), need.range)
+        ((need.owner(expert.publisher), need.name), need.range)
         for expert in experts
         for need in map(Requirement.parse, expert.constraints.requires)
     ]

@@ -7,14 +7,13 @@ Otherwise names are compared, and the answer says so, since a name proves nothin
 from __future__ import annotations
 
 import enum
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from hocket.identity import short_name
 
 if TYPE_CHECKING:
     from hocket.packages.adapter import BaseModel
-
-_SEPARATORS: Final = re.compile(r"[/\\]")
 
 
 class Match(enum.Enum):
@@ -64,4 +63,4 @@ def normalised_name(name: str) -> str:
 
     `F:/models/Qwen3-0.6B`, `Qwen/Qwen3-0.6B` and `qwen3-0.6b` are the same.
     """
-    return _SEPARATORS.split(name.strip().rstrip("/\\"))[-1].casefold()
+    return short_name(name).casefold()

@@ -11,4 +11,6 @@ WEIGHTS: Final = ("adapter_model.safetensors", "weights.safetensors")
 PICKLED_WEIGHTS: Final = ("adapter_model.bin", "adapter_model.pt")
 """What older tools write instead, and nothing here ever loads."""
 GRAMMAR: Final = "grammar.gbnf"
+PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What adapters adapt, in the models this format was made for."""
 SIGNATURE: Final = "signature.sig"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
     from hocket.packages.adapter import RawTensor
+    from hocket.packages.expert.archive import Archive
     from hocket.packages.expert.manifest import Manifest, ManifestAdapter, ManifestSoftPrompt
 
 _SAFETENSORS: Final = ".safetensors"
@@ -60,7 +61,20 @@ def decode(data: bytes | memoryview, digest: str, limits: Limits = DEFAULT_LIMIT
             `UNSUPPORTED_TYPE` for a kind of adapter without a name here; `BAD_ADAPTER` for parts that do not belong
             together, soft prompts and grammar included; `TOO_LARGE`.
     """
-    archive = read_archive(data, limits)
+    return decode_archive(read_archive(data, limits), digest, len(data), limits)
+
+
+def decode_archive(
+    archive: Archive, digest: str, size_bytes: int, limits: Limits = DEFAULT_LIMITS
+) -> tuple[AdapterFacts, Adapter]:
+    """Read a package whose archive has been read; otherwise as `decode`.
+
+    Args:
+        archive: What is inside.
+        digest: Of the whole file, `sha256:<hex>`.
+        size_bytes: Of the whole file.
+        limits: Bounds on everything read.
+    """
     files = archive.files
     if MANIFEST not in files:
         raise HocketError(
@@ -82,7 +96,7 @@ def decode(data: bytes | memoryview, digest: str, limits: Limits = DEFAULT_LIMIT
     )
     facts = AdapterFacts(
         digest=digest,
-        size_bytes=len(data),
+        size_bytes=size_bytes,
         format_version=manifest.schema_version,
         compression=archive.compression,
         name=manifest.name,

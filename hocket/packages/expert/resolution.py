@@ -84,6 +84,10 @@ class Requirement:
             publisher=None if publisher is None else check_name(publisher, "publisher"),
         )
 
+    def owner(self, publisher: str) -> str:
+        """Whose expert is meant, where a bare name means one of this publisher's."""
+        return publisher if self.publisher is None else self.publisher
+
     def __str__(self) -> str:
         return f"{_spelled(self.publisher, self.name)}{f'@{self.range}' if self.range.comparators else ''}"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hocket.errors import HocketError
 from hocket.identity import check_name
-from hocket.packages.expert.names import CONFIG, GRAMMAR, WEIGHTS
+from hocket.packages.expert.names import CONFIG, GRAMMAR, PROJECTIONS, WEIGHTS
 from hocket.packages.expert.resolution import Requirement
 from hocket.versions import Range, Version
 
@@ -75,10 +75,7 @@ _SOFT_PROMPTS: Final = ("soft_prompt", "prompt_tuning")
 """Ours: upstream has no name for an expert that is nothing else."""
 _TYPES: Final = ("lora", "dora", "ia3", "lokr", "adalora", "lora-fa", *_SOFT_PROMPTS)
 _RANKED: Final = ("lora", "dora", "lokr", "adalora", "lora-fa")
-_MODULES: Final = (
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    *("embed_tokens", "lm_head"),
-)
+_MODULES: Final = (*PROJECTIONS, "embed_tokens", "lm_head")
 _ONE_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "schema_version": ("1.0", "2.0"),
     "repository.type": ("git",),

@@ -10,7 +10,7 @@ from hocket.identity import check_name, check_version, digest_of
 from hocket.packages.expert.archive import read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.names import MANIFEST
-from hocket.packages.expert.reader import decode
+from hocket.packages.expert.reader import decode_archive
 from hocket.packages.expert.resolution import Requirement
 from hocket.packages.expert.strict import Problem, problems
 from hocket.packages.limits import DEFAULT_LIMITS
@@ -46,12 +46,13 @@ def validate(data: bytes, *, strict: bool = False, limits: Limits = DEFAULT_LIMI
         limits: Bounds on sizes.
     """
     try:
-        facts, _ = decode(data, digest_of(data), limits)
+        archive = read_archive(data, limits)
+        facts, _ = decode_archive(archive, digest_of(data), len(data), limits)
     except HocketError as error:
         return Report((Problem(error.field or "", error.message),))
     errors = [*_refused_at_the_door(facts)]
     if strict:
-        errors += _missed_by_others(read_archive(data, limits).files, limits)
+        errors += _missed_by_others(archive.files, limits)
     return Report(tuple(errors), facts.warnings, facts)
 
 

@@ -14,6 +14,7 @@ from hocket.telemetry.logs import configure_logs
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from tests.fakes import ScriptedRegistry, ScriptedRouter, serving
+from tests.signing import ACME_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,6 +66,15 @@ def hocket() -> Callable[..., Outcome]:
         return Outcome(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """The file of acme's private key."""
+    path = tmp_path / "acme.key"
+    path.write_bytes(ACME_SEED)
+    path.chmod(0o600)
+    return path
 
 
 @pytest.fixture

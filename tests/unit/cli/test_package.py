@@ -9,7 +9,7 @@ import pytest
 from hocket.identity import digest_of, key_id_of, key_text
 from hocket.packages import Purpose, public_key_of, read_release
 from tests.builders import apr_bytes, edited, forest, mixture, raw_apr, signer
-from tests.signing import ACME_ID, ACME_SEED, envelope_of
+from tests.signing import ACME_ID, ACME_SEED, envelope_of, release_path
 
 ACME_KEY = key_text(public_key_of(ACME_SEED))
 VECTORS = Path(__file__).parents[2] / "vectors" / "reference-0.11.0"
@@ -24,18 +24,6 @@ def package(tmp_path: Path) -> Path:
     path = tmp_path / "iris.apr"
     path.write_bytes(apr_bytes(forest(), name="iris", labels=["setosa", "virginica", None]))
     return path
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    path = tmp_path / "acme.key"
-    path.write_bytes(ACME_SEED)
-    path.chmod(0o600)
-    return path
-
-
-def release_of(path: Path) -> Path:
-    return path.with_name(path.name + ".release.json")
 
 
 def test_inspect_prints_one_object(hocket: Any, package: Path) -> None:
@@ -77,7 +65,7 @@ def test_inspect_shows_a_signature_and_whether_it_is_trusted(hocket: Any, tmp_pa
 
 
 def test_inspect_shows_the_release_beside_the_file(hocket: Any, package: Path) -> None:
-    release_of(package).write_bytes(envelope_of(package.read_bytes()))
+    release_path(package).write_bytes(envelope_of(package.read_bytes()))
     expected = {"publisher": "acme", "name": "iris", "version": "1.0.0", "key_id": ACME_ID}
 
     shown = hocket("inspect", package, "--json").document["release"]
@@ -157,7 +145,7 @@ def test_inspect_refuses_what_it_cannot_read(hocket: Any, package: Path) -> None
 def test_inspect_shows_a_sound_file_beside_a_broken_release(
     hocket: Any, package: Path, release: bytes, reason: str
 ) -> None:
-    release_of(package).write_bytes(release)
+    release_path(package).write_bytes(release)
     outcome = hocket("inspect", package, "--json")
 
     assert outcome.code == 0
@@ -168,7 +156,7 @@ def test_inspect_shows_a_sound_file_beside_a_broken_release(
 
 
 def test_inspect_prints_a_card_for_people(hocket: Any, package: Path) -> None:
-    release_of(package).write_bytes(envelope_of(package.read_bytes()))
+    release_path(package).write_bytes(envelope_of(package.read_bytes()))
     card = hocket("inspect", package).out
 
     for text in ("iris", "RandomForestClassifier", "setosa, virginica, (dropped)", "acme/iris@1.0.0"):
@@ -200,7 +188,7 @@ def test_metadata_cannot_write_to_the_terminal(hocket: Any, tmp_path: Path) -> N
 
 
 def test_verify_says_which_proofs_hold(hocket: Any, package: Path) -> None:
-    release_of(package).write_bytes(envelope_of(package.read_bytes()))
+    release_path(package).write_bytes(envelope_of(package.read_bytes()))
     outcome = hocket("verify", package, "--json")
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "SIGNER_NOT_TRUSTED")
 
@@ -265,9 +253,9 @@ def test_sign_writes_the_release_beside_the_file(hocket: Any, package: Path, key
         "release": "acme/iris@2.0.0",
         "digest": digest_of(package.read_bytes()),
         "key_id": ACME_ID,
-        "path": str(release_of(package)),
+        "path": str(release_path(package)),
     }
-    claimed = read_release(release_of(package).read_bytes())
+    claimed = read_release(release_path(package).read_bytes())
     assert str(claimed.release.name) == "acme/iris@2.0.0"
     assert claimed.release.subject.purpose is Purpose.PACKAGE
     assert claimed.release.subject.digest == digest_of(package.read_bytes())
@@ -321,7 +309,7 @@ def test_sign_refuses_a_name_that_could_not_be_addressed(
     outcome = hocket("sign", package, "--json", *(text for pair in options.items() for text in pair))
 
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
-    assert not release_of(package).exists()
+    assert not release_path(package).exists()
 
 
 def test_sign_refuses_what_is_no_package(hocket: Any, tmp_path: Path, key: Path) -> None:
@@ -333,7 +321,7 @@ def test_sign_refuses_what_is_no_package(hocket: Any, tmp_path: Path, key: Path)
 
 
 def test_sign_says_when_the_release_cannot_be_written(hocket: Any, package: Path, key: Path) -> None:
-    release_of(package).mkdir()
+    release_path(package).mkdir()
     outcome = hocket("sign", package, "--publisher", "a", "--name", "b", "--version", "1", "--key", key, "--json")
 
     assert outcome.document["error"]["reason"] == "BAD_REQUEST"

@@ -7,7 +7,7 @@ import pytest
 from hocket.identity import digest_of, key_text
 from hocket.packages import public_key_of, read_release
 from tests.experts import archived, expert_files, expert_package, signed_upstream, soft_prompt
-from tests.signing import ACME_ID, ACME_SEED, envelope_of
+from tests.signing import ACME_ID, ACME_SEED, envelope_of, release_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,20 +26,8 @@ def package(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    path = tmp_path / "acme.key"
-    path.write_bytes(ACME_SEED)
-    path.chmod(0o600)
-    return path
-
-
-def release_of(path: Path) -> Path:
-    return path.with_name(path.name + ".release.json")
-
-
 def release(path: Path, name: str = "acme/expert-sql@1.0.0") -> None:
-    release_of(path).write_bytes(envelope_of(path.read_bytes(), name=name, format="expert"))
+    release_path(path).write_bytes(envelope_of(path.read_bytes(), name=name, format="expert"))
 
 
 def test_inspect_prints_one_object(hocket: Any, package: Path) -> None:
@@ -203,7 +191,7 @@ def test_sign_takes_name_and_version_from_the_manifest(hocket: Any, package: Pat
 
     assert outcome.code == 0
     assert outcome.document["release"] == "acme/expert-sql@1.0.0"
-    claimed = read_release(release_of(package).read_bytes()).release
+    claimed = read_release(release_path(package).read_bytes()).release
     assert (str(claimed.name), claimed.subject.format) == ("acme/expert-sql@1.0.0", "expert")
     hocket("trust", "add", "acme", "--key", ACME_KEY)
     assert hocket("verify", package).code == 0
@@ -219,7 +207,7 @@ def test_sign_refuses_others(hocket: Any, package: Path, key: Path, options: tup
     outcome = hocket("sign", package, "--publisher", "acme", *options, "--key", key, "--json")
 
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "NAME_MISMATCH")
-    assert not release_of(package).exists()
+    assert not release_path(package).exists()
 
 
 def test_sign_refuses_a_manifest_whose_name_could_not_be_addressed(hocket: Any, package: Path, key: Path) -> None:

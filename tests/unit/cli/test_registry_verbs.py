@@ -23,7 +23,7 @@ from hocket.v1.package_pb2 import (
 )
 from tests.builders import apr_bytes, linear
 from tests.fakes import HIGH, LOW, ScriptedRegistry, adapter_package, expert_package
-from tests.signing import ACME_ID, ACME_SEED, envelope_of
+from tests.signing import ACME_ID, envelope_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,14 +45,6 @@ def packages(tmp_path: Path) -> list[Path]:
         path.with_name(f"{name}.apr.release.json").write_bytes(envelope_of(data, name=f"acme/{name}@1.0.0"))
         paths.append(path)
     return paths
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    path = tmp_path / "acme.key"
-    path.write_bytes(ACME_SEED)
-    path.chmod(0o600)
-    return path
 
 
 @pytest.fixture
