@@ -406,9 +406,10 @@ async def test_a_late_expert_counts_as_missing_or_fails_the_call(suite: Deployme
 
 
 async def test_partials_arrive_while_experts_finish(suite: Deployment) -> None:
-    busy, rows = slow(14), MANY_ROWS
+    busy, rows = slow(60), MANY_ROWS
     await published(suite, A, busy)
     await suite.put(fixed("slowly", A, busy, weights=(1, 3)))
+    await suite.router.answer(digest_of(A), ROWS)  # resident, so that it is the first of the two on a busy machine too
     kinds = [type(event) async for event in suite.router.predict("slowly", rows, partials=True)]
     assert kinds == [Planned, Partial, Answer]
 
