@@ -25,19 +25,20 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from hocket.v1 import plan_pb2 as hocket_dot_v1_dot_plan__pb2
 from hocket.v1 import tensor_pb2 as hocket_dot_v1_dot_tensor__pb2
+from hocket.v1 import text_pb2 as hocket_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahocket/v1/aggregator.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14hocket/v1/plan.proto\x1a\x16hocket/v1/tensor.proto\"\xef\x01\n\x0e\x43ombineRequest\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.hocket.v1.Plan\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x10\n\x08partials\x18\x03 \x01(\x08\x12\x19\n\x0cmin_coverage\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x34\n\x11straggler_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\non_missing\x18\x06 \x01(\x0e\x32\x14.hocket.v1.OnMissingB\x0f\n\r_min_coverage\"m\n\x0f\x43ombineResponse\x12)\n\x07partial\x18\x01 \x01(\x0b\x32\x16.hocket.v1.CombinationH\x00\x12&\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x15.hocket.v1.PredictionH\x00\x42\x07\n\x05\x65vent2W\n\x11\x41ggregatorService\x12\x42\n\x07\x43ombine\x12\x19.hocket.v1.CombineRequest\x1a\x1a.hocket.v1.CombineResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahocket/v1/aggregator.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14hocket/v1/plan.proto\x1a\x16hocket/v1/tensor.proto\x1a\x14hocket/v1/text.proto\"\x91\x02\n\x0e\x43ombineRequest\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.hocket.v1.Plan\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x10\n\x08partials\x18\x03 \x01(\x08\x12\x19\n\x0cmin_coverage\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x34\n\x11straggler_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\non_missing\x18\x06 \x01(\x0e\x32\x14.hocket.v1.OnMissing\x12 \n\x04text\x18\x07 \x01(\x0b\x32\x12.hocket.v1.TextJobB\x0f\n\r_min_coverage\"\x93\x01\n\x0f\x43ombineResponse\x12)\n\x07partial\x18\x01 \x01(\x0b\x32\x16.hocket.v1.CombinationH\x00\x12&\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x15.hocket.v1.PredictionH\x00\x12$\n\x04text\x18\x03 \x01(\x0b\x32\x14.hocket.v1.TextEventH\x00\x42\x07\n\x05\x65vent2W\n\x11\x41ggregatorService\x12\x42\n\x07\x43ombine\x12\x19.hocket.v1.CombineRequest\x1a\x1a.hocket.v1.CombineResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.aggregator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMBINEREQUEST']._serialized_start=120
-  _globals['_COMBINEREQUEST']._serialized_end=359
-  _globals['_COMBINERESPONSE']._serialized_start=361
-  _globals['_COMBINERESPONSE']._serialized_end=470
-  _globals['_AGGREGATORSERVICE']._serialized_start=472
-  _globals['_AGGREGATORSERVICE']._serialized_end=559
+  _globals['_COMBINEREQUEST']._serialized_start=142
+  _globals['_COMBINEREQUEST']._serialized_end=415
+  _globals['_COMBINERESPONSE']._serialized_start=418
+  _globals['_COMBINERESPONSE']._serialized_end=565
+  _globals['_AGGREGATORSERVICE']._serialized_start=567
+  _globals['_AGGREGATORSERVICE']._serialized_end=654
 # @@protoc_insertion_point(module_scope)

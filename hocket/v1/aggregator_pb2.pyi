@@ -8,6 +8,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from hocket.v1 import plan_pb2 as _plan_pb2
 from hocket.v1 import tensor_pb2 as _tensor_pb2
+from hocket.v1 import text_pb2 as _text_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class CombineRequest(_message.Message):
-    """A plan and its input."""
+    """A plan and its input: rows for tensor experts, or a text job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -31,6 +32,7 @@ class CombineRequest(_message.Message):
     MIN_COVERAGE_FIELD_NUMBER: _builtins.int
     STRAGGLER_TIMEOUT_FIELD_NUMBER: _builtins.int
     ON_MISSING_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     partials: _builtins.bool
     """As in PredictRequest."""
     min_coverage: _builtins.float
@@ -49,6 +51,10 @@ class CombineRequest(_message.Message):
     def straggler_timeout(self) -> _duration_pb2.Duration:
         """As in PredictRequest."""
 
+    @_builtins.property
+    def text(self) -> _text_pb2.TextJob:
+        """In place of everything else: a text plan and what it reads."""
+
     def __init__(
         self,
         *,
@@ -58,10 +64,11 @@ class CombineRequest(_message.Message):
         min_coverage: _builtins.float | None = ...,
         straggler_timeout: _duration_pb2.Duration | None = ...,
         on_missing: _plan_pb2.OnMissing.ValueType = ...,
+        text: _text_pb2.TextJob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_coverage", b"_min_coverage", "input", b"input", "min_coverage", b"min_coverage", "plan", b"plan", "straggler_timeout", b"straggler_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_coverage", b"_min_coverage", "input", b"input", "min_coverage", b"min_coverage", "plan", b"plan", "straggler_timeout", b"straggler_timeout", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_coverage", b"_min_coverage", "input", b"input", "min_coverage", b"min_coverage", "on_missing", b"on_missing", "partials", b"partials", "plan", b"plan", "straggler_timeout", b"straggler_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_coverage", b"_min_coverage", "input", b"input", "min_coverage", b"min_coverage", "on_missing", b"on_missing", "partials", b"partials", "plan", b"plan", "straggler_timeout", b"straggler_timeout", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_coverage: _TypeAlias = _typing.Literal["min_coverage"]  # noqa: Y015
     _WhichOneofArgType__min_coverage: _TypeAlias = _typing.Literal["_min_coverage", b"_min_coverage"]  # noqa: Y015
@@ -77,6 +84,7 @@ class CombineResponse(_message.Message):
 
     PARTIAL_FIELD_NUMBER: _builtins.int
     FINAL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def partial(self) -> _plan_pb2.Combination:
         """The value so far."""
@@ -85,17 +93,22 @@ class CombineResponse(_message.Message):
     def final(self) -> _plan_pb2.Prediction:
         """The final value; last, exactly once."""
 
+    @_builtins.property
+    def text(self) -> _text_pb2.TextEvent:
+        """Of a text job: what the worker says."""
+
     def __init__(
         self,
         *,
         partial: _plan_pb2.Combination | None = ...,
         final: _plan_pb2.Prediction | None = ...,
+        text: _text_pb2.TextEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "final", b"final", "partial", b"partial"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "final", b"final", "partial", b"partial", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "final", b"final", "partial", b"partial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "final", b"final", "partial", b"partial", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["partial", "final"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["partial", "final", "text"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

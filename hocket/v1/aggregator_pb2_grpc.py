@@ -71,6 +71,10 @@ class AggregatorServiceServicer(object):
         aggregator alone: another one can be asked.
         RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
         A PASS plan otherwise fails with the status of its one expert.
+
+        A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
+        is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
+        the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

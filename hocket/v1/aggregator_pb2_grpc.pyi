@@ -53,6 +53,10 @@ class AggregatorServiceStub:
     aggregator alone: another one can be asked.
     RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
     A PASS plan otherwise fails with the status of its one expert.
+
+    A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
+    is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
+    the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
     """
 
 @_typing.type_check_only
@@ -80,6 +84,10 @@ class AggregatorServiceAsyncStub(AggregatorServiceStub):
     aggregator alone: another one can be asked.
     RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
     A PASS plan otherwise fails with the status of its one expert.
+
+    A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
+    is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
+    the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
     """
 
 class AggregatorServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -110,6 +118,10 @@ class AggregatorServiceServicer(metaclass=_abc_1.ABCMeta):
         aggregator alone: another one can be asked.
         RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many calls wait for the one expert of a PASS plan.
         A PASS plan otherwise fails with the status of its one expert.
+
+        A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
+        is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
+        the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
         """
 
 def add_AggregatorServiceServicer_to_server(servicer: AggregatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,40 +24,48 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from hocket.v1 import package_pb2 as hocket_dot_v1_dot_package__pb2
 from hocket.v1 import tensor_pb2 as hocket_dot_v1_dot_tensor__pb2
+from hocket.v1 import text_pb2 as hocket_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhocket/v1/expert_worker.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hocket/v1/tensor.proto\"D\n\x10RunTensorRequest\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\"\x8b\x01\n\x11RunTensorResponse\x12!\n\x06output\x18\x01 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\nWorkerLoad\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x17\n\x0fin_flight_count\x18\x02 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\"#\n\x11LoadExpertRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"b\n\x12LoadExpertResponse\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.hocket.v1.LoadState\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"%\n\x13UnloadExpertRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\",\n\x14UnloadExpertResponse\x12\x14\n\x0cin_use_count\x18\x01 \x01(\r\"\x14\n\x12ListExpertsRequest\"\x8f\x01\n\x13ListExpertsResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12*\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x19.hocket.v1.ResidentExpert\"\xc8\x01\n\x0eResidentExpert\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x1d\n\x04tier\x18\x02 \x01(\x0e\x32\x0f.hocket.v1.Tier\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cin_use_count\x18\x04 \x01(\r\x12\x0e\n\x06proofs\x18\x05 \x03(\t\x12\x1a\n\x12unsigned_by_policy\x18\x06 \x01(\x08\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*K\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\x0f\n\x0bTIER_DEVICE\x10\x03*\x88\x01\n\tLoadState\x12\x1a\n\x16LOAD_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LOAD_STATE_FETCHING\x10\x01\x12\x18\n\x14LOAD_STATE_VERIFYING\x10\x02\x12\x16\n\x12LOAD_STATE_PLACING\x10\x03\x12\x14\n\x10LOAD_STATE_READY\x10\x04\x32\xc9\x02\n\x13\x45xpertWorkerService\x12\x46\n\tRunTensor\x12\x1b.hocket.v1.RunTensorRequest\x1a\x1c.hocket.v1.RunTensorResponse\x12K\n\nLoadExpert\x12\x1c.hocket.v1.LoadExpertRequest\x1a\x1d.hocket.v1.LoadExpertResponse0\x01\x12O\n\x0cUnloadExpert\x12\x1e.hocket.v1.UnloadExpertRequest\x1a\x1f.hocket.v1.UnloadExpertResponse\x12L\n\x0bListExperts\x12\x1d.hocket.v1.ListExpertsRequest\x1a\x1e.hocket.v1.ListExpertsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhocket/v1/expert_worker.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17hocket/v1/package.proto\x1a\x16hocket/v1/tensor.proto\x1a\x14hocket/v1/text.proto\"D\n\x10RunTensorRequest\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\"\x8b\x01\n\x11RunTensorResponse\x12!\n\x06output\x18\x01 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"1\n\x0eRunTextRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.hocket.v1.TextJob\"6\n\x0fRunTextResponse\x12#\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x14.hocket.v1.TextEvent\"M\n\nWorkerLoad\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x17\n\x0fin_flight_count\x18\x02 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\"#\n\x11LoadExpertRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"b\n\x12LoadExpertResponse\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.hocket.v1.LoadState\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"%\n\x13UnloadExpertRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\",\n\x14UnloadExpertResponse\x12\x14\n\x0cin_use_count\x18\x01 \x01(\r\"\x14\n\x12ListExpertsRequest\"\xb6\x01\n\x13ListExpertsResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12*\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x19.hocket.v1.ResidentExpert\x12%\n\x06\x65ngine\x18\x06 \x01(\x0b\x32\x15.hocket.v1.TextEngine\"\xd3\x02\n\nTextEngine\x12\"\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x14.hocket.v1.BaseModel\x12\x19\n\x11vocabulary_sha256\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nbase_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12kv_used_page_count\x18\x06 \x01(\r\x12\x15\n\rkv_page_count\x18\x07 \x01(\r\x12\x19\n\x11kv_page_positions\x18\x08 \x01(\r\x12\x18\n\x10\x61rena_used_bytes\x18\t \x01(\x04\x12\x1a\n\x12\x61rena_budget_bytes\x18\n \x01(\x04\x12\x15\n\rrunning_count\x18\x0b \x01(\r\x12\x15\n\rwaiting_count\x18\x0c \x01(\r\x12\x19\n\x11tokens_per_second\x18\r \x01(\x01\"\xc8\x01\n\x0eResidentExpert\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x1d\n\x04tier\x18\x02 \x01(\x0e\x32\x0f.hocket.v1.Tier\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cin_use_count\x18\x04 \x01(\r\x12\x0e\n\x06proofs\x18\x05 \x03(\t\x12\x1a\n\x12unsigned_by_policy\x18\x06 \x01(\x08\x12\x31\n\rlast_use_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*K\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\x0f\n\x0bTIER_DEVICE\x10\x03*\x88\x01\n\tLoadState\x12\x1a\n\x16LOAD_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LOAD_STATE_FETCHING\x10\x01\x12\x18\n\x14LOAD_STATE_VERIFYING\x10\x02\x12\x16\n\x12LOAD_STATE_PLACING\x10\x03\x12\x14\n\x10LOAD_STATE_READY\x10\x04\x32\x8d\x03\n\x13\x45xpertWorkerService\x12\x46\n\tRunTensor\x12\x1b.hocket.v1.RunTensorRequest\x1a\x1c.hocket.v1.RunTensorResponse\x12\x42\n\x07RunText\x12\x19.hocket.v1.RunTextRequest\x1a\x1a.hocket.v1.RunTextResponse0\x01\x12K\n\nLoadExpert\x12\x1c.hocket.v1.LoadExpertRequest\x1a\x1d.hocket.v1.LoadExpertResponse0\x01\x12O\n\x0cUnloadExpert\x12\x1e.hocket.v1.UnloadExpertRequest\x1a\x1f.hocket.v1.UnloadExpertResponse\x12L\n\x0bListExperts\x12\x1d.hocket.v1.ListExpertsRequest\x1a\x1e.hocket.v1.ListExpertsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.expert_worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TIER']._serialized_start=1017
-  _globals['_TIER']._serialized_end=1092
-  _globals['_LOADSTATE']._serialized_start=1095
-  _globals['_LOADSTATE']._serialized_end=1231
-  _globals['_RUNTENSORREQUEST']._serialized_start=133
-  _globals['_RUNTENSORREQUEST']._serialized_end=201
-  _globals['_RUNTENSORRESPONSE']._serialized_start=204
-  _globals['_RUNTENSORRESPONSE']._serialized_end=343
-  _globals['_WORKERLOAD']._serialized_start=345
-  _globals['_WORKERLOAD']._serialized_end=422
-  _globals['_LOADEXPERTREQUEST']._serialized_start=424
-  _globals['_LOADEXPERTREQUEST']._serialized_end=459
-  _globals['_LOADEXPERTRESPONSE']._serialized_start=461
-  _globals['_LOADEXPERTRESPONSE']._serialized_end=559
-  _globals['_UNLOADEXPERTREQUEST']._serialized_start=561
-  _globals['_UNLOADEXPERTREQUEST']._serialized_end=598
-  _globals['_UNLOADEXPERTRESPONSE']._serialized_start=600
-  _globals['_UNLOADEXPERTRESPONSE']._serialized_end=644
-  _globals['_LISTEXPERTSREQUEST']._serialized_start=646
-  _globals['_LISTEXPERTSREQUEST']._serialized_end=666
-  _globals['_LISTEXPERTSRESPONSE']._serialized_start=669
-  _globals['_LISTEXPERTSRESPONSE']._serialized_end=812
-  _globals['_RESIDENTEXPERT']._serialized_start=815
-  _globals['_RESIDENTEXPERT']._serialized_end=1015
-  _globals['_EXPERTWORKERSERVICE']._serialized_start=1234
-  _globals['_EXPERTWORKERSERVICE']._serialized_end=1563
+  _globals['_TIER']._serialized_start=1552
+  _globals['_TIER']._serialized_end=1627
+  _globals['_LOADSTATE']._serialized_start=1630
+  _globals['_LOADSTATE']._serialized_end=1766
+  _globals['_RUNTENSORREQUEST']._serialized_start=180
+  _globals['_RUNTENSORREQUEST']._serialized_end=248
+  _globals['_RUNTENSORRESPONSE']._serialized_start=251
+  _globals['_RUNTENSORRESPONSE']._serialized_end=390
+  _globals['_RUNTEXTREQUEST']._serialized_start=392
+  _globals['_RUNTEXTREQUEST']._serialized_end=441
+  _globals['_RUNTEXTRESPONSE']._serialized_start=443
+  _globals['_RUNTEXTRESPONSE']._serialized_end=497
+  _globals['_WORKERLOAD']._serialized_start=499
+  _globals['_WORKERLOAD']._serialized_end=576
+  _globals['_LOADEXPERTREQUEST']._serialized_start=578
+  _globals['_LOADEXPERTREQUEST']._serialized_end=613
+  _globals['_LOADEXPERTRESPONSE']._serialized_start=615
+  _globals['_LOADEXPERTRESPONSE']._serialized_end=713
+  _globals['_UNLOADEXPERTREQUEST']._serialized_start=715
+  _globals['_UNLOADEXPERTREQUEST']._serialized_end=752
+  _globals['_UNLOADEXPERTRESPONSE']._serialized_start=754
+  _globals['_UNLOADEXPERTRESPONSE']._serialized_end=798
+  _globals['_LISTEXPERTSREQUEST']._serialized_start=800
+  _globals['_LISTEXPERTSREQUEST']._serialized_end=820
+  _globals['_LISTEXPERTSRESPONSE']._serialized_start=823
+  _globals['_LISTEXPERTSRESPONSE']._serialized_end=1005
+  _globals['_TEXTENGINE']._serialized_start=1008
+  _globals['_TEXTENGINE']._serialized_end=1347
+  _globals['_RESIDENTEXPERT']._serialized_start=1350
+  _globals['_RESIDENTEXPERT']._serialized_end=1550
+  _globals['_EXPERTWORKERSERVICE']._serialized_start=1769
+  _globals['_EXPERTWORKERSERVICE']._serialized_end=2166
 # @@protoc_insertion_point(module_scope)

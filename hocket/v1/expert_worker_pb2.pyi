@@ -10,7 +10,9 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hocket.v1 import package_pb2 as _package_pb2
 from hocket.v1 import tensor_pb2 as _tensor_pb2
+from hocket.v1 import text_pb2 as _text_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -145,6 +147,54 @@ class RunTensorResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunTensorResponse: _TypeAlias = RunTensorResponse  # noqa: Y015
+
+@_typing.final
+class RunTextRequest(_message.Message):
+    """A text to answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _text_pb2.TextJob:
+        """The plan, what is read and how tokens are chosen."""
+
+    def __init__(
+        self,
+        *,
+        job: _text_pb2.TextJob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunTextRequest: _TypeAlias = RunTextRequest  # noqa: Y015
+
+@_typing.final
+class RunTextResponse(_message.Message):
+    """One event of an answer in text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _text_pb2.TextEvent:
+        """A start, deltas, then exactly one finish."""
+
+    def __init__(
+        self,
+        *,
+        event: _text_pb2.TextEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunTextResponse: _TypeAlias = RunTextResponse  # noqa: Y015
 
 @_typing.final
 class WorkerLoad(_message.Message):
@@ -300,6 +350,7 @@ class ListExpertsResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name."""
     device: _builtins.str
@@ -312,6 +363,10 @@ class ListExpertsResponse(_message.Message):
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentExpert]:
         """Resident packages, most recently used first."""
 
+    @_builtins.property
+    def engine(self) -> Global___TextEngine:
+        """The engine that answers text; absent on a worker without a base."""
+
     def __init__(
         self,
         *,
@@ -320,14 +375,87 @@ class ListExpertsResponse(_message.Message):
         resident_bytes: _builtins.int = ...,
         budget_bytes: _builtins.int = ...,
         experts: _abc.Iterable[Global___ResidentExpert] | None = ...,
+        engine: Global___TextEngine | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "device", b"device", "experts", b"experts", "resident_bytes", b"resident_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "device", b"device", "engine", b"engine", "experts", b"experts", "resident_bytes", b"resident_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListExpertsResponse: _TypeAlias = ListExpertsResponse  # noqa: Y015
+
+@_typing.final
+class TextEngine(_message.Message):
+    """The engine of a worker that has a base."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SHA256_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    BASE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_USED_PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    KV_PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    KV_PAGE_POSITIONS_FIELD_NUMBER: _builtins.int
+    ARENA_USED_BYTES_FIELD_NUMBER: _builtins.int
+    ARENA_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    RUNNING_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_COUNT_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    vocabulary_sha256: _builtins.str
+    """SHA-256 hex over its vocabulary: bases with the same fingerprint mean the same tokens."""
+    dtype: _builtins.str
+    """What it computes in: `float32`, `bfloat16` or `float16`."""
+    context_length: _builtins.int
+    """Positions of one text, soft prompts included."""
+    base_bytes: _builtins.int
+    """Bytes of the base's weights."""
+    kv_used_page_count: _builtins.int
+    """KV pages in use, by answers that run."""
+    kv_page_count: _builtins.int
+    """KV pages in all."""
+    kv_page_positions: _builtins.int
+    """Positions per KV page."""
+    arena_used_bytes: _builtins.int
+    """Bytes that running experts take side by side, for computing, beside their own in memory."""
+    arena_budget_bytes: _builtins.int
+    """Bytes they may take."""
+    running_count: _builtins.int
+    """Answers that run."""
+    waiting_count: _builtins.int
+    """Answers that wait for experts or memory."""
+    tokens_per_second: _builtins.float
+    """Tokens chosen per second, over the last ten seconds."""
+    @_builtins.property
+    def base(self) -> _package_pb2.BaseModel:
+        """The base that it serves."""
+
+    def __init__(
+        self,
+        *,
+        base: _package_pb2.BaseModel | None = ...,
+        vocabulary_sha256: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        context_length: _builtins.int = ...,
+        base_bytes: _builtins.int = ...,
+        kv_used_page_count: _builtins.int = ...,
+        kv_page_count: _builtins.int = ...,
+        kv_page_positions: _builtins.int = ...,
+        arena_used_bytes: _builtins.int = ...,
+        arena_budget_bytes: _builtins.int = ...,
+        running_count: _builtins.int = ...,
+        waiting_count: _builtins.int = ...,
+        tokens_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_budget_bytes", b"arena_budget_bytes", "arena_used_bytes", b"arena_used_bytes", "base", b"base", "base_bytes", b"base_bytes", "context_length", b"context_length", "dtype", b"dtype", "kv_page_count", b"kv_page_count", "kv_page_positions", b"kv_page_positions", "kv_used_page_count", b"kv_used_page_count", "running_count", b"running_count", "tokens_per_second", b"tokens_per_second", "vocabulary_sha256", b"vocabulary_sha256", "waiting_count", b"waiting_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextEngine: _TypeAlias = TextEngine  # noqa: Y015
 
 @_typing.final
 class ResidentExpert(_message.Message):

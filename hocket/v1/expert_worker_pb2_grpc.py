@@ -43,6 +43,11 @@ class ExpertWorkerServiceStub(object):
                 request_serializer=hocket_dot_v1_dot_expert__worker__pb2.RunTensorRequest.SerializeToString,
                 response_deserializer=hocket_dot_v1_dot_expert__worker__pb2.RunTensorResponse.FromString,
                 _registered_method=True)
+        self.RunText = channel.unary_stream(
+                '/hocket.v1.ExpertWorkerService/RunText',
+                request_serializer=hocket_dot_v1_dot_expert__worker__pb2.RunTextRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_expert__worker__pb2.RunTextResponse.FromString,
+                _registered_method=True)
         self.LoadExpert = channel.unary_stream(
                 '/hocket.v1.ExpertWorkerService/LoadExpert',
                 request_serializer=hocket_dot_v1_dot_expert__worker__pb2.LoadExpertRequest.SerializeToString,
@@ -86,6 +91,25 @@ class ExpertWorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunText(self, request, context):
+        """Answers a text by the base with the plan's experts composed in one pass: a start, deltas, then exactly one
+        finish. Experts that are not resident are loaded first, the whole set or none.
+
+        A caller that reads slowly pauses its own answer and nobody else's. The trailing metadata `hocket-load-bin`
+        carries a serialized WorkerLoad.
+
+        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for.
+        FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
+        another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` for experts that do not go together,
+        and as RunTensor for each expert. INVALID_ARGUMENT `BAD_ADAPTER`: an expert does not fit the base; names the tensor.
+        NOT_FOUND, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE, DATA_LOSS: as RunTensor; `DEVICE_MEMORY` also for
+        an answer that needs more KV pages than there are.
+        ABORTED: `BAD_ANSWER` when the composed model answers NaN or infinity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LoadExpert(self, request, context):
         """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
         A quarantine of the package ends with it. Needs the admin token.
@@ -119,6 +143,11 @@ def add_ExpertWorkerServiceServicer_to_server(servicer, server):
                     servicer.RunTensor,
                     request_deserializer=hocket_dot_v1_dot_expert__worker__pb2.RunTensorRequest.FromString,
                     response_serializer=hocket_dot_v1_dot_expert__worker__pb2.RunTensorResponse.SerializeToString,
+            ),
+            'RunText': grpc.unary_stream_rpc_method_handler(
+                    servicer.RunText,
+                    request_deserializer=hocket_dot_v1_dot_expert__worker__pb2.RunTextRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_expert__worker__pb2.RunTextResponse.SerializeToString,
             ),
             'LoadExpert': grpc.unary_stream_rpc_method_handler(
                     servicer.LoadExpert,
@@ -167,6 +196,33 @@ class ExpertWorkerService(object):
             '/hocket.v1.ExpertWorkerService/RunTensor',
             hocket_dot_v1_dot_expert__worker__pb2.RunTensorRequest.SerializeToString,
             hocket_dot_v1_dot_expert__worker__pb2.RunTensorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hocket.v1.ExpertWorkerService/RunText',
+            hocket_dot_v1_dot_expert__worker__pb2.RunTextRequest.SerializeToString,
+            hocket_dot_v1_dot_expert__worker__pb2.RunTextResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,21 @@ class ExpertWorkerServiceStub:
     UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
     DATA_LOSS: `BLOB_CORRUPT` when the registry's bytes fail their digest.
     """
+    RunText: _grpc.UnaryStreamMultiCallable[_expert_worker_pb2.RunTextRequest, _expert_worker_pb2.RunTextResponse]
+    """Answers a text by the base with the plan's experts composed in one pass: a start, deltas, then exactly one
+    finish. Experts that are not resident are loaded first, the whole set or none.
+
+    A caller that reads slowly pauses its own answer and nobody else's. The trailing metadata `hocket-load-bin`
+    carries a serialized WorkerLoad.
+
+    INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for.
+    FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
+    another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` for experts that do not go together,
+    and as RunTensor for each expert. INVALID_ARGUMENT `BAD_ADAPTER`: an expert does not fit the base; names the tensor.
+    NOT_FOUND, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE, DATA_LOSS: as RunTensor; `DEVICE_MEMORY` also for
+    an answer that needs more KV pages than there are.
+    ABORTED: `BAD_ANSWER` when the composed model answers NaN or infinity.
+    """
     LoadExpert: _grpc.UnaryStreamMultiCallable[_expert_worker_pb2.LoadExpertRequest, _expert_worker_pb2.LoadExpertResponse]
     """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
     A quarantine of the package ends with it. Needs the admin token.
@@ -89,6 +104,21 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
     UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
     DATA_LOSS: `BLOB_CORRUPT` when the registry's bytes fail their digest.
+    """
+    RunText: _aio.UnaryStreamMultiCallable[_expert_worker_pb2.RunTextRequest, _expert_worker_pb2.RunTextResponse]  # type: ignore[assignment]
+    """Answers a text by the base with the plan's experts composed in one pass: a start, deltas, then exactly one
+    finish. Experts that are not resident are loaded first, the whole set or none.
+
+    A caller that reads slowly pauses its own answer and nobody else's. The trailing metadata `hocket-load-bin`
+    carries a serialized WorkerLoad.
+
+    INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for.
+    FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
+    another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` for experts that do not go together,
+    and as RunTensor for each expert. INVALID_ARGUMENT `BAD_ADAPTER`: an expert does not fit the base; names the tensor.
+    NOT_FOUND, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE, DATA_LOSS: as RunTensor; `DEVICE_MEMORY` also for
+    an answer that needs more KV pages than there are.
+    ABORTED: `BAD_ANSWER` when the composed model answers NaN or infinity.
     """
     LoadExpert: _aio.UnaryStreamMultiCallable[_expert_worker_pb2.LoadExpertRequest, _expert_worker_pb2.LoadExpertResponse]  # type: ignore[assignment]
     """Loads a package ahead of use and reports progress. Losing the stream does not stop the load.
@@ -130,6 +160,27 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
         UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
         DATA_LOSS: `BLOB_CORRUPT` when the registry's bytes fail their digest.
+        """
+
+    @_abc_1.abstractmethod
+    def RunText(
+        self,
+        request: _expert_worker_pb2.RunTextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_worker_pb2.RunTextResponse], _abc.AsyncIterator[_expert_worker_pb2.RunTextResponse]]:
+        """Answers a text by the base with the plan's experts composed in one pass: a start, deltas, then exactly one
+        finish. Experts that are not resident are loaded first, the whole set or none.
+
+        A caller that reads slowly pauses its own answer and nobody else's. The trailing metadata `hocket-load-bin`
+        carries a serialized WorkerLoad.
+
+        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for.
+        FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
+        another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` for experts that do not go together,
+        and as RunTensor for each expert. INVALID_ARGUMENT `BAD_ADAPTER`: an expert does not fit the base; names the tensor.
+        NOT_FOUND, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE, DATA_LOSS: as RunTensor; `DEVICE_MEMORY` also for
+        an answer that needs more KV pages than there are.
+        ABORTED: `BAD_ANSWER` when the composed model answers NaN or infinity.
         """
 
     @_abc_1.abstractmethod

@@ -34,6 +34,8 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     """One expert; its output passes through."""
     MODE_VECTOR: _Mode.ValueType  # 2
     """A weighted mean of vectors, row by row."""
+    MODE_ADAPTER_MIX: _Mode.ValueType  # 3
+    """Several adapters composed in one pass of their base."""
 
 class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
     """How the outputs of the chosen experts combine."""
@@ -44,6 +46,8 @@ MODE_PASS: Mode.ValueType  # 1
 """One expert; its output passes through."""
 MODE_VECTOR: Mode.ValueType  # 2
 """A weighted mean of vectors, row by row."""
+MODE_ADAPTER_MIX: Mode.ValueType  # 3
+"""Several adapters composed in one pass of their base."""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
 class _OnMissing:

@@ -677,6 +677,8 @@ class WorkerState(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SHA256_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name, unique in this registry."""
     address: _builtins.str
@@ -687,6 +689,8 @@ class WorkerState(_message.Message):
     """Bytes it may use for experts."""
     draining: _builtins.bool
     """True when it takes no new requests."""
+    vocabulary_sha256: _builtins.str
+    """As in TextEngine; empty without a base."""
     @_builtins.property
     def formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Package formats it can load."""
@@ -694,6 +698,10 @@ class WorkerState(_message.Message):
     @_builtins.property
     def residency(self) -> _containers.RepeatedCompositeFieldContainer[Global___Residency]:
         """What it holds."""
+
+    @_builtins.property
+    def base(self) -> _package_pb2.BaseModel:
+        """The base language model that it serves; absent when it serves none."""
 
     def __init__(
         self,
@@ -705,10 +713,12 @@ class WorkerState(_message.Message):
         budget_bytes: _builtins.int = ...,
         residency: _abc.Iterable[Global___Residency] | None = ...,
         draining: _builtins.bool = ...,
+        base: _package_pb2.BaseModel | None = ...,
+        vocabulary_sha256: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "budget_bytes", b"budget_bytes", "device", b"device", "draining", b"draining", "formats", b"formats", "residency", b"residency", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base", b"base", "budget_bytes", b"budget_bytes", "device", b"device", "draining", b"draining", "formats", b"formats", "residency", b"residency", "vocabulary_sha256", b"vocabulary_sha256", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

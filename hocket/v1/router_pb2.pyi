@@ -11,6 +11,7 @@ from google.protobuf.internal import containers as _containers
 from hocket.v1 import package_pb2 as _package_pb2
 from hocket.v1 import plan_pb2 as _plan_pb2
 from hocket.v1 import tensor_pb2 as _tensor_pb2
+from hocket.v1 import text_pb2 as _text_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -120,6 +121,124 @@ class PredictResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+
+@_typing.final
+class GenerateRequest(_message.Message):
+    """A text to answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    base: _builtins.str
+    """Which base: its digest, or its name where one live base has it. Empty: the one that the experts ride on; without
+    experts, the only one there is.
+    """
+    @_builtins.property
+    def input(self) -> _text_pb2.TextInput:
+        """What is read."""
+
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChosenExpert]:
+        """The experts to compose, at most 10, each once; none for the base alone."""
+
+    @_builtins.property
+    def sampling(self) -> _text_pb2.Sampling:
+        """How tokens are chosen."""
+
+    def __init__(
+        self,
+        *,
+        input: _text_pb2.TextInput | None = ...,
+        experts: _abc.Iterable[Global___ChosenExpert] | None = ...,
+        base: _builtins.str = ...,
+        sampling: _text_pb2.Sampling | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "experts", b"experts", "input", b"input", "sampling", b"sampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ChosenExpert(_message.Message):
+    """An expert that the caller wants, and how much of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    expert: _builtins.str
+    """A digest, `publisher/name@version`, `publisher/name` for its newest version, or `name` where one publisher has it."""
+    weight: _builtins.float
+    """A factor of what it adds to the base, -100 to 100; absent for 1. Weights need not sum to 1."""
+    def __init__(
+        self,
+        *,
+        expert: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "expert", b"expert", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___ChosenExpert: _TypeAlias = ChosenExpert  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    """One event of an answer in text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    FINISH_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in PredictResponse."""
+    @_builtins.property
+    def plan(self) -> _text_pb2.TextPlan:
+        """First: who will answer, with which weights."""
+
+    @_builtins.property
+    def start(self) -> _text_pb2.TextStart:
+        """Then: what is about to be computed."""
+
+    @_builtins.property
+    def delta(self) -> _text_pb2.TextDelta:
+        """Then, any number: what has been added."""
+
+    @_builtins.property
+    def finish(self) -> _text_pb2.TextFinish:
+        """Last, exactly once."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        plan: _text_pb2.TextPlan | None = ...,
+        start: _text_pb2.TextStart | None = ...,
+        delta: _text_pb2.TextDelta | None = ...,
+        finish: _text_pb2.TextFinish | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finish", b"finish", "plan", b"plan", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finish", b"finish", "plan", b"plan", "request_id", b"request_id", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["plan", "start", "delta", "finish"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class RouteRequest(_message.Message):

@@ -44,6 +44,11 @@ class RouterServiceStub(object):
                 request_serializer=hocket_dot_v1_dot_router__pb2.PredictRequest.SerializeToString,
                 response_deserializer=hocket_dot_v1_dot_router__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/hocket.v1.RouterService/Generate',
+                request_serializer=hocket_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_router__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Route = channel.unary_unary(
                 '/hocket.v1.RouterService/Route',
                 request_serializer=hocket_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
@@ -87,6 +92,25 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
+        exactly one finish.
+
+        A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+
+        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
+        an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+        FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
+        for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
+        `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
+        RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
+        `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
+        ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Route(self, request, context):
         """Decides without running anything: the plan, and every score behind it.
 
@@ -123,6 +147,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=hocket_dot_v1_dot_router__pb2.PredictRequest.FromString,
                     response_serializer=hocket_dot_v1_dot_router__pb2.PredictResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=hocket_dot_v1_dot_router__pb2.GenerateRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_router__pb2.GenerateResponse.SerializeToString,
             ),
             'Route': grpc.unary_unary_rpc_method_handler(
                     servicer.Route,
@@ -172,6 +201,33 @@ class RouterService(object):
             '/hocket.v1.RouterService/Predict',
             hocket_dot_v1_dot_router__pb2.PredictRequest.SerializeToString,
             hocket_dot_v1_dot_router__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hocket.v1.RouterService/Generate',
+            hocket_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
+            hocket_dot_v1_dot_router__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

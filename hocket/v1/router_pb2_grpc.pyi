@@ -52,6 +52,21 @@ class RouterServiceStub:
     UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
     is there.
     """
+    Generate: _grpc.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]
+    """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
+    exactly one finish.
+
+    A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+
+    INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
+    an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+    FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
+    for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
+    `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
+    `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
+    ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
+    """
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]
     """Decides without running anything: the plan, and every score behind it.
 
@@ -93,6 +108,21 @@ class RouterServiceAsyncStub(RouterServiceStub):
     `QUEUE_FULL` also when too many calls wait for this model.
     UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
     is there.
+    """
+    Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
+    exactly one finish.
+
+    A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+
+    INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
+    an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+    FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
+    for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
+    `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
+    `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
+    ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
     """
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides without running anything: the plan, and every score behind it.
@@ -138,6 +168,27 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         `QUEUE_FULL` also when too many calls wait for this model.
         UNAVAILABLE: `NO_REPLICA` when no worker can run a lone expert, `UNREACHABLE` when no aggregator
         is there.
+        """
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _router_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.GenerateResponse], _abc.AsyncIterator[_router_pb2.GenerateResponse]]:
+        """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
+        exactly one finish.
+
+        A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+
+        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
+        an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+        FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
+        for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
+        `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
+        RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
+        `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
+        ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
         """
 
     @_abc_1.abstractmethod

@@ -10,9 +10,9 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING, Final
 
+from hocket.bases import normalised_name
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
-from hocket.packages.expert.bases import normalised_name
 from hocket.v1.package_pb2 import AdapterFacts
 from services.registry.store import Query, SearchRow
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.bases import Match, compatibility
 from hocket.packages.expert.resolution import Candidate, Requirement, Resolution, resolve
 from hocket.versions import Version
 

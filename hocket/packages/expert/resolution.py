@@ -21,9 +21,9 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.identity import check_name
-from hocket.packages.expert.bases import Match, compatibility
 from hocket.versions import ANY, Range, Version
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zstandard
 
+from hocket.bases import normalised_name
 from hocket.errors import HocketError, Reason
 from hocket.identity import check_name, check_version
 from hocket.packages.adapter import AdapterKind
 from hocket.packages.expert.archive import safe_name
-from hocket.packages.expert.bases import normalised_name
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.names import CONFIG, GRAMMAR, MANIFEST, WEIGHTS
 from hocket.packages.expert.reader import no_weights

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from hocket.identity import short_name
 
-if TYPE_CHECKING:
-    from hocket.packages.adapter import BaseModel
+
+class Described(Protocol):
+    """A base as somebody describes it: a manifest, or the worker that serves it. Empty or None is not stated."""
+
+    @property
+    def name(self) -> str:
+        """What it is called: a model name, a hub id, or a path."""
+
+    @property
+    def digest(self) -> str | None:
+        """Of its folder, `sha256:<hex>`."""
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Hex SHA-256 of its weight file."""
 
 
 class Match(enum.Enum):
@@ -40,13 +53,13 @@ class Compatibility:
     explanation: str
 
 
-def compatibility(one: BaseModel, other: BaseModel) -> Compatibility:
+def compatibility(one: Described, other: Described) -> Compatibility:
     """Compare two bases; the order does not matter to the outcome."""
     for what, mine, theirs in (
         ("digest", one.digest, other.digest),
         ("SHA-256 of the weights", one.weights_sha256, other.weights_sha256),
     ):
-        if mine is not None and theirs is not None:
+        if mine and theirs:
             if mine == theirs:
                 return Compatibility(Match.SAME, f"both state the {what} {mine}")
             return Compatibility(Match.DIFFERENT, f"the {what} differs: {mine} and {theirs}")
