@@ -1,0 +1,1 @@
+"""Text experts on a base of random weights: everything but the meaning is real."""
