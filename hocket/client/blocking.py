@@ -4,6 +4,8 @@
         answer = router.answer("digits", rows)
         for event in router.predict("digits", rows, partials=True):
             ...
+        for event in router.generate("list all names", experts={"sql": 0.7, "json": 0.3}):
+            ...
 
 Iterators are ordinary generators; leaving one early cancels its call. A client may be used from several threads at
 once. All clients of a process share one event loop, in a thread that lives as long as one of them is open: grpc's
@@ -23,16 +25,27 @@ from hocket.client import REGISTRY_ADDRESS, ROUTER_ADDRESS
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
+    from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Mapping, Sequence
     from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
-    from typing import Literal, Self
+    from typing import Literal, Self, Unpack
 
     from numpy.typing import ArrayLike
 
-    from hocket.client import Answer, FetchedMixture, Partial, Planned
+    from hocket.client import (
+        Answer,
+        FetchedMixture,
+        Partial,
+        Planned,
+        TextAnswer,
+        TextDelta,
+        TextFinish,
+        TextPlanned,
+        TextStart,
+    )
     from hocket.client.registry import Progress
+    from hocket.client.router import SamplingOptions, WeightedExperts
     from hocket.v1 import registry_pb2, router_pb2
     from hocket.v1.mixture_pb2 import Mixture
     from hocket.v1.package_pb2 import Package
@@ -134,6 +147,52 @@ class RouterClient:
             min_coverage=min_coverage,
             straggler_timeout_seconds=straggler_timeout_seconds,
             on_missing=on_missing,
+        )
+        return self._session.run(answer)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        raw: str | None = None,
+        experts: WeightedExperts = (),
+        base: str = "",
+        timeout_seconds: float | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generator[TextPlanned | TextStart | TextDelta | TextFinish, None, None]:
+        """The events of one answer in text: the plan, a start, what is added as it is made, then the finish."""
+        events = self._router.generate(
+            prompt,
+            messages=messages,
+            raw=raw,
+            experts=experts,
+            base=base,
+            timeout_seconds=timeout_seconds,
+            **sampling,
+        )
+        return self._session.iterate(events)
+
+    def answer_text(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        raw: str | None = None,
+        experts: WeightedExperts = (),
+        base: str = "",
+        timeout_seconds: float | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextAnswer:
+        """The whole answer in text."""
+        answer = self._router.answer_text(
+            prompt,
+            messages=messages,
+            raw=raw,
+            experts=experts,
+            base=base,
+            timeout_seconds=timeout_seconds,
+            **sampling,
         )
         return self._session.run(answer)
 
@@ -325,9 +384,18 @@ class _LoopThread:
         with self._lock:
             self._user_count -= 1
             if not self._user_count:
+                asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result()
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
                 self._loop.close()
+
+
+async def _end_tasks() -> None:
+    """End what calls have left behind on the loop, such as the close of a stream that nobody waited for."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 _loop_thread: Final = _LoopThread()

@@ -43,6 +43,10 @@ _SERVICE_OPTIONS: Final = (
     *_OPTIONS,
     # What is set for the web is not for these.
     ("grpc.enable_http_proxy", 0),
+    # How far a stream runs ahead of who reads it. Left to its probe it grows to 4 MiB per hop, also while nobody reads:
+    # an answer in text would be computed to its end for a client that has stopped.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 256 * 1024),
 )
 
 _BALANCED: Final = {

@@ -157,7 +157,7 @@ def settings_of(
         HocketError: `BAD_REQUEST` as `hocket.settings.build`.
     """
     data = data_folder(environ, Path.home())
-    common: dict[str, Any] = {"data_dir": data, "trust_dir": data / "trust"}
+    common: dict[str, Any] = {"data_dir": data, "trust_dir": data / "trust", "bases_dir": data / "bases"}
     for key in ("admin_token_file", "worker_token_file"):
         common[key] = tables.get("registry", {}).get(key)
     known = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]  # settings are dataclasses

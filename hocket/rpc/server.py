@@ -38,7 +38,7 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     # Two servers must not share a port in silence.
     ("grpc.so_reuseport", 0),
     # Our own channels ping every 30 s; other people's keepalive down to 5 s is welcome.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Who pings more often than that a third time is sent away.
     ("grpc.http2.max_ping_strikes", 2),
@@ -49,9 +49,10 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),
     # Now and then callers connect anew, and so find servers that have joined, and take up new certificates. What
-    # still runs on the old connection has the grace to end; feeds and leases go on over the next one.
+    # still runs on the old connection has the grace to end, longer than any answer in text takes; feeds and leases go on
+    # over the next one.
     ("grpc.max_connection_age_ms", 1_800_000),
-    ("grpc.max_connection_age_grace_ms", 300_000),
+    ("grpc.max_connection_age_grace_ms", 900_000),
 )
 
 

@@ -197,3 +197,26 @@ async def test_who_connects_and_says_nothing_is_sent_away(shortened: Any) -> Non
         reader, writer = await asyncio.open_connection("127.0.0.1", server.address.port)
         assert b"handshake timeout" in await asyncio.wait_for(reader.read(), 5)
         writer.close()
+
+
+@pytest.mark.parametrize(("interval_ms", "told"), [(20, False), (4_999, True)])
+async def test_keepalive_is_welcome_at_the_interval_that_the_server_states(
+    shortened: Any, interval_ms: int, *, told: bool
+) -> None:
+    shortened(**{"http2.min_ping_interval_without_data_ms": interval_ms})
+    async with serving() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.address.port)
+        writer.write(PREFACE + frame(SETTINGS))
+        received = b""
+        try:
+            for _ in range(6):
+                writer.write(frame(PING, bytes(8)))
+                await asyncio.sleep(0.04)
+            async with asyncio.timeout(0.2):
+                while chunk := await reader.read(4096):
+                    received += chunk
+        except (TimeoutError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+    assert (b"too_many_pings" in received) is told
