@@ -49,8 +49,8 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),
     # Now and then callers connect anew, and so find servers that have joined, and take up new certificates. What
-    # still runs on the old connection has the grace to end, longer than any answer in text takes; feeds and leases go on
-    # over the next one.
+    # still runs on the old connection has the grace to end, more than answers in text may take; feeds and leases go
+    # on over the next one.
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 900_000),
 )
