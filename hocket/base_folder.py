@@ -17,7 +17,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 _COUNTED: Final = (
@@ -46,7 +46,17 @@ def base_name(folder: Path) -> str:
 
 
 def base_digest(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> str:
-    """The digest of a base's folder, `sha256:<hex>`.
+    """The digest of a base's folder, `sha256:<hex>`; arguments and errors as of `file_hashes`."""
+    return digest_of_hashes(file_hashes(folder, on_progress))
+
+
+def digest_of_hashes(hashes: Mapping[str, str]) -> str:
+    """The digest of a base's folder, `sha256:<hex>`, whose files have these hashes."""
+    return digest_of(rfc8785.dumps(dict(hashes)))
+
+
+def file_hashes(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    """SHA-256 in hex of each file of a base's folder that counts, by name.
 
     Args:
         folder: A Hugging Face model directory.
@@ -84,4 +94,4 @@ def base_digest(folder: Path, on_progress: Callable[[int, int], None] | None = N
             hashes[path.name] = file_hash.hexdigest()
     except OSError as error:
         raise HocketError(Reason.BAD_REQUEST, f"cannot read the base {folder}: {error.strerror}") from error
-    return digest_of(rfc8785.dumps(hashes))
+    return hashes

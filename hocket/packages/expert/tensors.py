@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from hocket.packages.adapter import RawTensor
 
 PROMPT: Final = "prompt_embeddings"
+LORA_A: Final = "lora_A.weight"
+LORA_B: Final = "lora_B.weight"
+MAGNITUDE: Final = "lora_magnitude_vector"
+IA3: Final = "ia3_l"
 
 _PREFIX: Final = "base_model.model."
-_A: Final = "lora_A.weight"
-_B: Final = "lora_B.weight"
-_MAGNITUDE: Final = "lora_magnitude_vector"
-_IA3: Final = "ia3_l"
 _PARTS: Final[dict[AdapterKind, tuple[str, ...]]] = {
-    AdapterKind.LORA: (_A, _B),
-    AdapterKind.DORA: (_A, _B, _MAGNITUDE),
-    AdapterKind.IA3: (_IA3,),
+    AdapterKind.LORA: (LORA_A, LORA_B),
+    AdapterKind.DORA: (LORA_A, LORA_B, MAGNITUDE),
+    AdapterKind.IA3: (IA3,),
 }
 _SHORTENED: Final = {
-    ".lora_A": f".{_A}",
-    ".lora_B": f".{_B}",
-    ".lora_magnitude": f".{_MAGNITUDE}",
-    f".{_MAGNITUDE}.weight": f".{_MAGNITUDE}",
-    ".ia3_scale": f".{_IA3}",
+    ".lora_A": f".{LORA_A}",
+    ".lora_B": f".{LORA_B}",
+    ".lora_magnitude": f".{MAGNITUDE}",
+    f".{MAGNITUDE}.weight": f".{MAGNITUDE}",
+    ".ia3_scale": f".{IA3}",
 }
 """How documents, and PEFT in memory, end names that PEFT's files end otherwise."""
 _BEYOND: Final[dict[str, str]] = {
@@ -92,7 +92,7 @@ def check_tensors(config: AdapterConfig, tensors: Mapping[str, RawTensor], limit
         for beyond, why in _BEYOND.items():
             if name.endswith(f".{beyond}"):
                 return Findings(config.rank, projections_of(config.target_modules, limits), f"tensor {name} {why}")
-        module, part = _split(name, config.kind)
+        module, part = module_and_part(name, config.kind)
         if len(module) > limits.tag_chars:
             raise HocketError(
                 Reason.TOO_LARGE, f"a module's name has {len(module)} characters, more than {limits.tag_chars}"
@@ -145,13 +145,17 @@ def values_for(modules: Iterable[str], pattern: Mapping[str, T], default: T) -> 
     places = {name: place for place, name in enumerate(pattern)}
     values = {}
     for module in modules:
-        fitting = [name for name in _endings(module) if name in places]
+        fitting = [name for name in endings(module) if name in places]
         values[module] = pattern[min(fitting, key=places.__getitem__)] if fitting else default
     return values
 
 
-def _split(name: str, kind: AdapterKind) -> tuple[str, str]:
-    """The path of a tensor's module in the base, and what the tensor does there."""
+def module_and_part(name: str, kind: AdapterKind) -> tuple[str, str]:
+    """The path of a tensor's module in the base, and what the tensor does there: one of the names above.
+
+    Raises:
+        HocketError: `BAD_ADAPTER` for a name that PEFT does not give to tensors of this kind of adapter.
+    """
     if name.startswith(_PREFIX):
         for part in _PARTS[kind]:
             if name.endswith(f".{part}") and (module := name[len(_PREFIX) : -len(part) - 1]):
@@ -174,7 +178,7 @@ def _unmatched(config: AdapterConfig, modules: Mapping[str, object]) -> tuple[st
         return ()
     left = set(targets)
     for module in modules:
-        fitting = targets.intersection(_endings(module))
+        fitting = targets.intersection(endings(module))
         if not fitting:
             raise _bad(f"tensors adapt {module!r}, which target_modules does not name")
         left -= fitting
@@ -187,9 +191,9 @@ def _check_module(config: AdapterConfig, module: str, parts: Mapping[str, RawTen
         if part not in parts:
             raise _bad(f"{module!r} has no {part}: the weights are incomplete")
     if config.kind is AdapterKind.IA3:
-        _check_factors(config, module, parts[_IA3])
+        _check_factors(config, module, parts[IA3])
         return
-    first, second = parts[_A].shape, parts[_B].shape
+    first, second = parts[LORA_A].shape, parts[LORA_B].shape
     if len(first) != _MATRIX or len(second) != _MATRIX:
         raise _bad(f"lora_A and lora_B of {module!r} are not matrices: {_shape(first)} and {_shape(second)}")
     if (first[0], second[1]) != (rank, rank):
@@ -197,19 +201,19 @@ def _check_module(config: AdapterConfig, module: str, parts: Mapping[str, RawTen
             f"lora_A and lora_B of {module!r} have the shapes {_shape(first)} and {_shape(second)}, "
             f"which is not of the rank {rank} that adapter_config.json says"
         )
-    if config.kind is AdapterKind.DORA and parts[_MAGNITUDE].shape != (second[0],):
+    if config.kind is AdapterKind.DORA and parts[MAGNITUDE].shape != (second[0],):
         raise _bad(
-            f"{_MAGNITUDE} of {module!r} has the shape {_shape(parts[_MAGNITUDE].shape)}, "
+            f"{MAGNITUDE} of {module!r} has the shape {_shape(parts[MAGNITUDE].shape)}, "
             f"not one number for each of the {second[0]} outputs"
         )
 
 
 def _check_factors(config: AdapterConfig, module: str, factors: RawTensor) -> None:
-    reads = not set(config.feedforward_modules).isdisjoint(_endings(module))
+    reads = not set(config.feedforward_modules).isdisjoint(endings(module))
     shape = factors.shape
     if len(shape) != _MATRIX or shape[0 if reads else 1] != 1:
         expected = "[1, in], as for the feed-forward module it is" if reads else "[out, 1], as it is not feed-forward"
-        raise _bad(f"{_IA3} of {module!r} has the shape {_shape(shape)}, not {expected}")
+        raise _bad(f"{IA3} of {module!r} has the shape {_shape(shape)}, not {expected}")
 
 
 def _check_prompt(config: AdapterConfig, tensors: Mapping[str, RawTensor]) -> None:
@@ -223,7 +227,7 @@ def _check_prompt(config: AdapterConfig, tensors: Mapping[str, RawTensor]) -> No
         )
 
 
-def _endings(module: str) -> Iterator[str]:
+def endings(module: str) -> Iterator[str]:
     """The path itself, then without its first part, and so on: what a name may be to fit it."""
     yield module
     while "." in module:

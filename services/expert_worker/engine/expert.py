@@ -22,7 +22,8 @@ class Piece:
         x' = x * (1 + w (u - 1))
         y' = (W x') * (1 + w (o - 1)) + bias * (1 + w (o - 1) if gates_bias else 1) + w B (A x')
 
-    and several experts add up what stands behind `1 +`, and their last terms. None stands for a piece that is not there.
+    and several experts add up what stands behind `1 +`, and their last terms. None stands for a piece that is not
+    there.
 
     Attributes:
         u: `[in]`, factors of the input: IA3 on feed-forward projections.
@@ -44,7 +45,7 @@ class Piece:
         return 0 if self.a is None else len(self.a)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AdapterExpert:
     """One adapter expert, folded for one base, in memory.
 

@@ -1,0 +1,253 @@
+"""Attention over the paged keys and values of packed sequences, as a function that transformers' models call.
+
+A pass computes rows of several sequences, packed as one row of tokens. In every layer the new keys and values are
+written to their pages first; then each sequence's new rows attend to all its positions up to their own, within the
+layer's window if it has one. What a pass has to know about that is made once, as a `Step`, and travels to every layer
+as a keyword of the model's call.
+
+On a CUDA device in half precision this is one kernel for all sequences, which reads the pages in place. Elsewhere it
+is PyTorch's attention for one sequence after another: in place where the pages are consecutive, else on a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from services.expert_worker.engine.pages import KvPool
+    from services.expert_worker.engine.part import Part
+
+NAME: Final = "hocket_paged"
+"""What models know the function by. There is no mask function of that name, so models build no masks for it."""
+_WITHOUT_MEANING: Final = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position"}
+"""Keywords of models that change nothing here: positions are in queries and keys already, the cache is the pool."""
+_KERNEL_CAPABILITY: Final = (8, 0)
+_KERNEL_PAGE_POSITIONS: Final = 256
+_KERNEL_HEAD_DIM_MAX: Final = 256
+_KERNEL_HEAD_DIM_STEP: Final = 8
+"""What PyTorch's paged flash attention is made for."""
+
+
+class Step:
+    """What attention has to know about one pass. It is made once for it, and read in every layer.
+
+    Args:
+        pool: Where keys and values lie.
+        parts: What is computed, in the order in which the rows are packed.
+
+    Attributes:
+        pool: Where keys and values lie.
+        row_counts: Rows of each part.
+        slots: `[T]`, int64: where each row's keys and values are put.
+    """
+
+    def __init__(self, pool: KvPool, parts: Sequence[Part]) -> None:
+        self.pool = pool
+        self._parts = parts
+        self.row_counts = [part.row_count for part in parts]
+        size = pool.page_positions
+        self.slots = torch.tensor(
+            [
+                part.pages[position // size] * size + position % size
+                for part in parts
+                for position in range(part.start, part.start + part.row_count)
+            ],
+            device=pool.device,
+        )
+        self.kernel = _Kernel(pool, parts) if _has_kernel(pool) else None
+        self._reads: dict[int | None, list[_Read]] = {}
+
+    def reads(self, window: int | None) -> list[_Read]:
+        """What each part reads in layers with that window."""
+        if window not in self._reads:
+            self._reads[window] = [_read(self.pool, part, window) for part in self._parts]
+        return self._reads[window]
+
+
+def attend(  # noqa: PLR0913 - transformers' interface
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    step: Step,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,  # noqa: ANN401 - theirs
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers' `AttentionInterface` has it.
+
+    Args:
+        module: The layer's attention; its `layer_idx` says whose keys and values they are.
+        query: `[1, heads, T, head_dim]`, rotated.
+        key: `[1, kv_heads, T, head_dim]`, rotated.
+        value: As `key`.
+        attention_mask: None.
+        step: What is computed.
+        scaling: Of the products of queries and keys.
+        dropout: Nothing, as the model is not in training.
+        sliding_window: How many positions a row sees, its own included; None for all.
+        **others: Whatever else a model has to say.
+
+    Returns:
+        `[1, T, heads, head_dim]`, and no weights.
+
+    Raises:
+        HocketError: `NOT_SERVABLE` if the model wants something of attention that is not done here.
+    """
+    unknown = sorted(name for name, what in others.items() if what is not None and name not in _WITHOUT_MEANING)
+    if unknown or attention_mask is not None or dropout or not getattr(module, "is_causal", True):
+        raise HocketError(
+            Reason.NOT_SERVABLE,
+            f"its attention wants {', '.join(unknown) or 'a mask, dropout, or to look ahead'}, and the engine has none",
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention of transformers has it, as an int
+    step.pool.write(layer, step.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if step.kernel is not None:
+        return step.kernel(layer, query[0].transpose(0, 1), scaling, sliding_window)[None], None
+    queries = query.view(step.pool.shape.heads, -1, *query.shape[2:])  # those that share keys, side by side
+    keys = _Positions(step.pool.keys[layer], queries.shape[1])
+    values = _Positions(step.pool.values[layer], queries.shape[1])
+    answers = [
+        scaled_dot_product_attention(
+            rows, keys.of(read), values.of(read), attn_mask=read.mask, is_causal=read.causal, scale=scaling
+        )
+        for rows, read in zip(torch.split(queries, step.row_counts, dim=2), step.reads(sliding_window), strict=True)
+    ]
+    return torch.cat(answers, dim=2).flatten(0, 1).transpose(0, 1)[None], None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """What one part attends to.
+
+    Attributes:
+        pages: `[n]`, the pages to copy side by side first; None where they lie so in the pool.
+        span: The positions to read, counted from the first of those pages, or of the pool.
+        mask: `[rows, span]`, added to the scores: 0 for positions a row sees, else minus infinity. None for no mask.
+        causal: Whether each row sees the positions up to its own, and the first row stands at the first position.
+    """
+
+    pages: Tensor | None
+    span: slice
+    mask: Tensor | None
+    causal: bool
+
+
+def _read(pool: KvPool, part: Part, window: int | None) -> _Read:
+    count = part.row_count
+    end = part.start + count
+    first = 0 if window is None else max(0, part.start + 1 - window)
+    first_page, size = first // pool.page_positions, pool.page_positions
+    pages = list(part.pages[first_page : (end - 1) // size + 1])
+    in_place = pages == list(range(pages[0], pages[0] + len(pages)))
+    offset = ((pages[0] if in_place else 0) - first_page) * size
+    causal = part.start == 0 and (window is None or end <= window) and count > 1
+    mask = None
+    if count > 1 and not causal:
+        rows = torch.arange(part.start, end, device=pool.device)[:, None]
+        positions = torch.arange(first, end, device=pool.device)
+        hidden = (positions > rows) | (positions <= rows - (end if window is None else window))
+        mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=pool.device).masked_fill_(hidden, -torch.inf)
+    return _Read(
+        pages=None if in_place else torch.tensor(pages, device=pool.device),
+        span=slice(first + offset, end + offset),
+        mask=mask,
+        causal=causal,
+    )
+
+
+class _Positions:
+    """Keys or values of one layer, as `[heads, group, positions, head_dim]`: each once for every query that shares it.
+
+    All are views, except what `of` has to copy.
+    """
+
+    def __init__(self, pages: Tensor, group: int) -> None:
+        self._pages = pages
+        self._group = group
+        self._in_place = self._shared(pages)
+
+    def of(self, read: _Read) -> Tensor:
+        """Those that one part reads."""
+        if read.pages is None:
+            return self._in_place[:, :, read.span]
+        return self._shared(self._pages.index_select(0, read.pages))[:, :, read.span]
+
+    def _shared(self, pages: Tensor) -> Tensor:
+        return pages.flatten(0, 1).transpose(0, 1)[:, None].expand(-1, self._group, -1, -1)
+
+
+def _has_kernel(pool: KvPool) -> bool:
+    """Whether PyTorch's paged flash attention can be used on this pool."""
+    return (
+        pool.device.type == "cuda"
+        and pool.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(pool.device) >= _KERNEL_CAPABILITY
+        and pool.page_positions % _KERNEL_PAGE_POSITIONS == 0
+        and pool.shape.head_dim % _KERNEL_HEAD_DIM_STEP == 0
+        and pool.shape.head_dim <= _KERNEL_HEAD_DIM_MAX
+    )
+
+
+class _Kernel:
+    """One call of `torch.nn.attention.varlen.varlen_attn` for all parts of a pass.
+
+    `num_splits=1` makes a sequence's numbers independent of its neighbours: else the longest of the batch decides how
+    the sums over positions are split.
+    """
+
+    def __init__(self, pool: KvPool, parts: Sequence[Part]) -> None:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - not in every PyTorch that serves on a CPU
+
+        self._attend = varlen_attn
+        self._pool = pool
+        rows = [part.row_count for part in parts]
+        lengths = [part.start + part.row_count for part in parts]
+        tables = [
+            list(part.pages[: (length - 1) // pool.page_positions + 1])
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+        widest = max(map(len, tables))
+        self._row_max, self._length_max = max(rows), max(lengths)
+        self._lengths = self._int32(lengths)
+        self._row_ends = torch.nn.functional.pad(self._int32(rows).cumsum(0, dtype=torch.int32), (1, 0))
+        self._length_ends = torch.nn.functional.pad(self._lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        self._tables = self._int32([table + [0] * (widest - len(table)) for table in tables])
+
+    def __call__(self, layer: int, query: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Attention of one layer; `query` and answer are `[T, heads, head_dim]`."""
+        return self._attend(  # type: ignore[return-value]  # a tuple only with return_aux
+            query.contiguous(),
+            self._pool.keys[layer],
+            self._pool.values[layer],
+            self._row_ends,
+            self._length_ends,
+            self._row_max,
+            self._length_max,
+            scale=scaling,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=True,
+            seqused_k=self._lengths,
+            block_table=self._tables,
+            num_splits=1,
+        )
+
+    def _int32(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self._pool.device)
+
+
+AttentionInterface.register(NAME, attend)

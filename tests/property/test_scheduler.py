@@ -1,0 +1,252 @@
+"""What holds for every workload of the text engine: of its scheduler, step by step, and of its thread and streams."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from services.expert_worker.engine.detokenizer import Detokenizer
+from services.expert_worker.engine.pages import Pages
+from services.expert_worker.engine.scheduler import EngineLimits, Scheduler
+from services.expert_worker.engine.sequence import Finished, Sequence
+from tests.scripted_engine import (
+    CONTEXT,
+    LETTERS,
+    PAGE_POSITIONS,
+    TIMEOUT_SECONDS,
+    ScriptedRunner,
+    alone,
+    asking,
+    expert,
+    read,
+    running_engine,
+    told,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from services.expert_worker.engine.engine import Engine
+    from services.expert_worker.engine.expert import AdapterExpert
+    from services.expert_worker.engine.part import Part
+    from services.expert_worker.engine.sequence import TextRequest
+
+ROWS_MAX = 28  # of one request
+ARENA_BYTES = 6  # for each request's experts alone, and not for all
+EXPERTS = (
+    expert("one", size_bytes=1),
+    expert("two", size_bytes=2),
+    expert("three", size_bytes=3, prompt=[0.5, 0.25]),
+    expert("four", size_bytes=4, prompt=[0.75]),
+)
+BAD = expert("bad", size_bytes=1)
+
+
+def fits(experts: Collection[AdapterExpert]) -> bool:
+    return sum(each.size_bytes for each in experts) <= ARENA_BYTES
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> TextRequest:
+    experts = draw(st.lists(st.sampled_from(EXPERTS), max_size=3, unique=True))
+    while not fits(experts):
+        experts = experts[1:]
+    return asking(
+        draw(st.lists(st.integers(0, 28), min_size=1, max_size=ROWS_MAX - 3 - 8)),
+        mixture=tuple((each, draw(st.sampled_from((0.0, 0.5, -2.0)))) for each in experts),
+        max_tokens=draw(st.integers(1, 8)),
+        stops=draw(st.lists(st.text("abcdefghijklmnop", min_size=1, max_size=2), max_size=2)),
+        temperature=draw(st.sampled_from((0.0, 1.0))),
+        seed=draw(st.integers(0, 9)),
+        repetition_penalty=draw(st.sampled_from((1.0, 1.3))),
+    )
+
+
+limits = st.builds(
+    EngineLimits,
+    step_tokens=st.integers(1, 40),
+    sequences_max=st.integers(1, 6),
+    queue_max=st.just(100),
+    unread_max=st.integers(1, 4),
+    patience_seconds=st.sampled_from((0.0, 3.0, 1000.0)),
+)
+page_counts = st.integers(-(-ROWS_MAX // PAGE_POSITIONS), 24)
+
+
+class Steps:
+    """A scheduler under a workload, a step a second, every step checked."""
+
+    def __init__(self, page_count: int, limits: EngineLimits, data: st.DataObject) -> None:
+        self.limits = limits
+        self.pages = Pages(page_count + 1)
+        self.scheduler = Scheduler(self.pages, fits, limits)
+        self.data = data
+        self.now = 0.0
+        self.dropped: set[Sequence] = set()
+
+    def arrive(self, request: TextRequest) -> Sequence:
+        sequence = Sequence(request, Detokenizer(LETTERS), PAGE_POSITIONS, CONTEXT, self.now)
+        self.scheduler.check(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self, *, reading: bool) -> None:
+        before = list(self.scheduler.waiting)
+        self._check_order(before, self.scheduler.admit(self.now))
+        self._check_memory()
+        plan = self.scheduler.plan()
+        self._check_plan([(share.sequence, share.row_count) for share in plan])
+        for share in plan:
+            sequence = share.sequence
+            sequence.computed_count += share.row_count
+            if not sequence.rows_left:
+                sequence.append(1, self.now)
+                sequence.unread_count += 1
+                if len(sequence.answer_ids) == sequence.token_count_max:
+                    self.drop(sequence)
+        for sequence in self.scheduler.running:
+            if reading or self.data.draw(st.booleans()):
+                sequence.unread_count = 0
+        self.now += 1.0
+
+    def drop(self, sequence: Sequence) -> None:
+        assert self.scheduler.drop(sequence) != (sequence in self.dropped)
+        self.dropped.add(sequence)
+
+    def _check_order(self, before: list[Sequence], admitted: list[Sequence]) -> None:
+        assert self.scheduler.waiting == [each for each in before if each not in admitted]
+        assert admitted == [each for each in before if each in admitted]
+        some_paused = any(map(self.scheduler.is_paused, self.scheduler.running))
+        for place, passed in enumerate(before):
+            if passed not in admitted and set(before[place:]) & set(admitted):
+                assert some_paused or self.now - passed.arrival_time < self.limits.patience_seconds
+
+    def _check_memory(self) -> None:
+        running = self.scheduler.running
+        taken = [page for sequence in running for page in sequence.pages]
+        assert len(taken) == len(set(taken)) == self.pages.count - self.pages.free_count
+        assert all(len(each.pages) * PAGE_POSITIONS >= each.prompt_row_count + each.token_count_max for each in running)
+        assert fits({each for sequence in running for each in sequence.experts})
+        assert len(running) <= self.limits.sequences_max
+
+    def _check_plan(self, plan: list[tuple[Sequence, int]]) -> None:
+        going = [each for each in self.scheduler.running if not self.scheduler.is_paused(each)]
+        assert sum(row_count for _, row_count in plan) <= self.limits.step_tokens
+        assert all(0 < row_count <= sequence.rows_left for sequence, row_count in plan)
+        planned = [sequence for sequence, _ in plan]
+        assert len(planned) == len(set(planned))
+        assert set(planned) <= set(going)
+        assert all(each in planned for each in going if each.answer_ids)
+        assert bool(plan) == bool(going)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=12), page_counts, limits, st.data())
+def test_memory_and_turns_are_kept_at_every_step_and_everyone_ends(
+    asked: list[TextRequest], page_count: int, limits: EngineLimits, data: st.DataObject
+) -> None:
+    steps = Steps(page_count, limits, data)
+    sequences = []
+    for request in asked:
+        sequences.append(steps.arrive(replace(request, eos_ids=frozenset(), stops=())))
+        for _ in range(data.draw(st.integers(0, 3))):
+            steps.step(reading=False)
+        if data.draw(st.integers(0, 5)) == 0:
+            steps.drop(data.draw(st.sampled_from(sequences)))
+    rows = sum(each.prompt_row_count + each.token_count_max for each in sequences)
+    for _ in range(rows + len(sequences)):
+        steps.step(reading=True)
+    assert steps.dropped == set(sequences)
+    assert steps.pages.free_count == page_count
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks, how often it looks away between two events, after how many events it goes, whether its expert fails."""
+
+    request: TextRequest
+    pauses: int
+    patience: int | None
+    fails: bool
+
+
+clients = st.builds(
+    Client,
+    requests(),
+    st.sampled_from((0, 0, 3, 20)),
+    st.none() | st.integers(0, 5),
+    st.sampled_from((False, False, False, True)),
+)
+
+
+class Checked(ScriptedRunner):
+    """Checks that steps keep to their budget, and fails at the bad expert."""
+
+    def __init__(self, step_tokens: int) -> None:
+        super().__init__(self._fail)
+        self._step_tokens = step_tokens
+
+    def _fail(self, parts: list[Part]) -> None:
+        assert sum(part.row_count for part in parts) <= self._step_tokens
+        if any(each is BAD for part in parts for each, _ in part.mixture):
+            raise LookupError("bad")
+
+
+async def attend(engine: Engine, client: Client) -> int:
+    """What a client does; how often it was told that nothing touches its experts."""
+    request, done = client.request, list[int]()
+    if client.fails:
+        request = replace(request, mixture=((BAD, 1.0),))
+    over = asyncio.Event()
+
+    def note() -> None:
+        done.append(1)
+        over.set()
+
+    events: list[Any] = []
+    error: Exception | None = None
+    async with aclosing(engine.submit(request, note)) as answer:
+        while client.patience is None or len(events) < client.patience:
+            for _ in range(client.pauses):
+                await asyncio.sleep(0)
+            try:
+                events.append(await anext(answer))
+            except StopAsyncIteration:
+                break
+            except LookupError as caught:
+                error = caught
+                break
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        await over.wait()
+    if events and isinstance(events[-1], Finished):
+        assert told(events) == alone(request)
+        assert not client.fails
+    else:
+        assert client.fails or client.patience is not None
+        assert (error is not None) == (client.fails and client.patience not in {0, 1})
+    return len(done)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(clients, min_size=1, max_size=10), page_counts, limits)
+def test_everyone_is_told_what_it_would_be_told_alone_whoever_else_is_there_and_however_they_behave(
+    attending: list[Client], page_count: int, limits: EngineLimits
+) -> None:
+    async def scene() -> None:
+        runner = Checked(limits.step_tokens)
+        async with running_engine(runner, page_count=page_count, limits=limits, fits=fits) as engine:
+            counts = await asyncio.gather(*(attend(engine, client) for client in attending))
+            assert counts == [1] * len(attending)
+            assert engine._pages.free_count == page_count
+            assert engine.state.running_count == engine.state.waiting_count == 0
+            last = asking([1, 2], max_tokens=3)
+            assert told(await read(engine.submit(last, list[int]().clear))) == alone(last)
+
+    with capture_logs():
+        asyncio.run(scene())
