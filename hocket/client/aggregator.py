@@ -37,12 +37,13 @@ class AggregatorClient:
         timeout_seconds: float,
         on_load: Callable[[expert_worker_pb2.WorkerLoad], None],
     ) -> AsyncGenerator[aggregator_pb2.CombineResponse, None]:
-        """Partials, if the request asks for them, then the final value.
+        """Partials, if the request asks for them, then the final value; of a text job its events.
 
-        Closing the generator early cancels the call.
+        An event is read when it is asked for, so a slow reader holds back who computes. Closing the generator early
+        cancels the call.
 
         Args:
-            request: Plan and input.
+            request: Plan and input, or a text job.
             timeout_seconds: Deadline of the call.
             on_load: Given each worker's report when the call has ended well.
 

@@ -13,10 +13,11 @@ from hocket.v1 import expert_worker_pb2
 from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceAsyncStub
     from hocket.v1.tensor_pb2 import Tensor
+    from hocket.v1.text_pb2 import TextEvent, TextJob
 
 
 class ExpertWorkerClient:
@@ -64,6 +65,32 @@ class ExpertWorkerClient:
             if key == LOAD_KEY and isinstance(value, bytes):
                 return response, value
         return response, None
+
+    async def run_text(
+        self, job: TextJob, timeout_seconds: float, on_load: Callable[[bytes], None]
+    ) -> AsyncGenerator[TextEvent, None]:
+        """Answer a text: a start, deltas, then a finish.
+
+        An event is read when it is asked for, so a slow reader holds back the worker. Closing the generator early
+        cancels the call.
+
+        Args:
+            job: The plan, what is read and how tokens are chosen.
+            timeout_seconds: Deadline, loading included.
+            on_load: Given a serialized WorkerLoad, if the worker sent one, when the call has ended well.
+        """
+        request = expert_worker_pb2.RunTextRequest(job=job)
+        call = self._stub.RunText(request, timeout=timeout_seconds, metadata=call_metadata(self._token))
+        try:
+            async for response in call:
+                yield response.event
+            for key, value in await call.trailing_metadata() or ():
+                if key == LOAD_KEY and isinstance(value, bytes):
+                    on_load(value)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None  # it is passed on, where what `refusals()` adds would mislead
+        finally:
+            call.cancel()
 
     async def load(self, digest: str) -> AsyncGenerator[expert_worker_pb2.LoadExpertResponse, None]:
         """Load a package ahead of use. The last item says READY; leaving earlier does not stop the load.

@@ -1,1 +1,1 @@
-"""Runs plans: asks the planned experts at once, lines their answers up, and combines them."""
+"""Runs plans: asks the planned experts at once, lines their answers up, and combines them; passes texts on."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from hocket.errors import HocketError, Reason, Situation
 from hocket.telemetry import metrics
 from services.aggregator.combine import Combined, Share, combine
-from services.aggregator.question import ExpertError, Reply
+from services.aggregator.question import ExpertError, Reply, no_replica
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
-
-_RETRY_SECONDS: Final = 1.0
-"""Pause advised when no worker has named one: a worker that is gone is known to be by then."""
 
 
 class Lineup:
@@ -66,7 +63,7 @@ class Lineup:
     def _miss(self, place: int, failure: ExpertError) -> None:
         metrics.EXPERT_FAILURES.labels(failure.reason).inc()
         if self._pass_through:
-            raise _no_replica(failure) if failure.situation is Situation.UNAVAILABLE else failure
+            raise no_replica(failure, "expert") if failure.situation is Situation.UNAVAILABLE else failure
         if self._insist:
             raise HocketError(
                 Reason.COVERAGE,
@@ -112,13 +109,3 @@ class Lineup:
                 coverage=f"{least:.6f}",
             )
         return combined
-
-
-def _no_replica(failure: ExpertError) -> HocketError:
-    """Says that workers are away, and not that this aggregator is."""
-    return HocketError(
-        Reason.NO_REPLICA,
-        "no worker can run this expert now: try again soon",
-        retry_after_seconds=failure.retry_after_seconds or _RETRY_SECONDS,
-        expert_reason=failure.reason,
-    )

@@ -27,6 +27,23 @@ _RETRIES: Final = metrics.RETRIES.labels("aggregator")
 _SAME_EVERYWHERE: Final = frozenset({Situation.MALFORMED, Situation.UNKNOWN, Situation.REFUSED})
 """What is wrong with the request, or forbidden: no other replica has a better answer."""
 _SILENT: Final = frozenset({Reason.DEADLINE, Reason.STRAGGLER})
+_RETRY_SECONDS: Final = 1.0
+"""Pause advised when no worker has named one: a worker that is gone is known to be by then."""
+
+
+def no_replica(refusal: HocketError, what: str) -> HocketError:
+    """Says that workers are away, and not that this aggregator is.
+
+    Args:
+        refusal: How the last worker was.
+        what: What none of them can run, as messages call it: `expert`, `plan`.
+    """
+    return HocketError(
+        Reason.NO_REPLICA,
+        f"no worker can run this {what} now: try again soon",
+        retry_after_seconds=refusal.retry_after_seconds or _RETRY_SECONDS,
+        expert_reason=refusal.reason,
+    )
 
 
 @dataclass(frozen=True, slots=True)

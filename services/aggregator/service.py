@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ from services.aggregator.combine import Combined, Share
 from services.aggregator.fanout import ask_all
 from services.aggregator.lineup import Lineup
 from services.aggregator.question import ExpertError, Question, Reply, Safeguards
+from services.aggregator.relay import check_plan, relay
 from services.aggregator.workers import Workers
 
 if TYPE_CHECKING:
@@ -45,18 +47,32 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
     def __init__(self, settings: AggregatorSettings, channels: Channels) -> None:
         self._settings = settings
         self._workers = Workers(channels)
+        per_expert_max = settings.in_flight_per_expert_max or max(1, settings.in_flight_max // 2)
         self._safeguards = Safeguards(
             settings.patience_seconds,
             RetryBudget("aggregator"),
             Breakers("aggregator"),
-            Bulkhead(settings.in_flight_per_expert_max or max(1, settings.in_flight_max // 2), "expert"),
+            Bulkhead(per_expert_max, "expert"),
         )
+        self._text_safeguards = replace(self._safeguards, bulkhead=Bulkhead(per_expert_max, "base"))
 
     async def Combine(
         self, request: aggregator_pb2.CombineRequest, context: Context
     ) -> AsyncIterator[aggregator_pb2.CombineResponse]:
-        """Partials if asked for, then exactly one final."""
+        """Partials if asked for, then exactly one final; of a text job its events, the last one a finish."""
         begin = time.perf_counter()
+        deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
+        loads: dict[str, bytes] = {}
+        if request.HasField("text"):
+            if len(request.ListFields()) > 1:
+                raise HocketError(Reason.BAD_REQUEST, "a text job stands in place of everything else", field="text")
+            check_plan(request.text.plan)
+            answer = relay(self._text_safeguards, self._workers, request.text, deadline, loads)
+            async with aclosing(answer) as events:
+                async for event in events:
+                    yield aggregator_pb2.CombineResponse(text=event)
+            _report(context, loads)
+            return
         plan = request.plan
         rows = tensor_to_matrix_unchecked(request.input, "input")  # NaN is for each worker to refuse
         shares = _shares(plan, len(rows))
@@ -73,8 +89,6 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
         straggler = None
         if request.HasField("straggler_timeout"):
             straggler = positive_seconds(request.straggler_timeout, "straggler_timeout")
-        deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
-        loads: dict[str, bytes] = {}
         questions = [
             self._question(planned, share, request.input, rows, deadline, loads)
             for planned, share in zip(plan.experts, shares, strict=True)
@@ -88,8 +102,7 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
                     sequence += 1
                     partial = _combination(sequence, plan, lineup, await _made(lineup, lineup.combined))
                     yield aggregator_pb2.CombineResponse(partial=partial)
-        for load in loads.values():
-            add_trailing(context, LOAD_KEY, load)
+        _report(context, loads)
         final = _combination(sequence + 1, plan, lineup, await _made(lineup, lineup.conclude))
         finish = plan_pb2.Finish(reason=plan_pb2.FINISH_REASON_COMPLETE)
         if any(isinstance(reply, ExpertError) for reply in lineup.replies):
@@ -117,6 +130,12 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             self._workers.is_away,
             Reason.__members__.get(planned.unavailable_reason, Reason.NO_REPLICA),
         )
+
+
+def _report(context: Context, loads: dict[str, bytes]) -> None:
+    """Relay what workers have said of their load."""
+    for load in loads.values():
+        add_trailing(context, LOAD_KEY, load)
 
 
 async def _made(lineup: Lineup, make: Callable[[], Combined]) -> Combined:

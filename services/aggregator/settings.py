@@ -18,7 +18,7 @@ class AggregatorSettings:
         in_flight_max: Calls combined at once; the next one is refused as `QUEUE_FULL`.
         in_flight_per_expert_max: Calls to workers that run at once for one expert, hedges and those that are given up
             but have not ended included; in a plan that would make one more it counts as missing, with `QUEUE_FULL`.
-            0 for half of `in_flight_max`.
+            Texts that run at once on one base as well; one more is refused. 0 for half of `in_flight_max`.
         patience_seconds: Silence of a worker that holds an expert after which another one that can run it is asked as
             well; half of its time for a call that has less than twice that.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,19 @@ from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
 from hocket.v1 import expert_worker_pb2, expert_worker_pb2_grpc
 from hocket.v1.tensor_pb2 import Tensor
+from hocket.v1.text_pb2 import TextJob
 from services.aggregator.workers import Workers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 
 class Answering(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
+    async def RunText(self, request: Any, context: Any) -> AsyncIterator[expert_worker_pb2.RunTextResponse]:
+        del request, context
+        yield expert_worker_pb2.RunTextResponse()
+        await asyncio.Event().wait()
+
     async def RunTensor(self, request: Any, context: Any) -> expert_worker_pb2.RunTensorResponse:
         del context
         if request.expert == "hangs":
@@ -81,6 +91,18 @@ async def test_a_worker_with_running_calls_is_not_forgotten(workers: Workers, ch
     for task in (hanging, *others):
         task.cancel()
     await asyncio.wait([hanging, *others])
+
+
+async def test_a_worker_in_mid_answer_is_not_forgotten_until_the_answer_is_closed(
+    workers: Workers, channels: Counted
+) -> None:
+    async with aclosing(workers.run_text("a", TextJob(), time.monotonic() + 5.0, {})) as answering:
+        await anext(answering)
+        for address in ("b", "c"):
+            await run(workers, address)
+        assert channels.forgotten == ["b"]
+    await run(workers, "d")
+    assert channels.forgotten == ["b", "a"]
 
 
 async def test_an_address_inside_another_process_cannot_be_reached(workers: Workers) -> None:
