@@ -17,7 +17,7 @@ from hocket.packages import read_release
 from hocket.rpc.convert import matrix_to_tensor
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.server import Address, Server
-from hocket.v1 import mixture_pb2, package_pb2, plan_pb2, registry_pb2, router_pb2
+from hocket.v1 import mixture_pb2, package_pb2, plan_pb2, registry_pb2, router_pb2, text_pb2
 from hocket.v1.registry_pb2_grpc import RegistryServiceServicer
 from hocket.v1.router_pb2_grpc import RouterServiceServicer
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LOW = "sha256:" + "1" * 64
 HIGH = "sha256:" + "2" * 64
 MIXTURE = "sha256:" + "9" * 64
+BASE = "sha256:" + "b" * 64
 
 
 def expert_package(digest: str, name: str, **model: Any) -> package_pb2.Package:
@@ -78,11 +79,14 @@ def adapter_package(
 class ScriptedRouter(RouterServiceServicer):
     """One mixture, `digits`, of the experts `low` and `high`, weighted 0.75 and 0.25; values are fixed.
 
+    To text it answers "Sure: one, two.", in three deltas, by whatever experts it is asked for.
+
     Attributes:
         requests: What it was asked, in order.
         refusal: Raised by every rpc while set.
-        stall: Whether Predict waits for ever after its first partial.
-        cancelled: Set when a stalled Predict is cancelled.
+        stall: Whether Predict waits for ever after its first partial, Generate after its first delta.
+        cancelled: Set when a stalled call is cancelled.
+        seconds_left: What the callers of Generate have given it; None for no deadline.
     """
 
     def __init__(self) -> None:
@@ -90,6 +94,7 @@ class ScriptedRouter(RouterServiceServicer):
         self.refusal: HocketError | None = None
         self.stall = False
         self.cancelled = threading.Event()
+        self.seconds_left: list[float | None] = []
 
     async def Predict(
         self, request: router_pb2.PredictRequest, context: Any
@@ -100,16 +105,27 @@ class ScriptedRouter(RouterServiceServicer):
         yield router_pb2.PredictResponse(request_id="request-1", plan=_plan(rows))
         if request.partials:
             yield router_pb2.PredictResponse(request_id="request-1", partial=_combination(rows, 1, complete=False))
-        if self.stall:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.cancelled.set()
+        await self._stall()
         final = plan_pb2.Prediction(
             combination=_combination(rows, 2, complete=True),
             finish=plan_pb2.Finish(reason=plan_pb2.FINISH_REASON_COMPLETE, degradations=["UNSIGNED_EXPERT"]),
         )
         yield router_pb2.PredictResponse(request_id="request-1", final=final)
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        self.seconds_left.append(context.time_remaining())
+        self._note(request)
+        plan = _text_plan(request)
+        yield router_pb2.GenerateResponse(request_id="request-1", plan=plan)
+        yield router_pb2.GenerateResponse(request_id="request-1", start=_text_start(request, plan.seed))
+        for place, text in enumerate(("Sure:", "", " one, two.")):
+            token = text_pb2.Token(id=7 + place, logprob=-0.25)
+            delta = text_pb2.TextDelta(text=text, tokens=[token], contributions=[e.weight for e in plan.experts])
+            yield router_pb2.GenerateResponse(request_id="request-1", delta=delta)
+            await self._stall()
+        yield router_pb2.GenerateResponse(request_id="request-1", finish=_text_finish())
 
     async def Route(self, request: router_pb2.RouteRequest, context: Any) -> router_pb2.RouteResponse:
         del context
@@ -157,6 +173,13 @@ class ScriptedRouter(RouterServiceServicer):
             members=members if request.model == "digits" else members[:1],
         )
 
+    async def _stall(self) -> None:
+        if self.stall:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled.set()
+
     def _note(self, request: Any) -> None:
         self.requests.append(request)
         if self.refusal is not None:
@@ -184,6 +207,52 @@ def _plan(rows: int) -> plan_pb2.Plan:
         labels=["0", "1"],
         experts=experts,
     )
+
+
+def _text_plan(request: router_pb2.GenerateRequest) -> text_pb2.TextPlan:
+    experts = [
+        text_pb2.TextExpert(
+            digest=LOW if place == 0 else HIGH,
+            name=f"acme/{each.expert}@1.0.0",
+            weight=each.weight if each.HasField("weight") else 1.0,
+        )
+        for place, each in enumerate(request.experts)
+    ]
+    return text_pb2.TextPlan(
+        mode=plan_pb2.MODE_ADAPTER_MIX if len(experts) > 1 else plan_pb2.MODE_PASS,
+        base=BASE,
+        base_name="Qwen3-0.6B",
+        experts=experts,
+        replicas=[plan_pb2.Replica(worker="worker-a", address="127.0.0.1:50054", resident=True)],
+        revision=7,
+        seed=request.sampling.seed or 42,
+    )
+
+
+def _text_start(request: router_pb2.GenerateRequest, seed: int) -> text_pb2.TextStart:
+    start = text_pb2.TextStart(
+        worker="worker-a", prompt_token_count=12, soft_prompt_token_count=4, prompt_template="qwen3"
+    )
+    start.sampling.CopyFrom(text_pb2.Sampling(temperature=0.0, top_p=1.0, seed=seed, max_tokens=512))
+    start.sampling.MergeFrom(request.sampling)
+    start.wait.FromMilliseconds(3)
+    return start
+
+
+def _text_finish() -> text_pb2.TextFinish:
+    finish = text_pb2.TextFinish(
+        reason=text_pb2.TEXT_FINISH_REASON_END,
+        usage=text_pb2.Usage(prompt_token_count=12, completion_token_count=3),
+        speed=text_pb2.Speed(prefill_tokens_per_second=600.0, decode_tokens_per_second=50.0, step_count=4),
+        degradations=["BASE_BY_NAME"],
+    )
+    finish.timings.route.FromMicroseconds(200)
+    finish.timings.wait.FromMilliseconds(3)
+    finish.timings.prefill.FromMilliseconds(20)
+    finish.timings.decode.FromMilliseconds(40)
+    finish.speed.step_mean.FromMilliseconds(20)
+    finish.speed.step_max.FromMilliseconds(25)
+    return finish
 
 
 def _combination(rows: int, sequence: int, *, complete: bool) -> plan_pb2.Combination:

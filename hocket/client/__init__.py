@@ -2,6 +2,7 @@
 
     async with connect("127.0.0.1:50051") as router:
         answer = await router.answer("digits", rows)
+        text = await router.answer_text("list all names", experts={"sql": 0.7, "json": 0.3})
 
     async with connect_registry("127.0.0.1:50052", token=token) as registry:
         await registry.publish(data, release)
@@ -23,9 +24,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from hocket.client.registry import FetchedMixture, RegistryClient
-from hocket.client.router import Answer, Partial, Planned, RouterClient
+from hocket.client.router import Answer, Partial, Planned, RouterClient, TextAnswer, TextPlanned
 from hocket.rpc.channel import client_channel, router_channel
 from hocket.rpc.tls import open_tls
+from hocket.v1.text_pb2 import TextDelta, TextFinish, TextStart
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,6 +44,11 @@ __all__ = [
     "Planned",
     "RegistryClient",
     "RouterClient",
+    "TextAnswer",
+    "TextDelta",
+    "TextFinish",
+    "TextPlanned",
+    "TextStart",
     "connect",
     "connect_health",
     "connect_registry",
@@ -70,7 +77,7 @@ async def connect(
         address: `host:port` or `unix:///path` of one router. Of several `ipv4:host:port,host:port` or
             `dns:///name:port`: routers that are not ready are left out, and a call that none has begun to answer is
             made again, four times in all.
-        timeout_seconds: Deadline of every call.
+        timeout_seconds: Deadline of every call but those for text, which bring their own.
         ca_file: Authorities that the router's certificate must come from (PEM).
         certificate_file: Own certificate (PEM).
         key_file: Its private key (PEM).

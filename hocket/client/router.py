@@ -1,19 +1,21 @@
-"""Typed caller of RouterService: rows in, events and answers out."""
+"""Typed caller of RouterService: rows or text in, events and answers out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 
 from hocket.client.calls import call_metadata, refusals
 from hocket.errors import HocketError, Reason
 from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
-from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc
+from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc, text_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
+    from typing import Unpack
 
     import grpc
     from numpy.typing import ArrayLike, NDArray
@@ -84,6 +86,60 @@ class Answer:
         return [self.labels[column] for column in self.value.argmax(axis=1)]
 
 
+@dataclass(frozen=True, slots=True)
+class TextPlanned:
+    """First event of an answer in text: who will answer.
+
+    Args:
+        plan: Base, experts, digests, weights, replicas, seed.
+        request_id: Quote it when you report a problem.
+    """
+
+    plan: text_pb2.TextPlan
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextAnswer:
+    """A whole answer in text.
+
+    Args:
+        text: What was answered.
+        tokens: Its tokens with their probabilities, in order.
+        plan: Who was to answer.
+        start: Who did, and how tokens were chosen, every default filled in.
+        finish: Why it ended, usage, timings, what was given up.
+        request_id: Quote it when you report a problem.
+    """
+
+    text: str
+    tokens: Sequence[text_pb2.Token]
+    plan: text_pb2.TextPlan
+    start: text_pb2.TextStart
+    finish: text_pb2.TextFinish
+    request_id: str
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen, as in `hocket.v1.Sampling`; what is absent or None is left to the experts and the base."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    top_logprobs: int | None
+    ignore_eos: bool | None
+
+
+WeightedExperts: TypeAlias = "Mapping[str, float] | Sequence[str | tuple[str, float]] | str"
+"""Experts to compose: names or digests, each with its weight; one without weighs 1."""
+
 _SECONDS_MAX = 1e9
 _ON_MISSING = {"fail": plan_pb2.ON_MISSING_FAIL, "renormalise": plan_pb2.ON_MISSING_RENORMALISE}
 
@@ -93,7 +149,7 @@ class RouterClient:
 
     Args:
         channel: To the router.
-        timeout_seconds: Deadline of every call.
+        timeout_seconds: Deadline of every call but those for text.
     """
 
     def __init__(self, channel: grpc.aio.Channel, *, timeout_seconds: float = 30.0) -> None:
@@ -186,6 +242,96 @@ class RouterClient:
             raise HocketError(Reason.INTERNAL, "the stream ended without a final value")
         return answer
 
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        raw: str | None = None,
+        experts: WeightedExperts = (),
+        base: str = "",
+        timeout_seconds: float | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncGenerator[TextPlanned | text_pb2.TextStart | text_pb2.TextDelta | text_pb2.TextFinish, None]:
+        """The events of one answer in text: the plan, a start, what is added as it is made, then the finish.
+
+        Closing the generator early cancels the call; who reads slowly pauses the answer.
+
+        Args:
+            prompt: One turn of a user. Give this, `messages` or `raw`.
+            messages: A conversation: `{"role": "user", "content": "..."}` for each turn, in order.
+            raw: Text that the model reads as it is, without a template.
+            experts: What to compose, with weights; none for the base alone.
+            base: Its digest or name; empty for the one that the experts ride on, or the only one there is.
+            timeout_seconds: Deadline of the call; None leaves it to the server, where it is ten minutes by default.
+            **sampling: How tokens are chosen.
+
+        Raises:
+            HocketError: As the contract of Generate says.
+        """
+        request = router_pb2.GenerateRequest(
+            input=_text_input(prompt, messages, raw),
+            experts=_chosen(experts),
+            base=base,
+            sampling=_sampling(sampling),
+        )
+        call = self._stub.Generate(request, timeout=timeout_seconds, metadata=call_metadata())
+        try:
+            with refusals():
+                async for response in call:
+                    match response.WhichOneof("event"):
+                        case "plan":
+                            yield TextPlanned(response.plan, response.request_id)
+                        case "start":
+                            yield response.start
+                        case "delta":
+                            yield response.delta
+                        case "finish":
+                            yield response.finish
+        finally:
+            call.cancel()
+
+    async def answer_text(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        raw: str | None = None,
+        experts: WeightedExperts = (),
+        base: str = "",
+        timeout_seconds: float | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextAnswer:
+        """The whole answer. Arguments and refusals are those of `generate`."""
+        events = self.generate(
+            prompt,
+            messages=messages,
+            raw=raw,
+            experts=experts,
+            base=base,
+            timeout_seconds=timeout_seconds,
+            **sampling,
+        )
+        planned = TextPlanned(text_pb2.TextPlan(), "")
+        start = text_pb2.TextStart()
+        texts: list[str] = []
+        tokens: list[text_pb2.Token] = []
+        finish = None
+        async for event in events:  # to its end: leaving before would count as a cancellation on the server
+            match event:
+                case TextPlanned():
+                    planned = event
+                case text_pb2.TextStart():
+                    start = event
+                case text_pb2.TextDelta():
+                    texts.append(event.text)
+                    tokens.extend(event.tokens)
+                case text_pb2.TextFinish():
+                    finish = event
+        if finish is None:
+            raise HocketError(Reason.INTERNAL, "the stream ended without a finish")
+        return TextAnswer("".join(texts), tokens, planned.plan, start, finish, planned.request_id)
+
     async def route(self, model: str, rows: ArrayLike, *, top_k: int | None = None) -> router_pb2.RouteResponse:
         """What `predict` would do now, with every score; nothing runs.
 
@@ -238,6 +384,59 @@ def _count(top_k: int | None) -> int | None:
     if top_k is not None and not 0 <= top_k < 2**32:
         raise HocketError(Reason.TOP_K_OUT_OF_RANGE, "top_k must be at least 1", field="top_k")
     return top_k
+
+
+def _text_input(
+    prompt: str | None, messages: Sequence[Mapping[str, str]] | None, raw: str | None
+) -> text_pb2.TextInput:
+    if (prompt, messages, raw).count(None) != 2:  # noqa: PLR2004 - of three, one is given
+        raise HocketError(Reason.BAD_REQUEST, "give one of prompt, messages and raw", field="input")
+    try:
+        if prompt is not None:
+            return text_pb2.TextInput(prompt=prompt)
+        if raw is not None:
+            return text_pb2.TextInput(raw=raw)
+        turns = [text_pb2.Message(**message) for message in messages or ()]
+        return text_pb2.TextInput(conversation=text_pb2.Conversation(messages=turns))
+    except (TypeError, ValueError) as error:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f'the input is text, or messages such as {{"role": "user", "content": "..."}}: {error}',
+            field="input",
+        ) from error
+
+
+def _chosen(experts: WeightedExperts) -> list[router_pb2.ChosenExpert]:
+    try:
+        if isinstance(experts, str):
+            experts = [experts]
+        return [
+            router_pb2.ChosenExpert(expert=each)
+            if isinstance(each, str)
+            else router_pb2.ChosenExpert(expert=each[0], weight=each[1])
+            for each in (experts.items() if isinstance(experts, Mapping) else experts)
+        ]
+    except (TypeError, ValueError, LookupError) as error:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f'experts are names, or names with weights such as {{"sql": 0.7, "json": 0.3}}: {error}',
+            field="experts",
+        ) from error
+
+
+def _sampling(options: SamplingOptions) -> text_pb2.Sampling:
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    sampling = text_pb2.Sampling()
+    for name, value in given.items():
+        try:
+            sampling.MergeFrom(text_pb2.Sampling(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise HocketError(
+                Reason.BAD_REQUEST, f"{name} cannot be {value!r:.80}: {error}", field=f"sampling.{name}"
+            ) from error
+    return sampling
 
 
 def _partial(message: plan_pb2.Combination) -> Partial:

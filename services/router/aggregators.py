@@ -36,6 +36,9 @@ class Aggregators:
     been delivered: an aggregator refuses with other reasons when it is its workers that are away, and it has then
     asked every replica already.
 
+    A text may be silent for long: its worker loads experts, or waits for memory. A caller that leaves meanwhile says
+    nothing about the aggregator.
+
     Args:
         clients: At least one.
         patience_seconds: Silence after which a call that ends without an answer counts against the aggregator; less
@@ -56,8 +59,10 @@ class Aggregators:
         """As `AggregatorClient.combine`, with a margin before the deadline, in `time.monotonic()` seconds.
 
         Raises:
-            HocketError: As the contract of Combine says; `UNREACHABLE` if no aggregator is there.
+            HocketError: As the contract of Combine says; `UNREACHABLE` if no aggregator is there; `STREAM_BROKEN` if
+                one goes away in the middle of a text.
         """
+        is_text = request.HasField("text")
         self._turn = (self._turn + 1) % len(self._clients)
         untried = [*self._clients[self._turn :], *self._clients[: self._turn]]
         self._budget.earn()
@@ -79,12 +84,14 @@ class Aggregators:
                 delivered, healthy = healthy, _is_healthy(error, silent=time.monotonic() >= silent)
                 if error.reason not in _AWAY:
                     raise
+                if delivered and is_text:
+                    raise HocketError(Reason.STREAM_BROKEN, "the answer broke off: ask again") from error
                 if delivered or not untried or not self._budget.spend():
                     raise HocketError(
                         Reason.UNREACHABLE, "no aggregator is there now: try again", retry_after_seconds=_RETRY_SECONDS
                     ) from error
             except (asyncio.CancelledError, GeneratorExit):
-                if healthy is None and time.monotonic() >= silent:
+                if healthy is None and not is_text and time.monotonic() >= silent:
                     healthy = False
                 raise
             finally:

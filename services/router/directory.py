@@ -21,16 +21,17 @@ from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import MixtureRef, SoftmaxGate, parse_mixture, read_gate
 from hocket.telemetry import metrics
 from hocket.v1.registry_pb2 import Synced, WatchResponse
+from services.router.experts import Experts, index
 from services.router.gating import fixed_gate, softmax_gate
-from services.router.model import REFUSALS, Body, Model, lone_model, mixture_model
-from services.router.placement import Worker
+from services.router.model import REFUSALS, Body, Model, listed_name, lone_model, mixture_model, release_name
+from services.router.placement import Base, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from hocket.client.registry import FetchedMixture, RegistryClient
     from hocket.v1.mixture_pb2 import Mixture
-    from hocket.v1.package_pb2 import Package, Release
+    from hocket.v1.package_pb2 import Package
     from hocket.v1.registry_pb2 import WorkerState
     from services.router.kept import Kept
 
@@ -66,7 +67,7 @@ class Snapshot:
         withdrawn: Why an address whose model still serves may not be used: its own release is withdrawn.
         packages: Packages by digest.
         workers: Live workers.
-        adapters: What adapter experts answer to, digests and releases. They answer text, so none of them is a model.
+        experts: Adapter experts. They answer text, so none of them is a model.
     """
 
     revision: int
@@ -75,7 +76,7 @@ class Snapshot:
     withdrawn: Mapping[str, Reason]
     packages: Mapping[str, Package]
     workers: tuple[Worker, ...]
-    adapters: frozenset[str] = frozenset()
+    experts: Experts = field(default_factory=Experts)
 
     def resolve(self, address: str) -> Model:
         """The model behind a mixture name, `publisher/name@version`, a digest or `digest#ordinal`.
@@ -87,7 +88,7 @@ class Snapshot:
         if reason := self.withdrawn.get(address):
             raise HocketError(reason, f"the release {address} is withdrawn ({reason})", model=address)
         model = self.addresses.get(address) or self._member(address)
-        if model is None and address.partition("#")[0] in self.adapters:
+        if model is None and address.partition("#")[0] in self.experts.by_address:
             raise HocketError(
                 Reason.NOT_SERVABLE,
                 f"{address[:_ADDRESS_LENGTH_MAX]} is an adapter expert: it answers text, on a base language model, and "
@@ -155,7 +156,7 @@ class _View:
         for mixture, model in self._mixture_models():
             listed[mixture.name] = addresses[mixture.name] = addresses[mixture.digest] = model
             if mixture.HasField("release"):
-                addresses[_release_name(mixture.release)] = model
+                addresses[release_name(mixture.release)] = model
             if mixture.package_digest:
                 of_package[mixture.package_digest] = model
         for digest, package in self.packages.items():
@@ -164,25 +165,19 @@ class _View:
             elif package.HasField("adapter") or package.model.expert_count > 1:
                 continue  # answers no rows; or its own mixture follows in the feed
             else:
-                name = _listed_name(package)
+                name = listed_name(package)
                 try:
                     model = listed[name] = lone_model(package, 0, name)
                 except KeyError as missing:
                     _log.warning("package lacks a part", digest=digest, missing=str(missing))
                     continue
             addresses[digest] = model
-            for name, state in _release_names(package):
+            for release in package.releases:
+                name = release_name(release)
                 addresses[name] = model
-                if state in REFUSALS and model.state not in REFUSALS:
-                    withdrawn[name] = REFUSALS[state]
+                if release.state in REFUSALS and model.state not in REFUSALS:
+                    withdrawn[name] = REFUSALS[release.state]
         return listed, addresses, withdrawn
-
-    def adapters(self) -> frozenset[str]:
-        """What adapter experts answer to."""
-        held = [package for package in self.packages.values() if package.HasField("adapter")]
-        return frozenset(
-            address for package in held for address in (package.digest, *(name for name, _ in _release_names(package)))
-        )
 
 
 class Directory:
@@ -417,23 +412,13 @@ class Directory:
         self._swap(models=self._models_due)
 
     def _swap(self, *, models: bool) -> None:
-        workers = tuple(
-            Worker(
-                name=state.worker,
-                address=state.address,
-                formats=frozenset(state.formats),
-                budget_bytes=state.budget_bytes,
-                resident=frozenset(held.digest for held in state.residency),
-                draining=state.draining,
-            )
-            for state in self._workers.values()
-        )
+        workers = tuple(map(_worker, self._workers.values()))
         if self._snapshot is None or models:
             self._view.forget_bodies()
             listed, addresses, withdrawn = self._view.index()
             packages = dict(self._view.packages)
-            adapters = self._view.adapters()
-            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers, adapters)
+            experts = index(packages.values())
+            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers, experts)
             self._models_due = False
             if self._kept is None:
                 self._view.fetched.clear()  # only the copy on disk needs them
@@ -487,16 +472,14 @@ def _nested(body: Body) -> list[str]:
     return [member.digest for member in body.record.members if isinstance(member, MixtureRef)]
 
 
-def _release_names(package: Package) -> list[tuple[str, int]]:
-    return [(_release_name(release), release.state) for release in package.releases]
-
-
-def _listed_name(package: Package) -> str:
-    """The first release that may be used, else the first, else the digest."""
-    names = _release_names(package)
-    usable = [name for name, state in names if state not in REFUSALS] or [name for name, _ in names]
-    return usable[0] if usable else package.digest
-
-
-def _release_name(release: Release) -> str:
-    return f"{release.publisher}/{release.name}@{release.version}"
+def _worker(state: WorkerState) -> Worker:
+    base = state.base
+    return Worker(
+        name=state.worker,
+        address=state.address,
+        formats=frozenset(state.formats),
+        budget_bytes=state.budget_bytes,
+        resident=frozenset(held.digest for held in state.residency),
+        draining=state.draining,
+        base=Base(base.name, base.digest, base.weights_sha256) if base.digest else None,
+    )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hocket.mixtures import MixtureRecord
     from hocket.v1.mixture_pb2 import Mixture
-    from hocket.v1.package_pb2 import Package
+    from hocket.v1.package_pb2 import Package, Release
     from services.router.gating import Gate
 
 REFUSALS: Mapping[int, Reason] = {
@@ -29,6 +29,17 @@ REFUSALS: Mapping[int, Reason] = {
 
 _Reached: TypeAlias = "tuple[ExpertId, Reason | None]"
 """An expert, and why the way to it is closed."""
+
+
+def release_name(release: Release) -> str:
+    """`publisher/name@version`."""
+    return f"{release.publisher}/{release.name}@{release.version}"
+
+
+def listed_name(package: Package) -> str:
+    """The first release that may be used, else the first, else the digest."""
+    usable = [release for release in package.releases if release.state not in REFUSALS] or package.releases
+    return release_name(usable[0]) if usable else package.digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which worker runs an expert: residents first, two choices by load, rendezvous hashing when nobody holds it."""
+"""Which worker runs what: residents first, two choices by load, rendezvous hashing when nobody holds it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ BUSY_COUNT: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """A base language model, as a worker that serves it describes it; empty is not stated.
+
+    Args:
+        name: What it is called.
+        digest: Of its folder, `sha256:<hex>`.
+        weights_sha256: Hex SHA-256 of its weight file.
+    """
+
+    name: str
+    digest: str
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """A live worker, as placement sees it.
 
@@ -33,6 +48,7 @@ class Worker:
         budget_bytes: Memory it may use for experts.
         resident: Digests it holds in memory.
         draining: Whether it takes no new requests.
+        base: The base language model that it serves; None when it serves none.
     """
 
     name: str
@@ -41,6 +57,11 @@ class Worker:
     budget_bytes: int
     resident: frozenset[str]
     draining: bool
+    base: Base | None = None
+
+    def can_load(self, package_format: str, size_bytes: int) -> bool:
+        """Whether it takes new requests for what has this format and size."""
+        return not self.draining and package_format in self.formats and size_bytes <= self.budget_bytes
 
 
 @dataclass(slots=True)
@@ -93,12 +114,35 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
     send it to the same worker, so it is loaded once. When those that hold it are busy and the next in that order has
     less than half as much to do, that one comes first and holds it from then on: so a new worker takes its part.
     """
+    able = [worker for worker in workers if worker.can_load(package_format, size_bytes)]
+    return _in_order(able, frozenset({digest}), loads)
+
+
+def place_text(
+    digests: frozenset[str], size_bytes: int, base: str, workers: Sequence[Worker], loads: Loads
+) -> list[Worker]:
+    """Up to three workers that can compute a text by these adapters on a base, in the order to try them.
+
+    As `place`, where those hold it that hold every adapter, and of the others those come first that hold most: without
+    any adapter all hold it.
+
+    Args:
+        digests: Of the adapters.
+        size_bytes: What they take together.
+        base: Digest of the base.
+        workers: Live ones.
+        loads: What runs where.
+    """
     able = [
         worker
         for worker in workers
-        if not worker.draining and package_format in worker.formats and size_bytes <= worker.budget_bytes
+        if worker.base is not None and worker.base.digest == base and worker.can_load("expert", size_bytes)
     ]
-    holders = [worker for worker in able if digest in worker.resident]
+    return _in_order(able, digests, loads)
+
+
+def _in_order(able: Sequence[Worker], digests: frozenset[str], loads: Loads) -> list[Worker]:
+    holders = [worker for worker in able if digests <= worker.resident]
     if len(holders) > 1:
         first, second = random.sample(holders, 2)
         if loads.of_worker(second.name) < loads.of_worker(first.name):
@@ -110,8 +154,9 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
         holders = [first, second, *rest]
     busy = bool(holders) and loads.of_worker(holders[0].name) >= BUSY_COUNT
     if busy or len(holders) < min(REPLICAS_MAX, len(able)):
-        others = [worker for worker in able if digest not in worker.resident]
-        others.sort(key=lambda worker: _affinity(digest, worker.name), reverse=True)
+        others = [worker for worker in able if not digests <= worker.resident]
+        key = " ".join(sorted(digests))
+        others.sort(key=lambda worker: (len(digests & worker.resident), _affinity(key, worker.name)), reverse=True)
         if busy and others and 2 * loads.of_worker(others[0].name) < loads.of_worker(holders[0].name):
             holders.insert(0, others.pop(0))
         holders += others
@@ -119,5 +164,5 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
 
 
 def _affinity(digest: str, worker: str) -> bytes:
-    """Rendezvous hashing: the worker with the highest value of a package is its home."""
+    """Rendezvous hashing: the worker with the highest value is the home of a package, or of a set of them."""
     return hashlib.blake2b(f"{digest} {worker}".encode(), digest_size=8).digest()

@@ -17,11 +17,13 @@ from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry.context import request_id
 from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
 from services.router.session import Decision, decide, work
+from services.router.text import decide_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from hocket.rpc.handlers import Context
+    from hocket.v1 import text_pb2
     from hocket.v1.expert_worker_pb2 import WorkerLoad
     from services.router.aggregators import Aggregators
     from services.router.directory import Directory, Snapshot
@@ -86,6 +88,31 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         finally:
             self._loads.release(placed)
             self._bulkhead.leave(model.digest)
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        """The plan, a start, deltas, then exactly one finish."""
+        deadline = time.monotonic() + remaining_seconds(context, self._settings.generate_deadline_seconds)
+        decision = decide_text(self._directory.snapshot, self._loads, request)
+        base = decision.plan.base
+        self._bulkhead.enter(base)
+        decision.count()
+        self._loads.reserve(decision.placed)
+        try:
+            current = request_id.get()
+            yield router_pb2.GenerateResponse(request_id=current, plan=decision.plan)
+            combine = aggregator_pb2.CombineRequest(text=decision.job(request))
+            async with aclosing(self._aggregators.combine(combine, deadline, self._note)) as events:
+                async for event in events:
+                    response = _text_response(current, event.text)
+                    if response.HasField("finish"):
+                        response.finish.timings.route.CopyFrom(duration(decision.seconds))
+                        response.finish.degradations.extend(decision.degradations)
+                    yield response
+        finally:
+            self._loads.release(decision.placed)
+            self._bulkhead.leave(base)
 
     async def Route(self, request: router_pb2.RouteRequest, context: Context) -> router_pb2.RouteResponse:
         """The decision alone, with every score."""
@@ -174,6 +201,16 @@ def _combine_request(request: router_pb2.PredictRequest, plan: plan_pb2.Plan) ->
     if request.HasField("straggler_timeout"):
         combine.straggler_timeout.CopyFrom(request.straggler_timeout)
     return combine
+
+
+def _text_response(request_id: str, event: text_pb2.TextEvent) -> router_pb2.GenerateResponse:
+    match event.WhichOneof("event"):
+        case "start":
+            return router_pb2.GenerateResponse(request_id=request_id, start=event.start)
+        case "delta":
+            return router_pb2.GenerateResponse(request_id=request_id, delta=event.delta)
+        case _:
+            return router_pb2.GenerateResponse(request_id=request_id, finish=event.finish)
 
 
 def _explain(decision: Decision) -> list[router_pb2.RowDecision]:

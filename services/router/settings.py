@@ -24,10 +24,11 @@ class RouterSettings:
         registry: Address of the registry whose feed it follows.
         aggregators: Addresses of the aggregators: the least busy is asked, and one that is away after all others.
         default_deadline_seconds: Deadline of a call that brings none.
+        generate_deadline_seconds: The same of Generate, whose answers take longer.
         in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
-        in_flight_per_model_max: Of those, calls for one model, the L of its capacity factors; the next one is refused
-            as `QUEUE_FULL`. 0 for three quarters: a suite with one model loses few of its calls, and a model that
-            hangs leaves the others enough to be answered.
+        in_flight_per_model_max: Of those, calls for one model, the L of its capacity factors, or for one base; the
+            next one is refused as `QUEUE_FULL`. 0 for three quarters: a suite with one model loses few of its calls,
+            and a model that hangs leaves the others enough to be answered.
         patience_seconds: Silence of an aggregator after which a call that ends without an answer counts against it.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
@@ -39,6 +40,7 @@ class RouterSettings:
     registry: str = "127.0.0.1:50052"
     aggregators: tuple[str, ...] = ("127.0.0.1:50053",)
     default_deadline_seconds: float = 30.0
+    generate_deadline_seconds: float = 600.0
     in_flight_max: int = 256
     in_flight_per_model_max: int = 0
     patience_seconds: float = 0.5
@@ -51,7 +53,7 @@ class RouterSettings:
         check_counts(self, "in_flight_max")
         if self.in_flight_per_model_max < 0:
             raise ValueError("in_flight_per_model_max must be 0 (choose for me) or more")
-        check_call_seconds(self, "default_deadline_seconds", "patience_seconds")
+        check_call_seconds(self, "default_deadline_seconds", "generate_deadline_seconds", "patience_seconds")
 
     @property
     def compartment(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from hocket.client import Answer, Partial, Planned, blocking
+from hocket.client import Answer, Partial, Planned, TextDelta, TextFinish, TextPlanned, TextStart, blocking
 from hocket.client.blocking import RouterClient, connect, connect_registry
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
@@ -73,6 +73,36 @@ def test_an_answer_comes_alone(router: RouterClient, scripted: ScriptedRouter) -
     [request] = scripted.requests
     assert (request.top_k, request.min_coverage, request.partials) == (1, 0.5, False)
     assert request.straggler_timeout.ToMilliseconds() == 250
+
+
+def test_a_text_is_a_plan_a_start_deltas_and_a_finish(router: RouterClient, scripted: ScriptedRouter) -> None:
+    planned, start, *deltas, finish = router.generate("hi", experts={"sql": 0.7}, base="qwen", max_tokens=9)
+
+    assert isinstance(planned, TextPlanned)
+    assert isinstance(start, TextStart)
+    assert [delta.text for delta in deltas if isinstance(delta, TextDelta)] == ["Sure:", "", " one, two."]
+    assert isinstance(finish, TextFinish)
+    [request] = scripted.requests
+    assert (request.base, request.sampling.max_tokens, request.experts[0].weight) == ("qwen", 9, 0.7)
+
+
+def test_a_whole_text_comes_at_once(router: RouterClient, scripted: ScriptedRouter) -> None:
+    answer = router.answer_text(messages=[{"role": "user", "content": "hi"}], timeout_seconds=50.0, temperature=0.5)
+
+    assert answer.text == "Sure: one, two."
+    [request] = scripted.requests
+    assert request.input.conversation.messages[0].content == "hi"
+    [left] = scripted.seconds_left
+    assert left == pytest.approx(50.0, abs=5)
+
+
+def test_leaving_a_text_early_cancels_the_call(router: RouterClient, scripted: ScriptedRouter) -> None:
+    scripted.stall = True
+    for event in router.generate("hi"):
+        if isinstance(event, TextDelta):
+            break
+
+    assert scripted.cancelled.wait(5)
 
 
 def test_a_decision_a_list_and_a_description(router: RouterClient) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from hocket.client.router import Answer, RouterClient
+from hocket.client.router import Answer, RouterClient, TextPlanned
 from hocket.errors import HocketError, Reason
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
-from hocket.v1 import plan_pb2
+from hocket.v1 import plan_pb2, router_pb2, text_pb2
 from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
-from tests.fakes import ScriptedRouter
+from tests.fakes import BASE, ScriptedRouter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 ROW = [0.5, 1.5]
 
@@ -94,3 +99,155 @@ def test_the_best_label_is_the_highest_score_and_the_earlier_at_ties() -> None:
 
 def test_a_regression_has_no_labels() -> None:
     assert answer([[3.5], [1.0]]).best_labels() == []
+
+
+async def test_a_text_is_a_plan_a_start_deltas_and_a_finish(router: RouterClient) -> None:
+    planned, start, *deltas, finish = [event async for event in router.generate("hi", experts={"sql": 0.7})]
+    assert isinstance(planned, TextPlanned)
+    assert (planned.plan.base, planned.request_id) == (BASE, "request-1")
+    assert isinstance(start, text_pb2.TextStart)
+    assert [delta.text for delta in deltas if isinstance(delta, text_pb2.TextDelta)] == ["Sure:", "", " one, two."]
+    assert isinstance(finish, text_pb2.TextFinish)
+
+
+async def test_a_whole_text_has_its_tokens_plan_start_and_finish(router: RouterClient) -> None:
+    answer = await router.answer_text("hi", experts=["sql", ("json", 0.5)], seed=5)
+    assert answer.text == "Sure: one, two."
+    assert [token.id for token in answer.tokens] == [7, 8, 9]
+    assert [expert.weight for expert in answer.plan.experts] == [1.0, 0.5]
+    assert (answer.start.sampling.seed, answer.start.worker) == (5, "worker-a")
+    assert answer.finish.reason == text_pb2.TEXT_FINISH_REASON_END
+    assert answer.request_id == "request-1"
+
+
+async def test_everything_about_a_text_is_sent_as_it_was_given(router: RouterClient, scripted: ScriptedRouter) -> None:
+    await router.answer_text(
+        messages=[{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}],
+        experts=(("acme/sql", -0.5), "json"),
+        base="Qwen3-0.6B",
+        temperature=0.5,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=0.25,
+        frequency_penalty=-0.25,
+        seed=2**64 - 1,
+        max_tokens=7,
+        stop=["\n", "END"],
+        top_logprobs=3,
+        ignore_eos=True,
+    )
+    [request] = scripted.requests
+    assert request == router_pb2.GenerateRequest(
+        input=text_pb2.TextInput(
+            conversation=text_pb2.Conversation(
+                messages=[
+                    text_pb2.Message(role="system", content="be short"),
+                    text_pb2.Message(role="user", content="hi"),
+                ]
+            )
+        ),
+        experts=[
+            router_pb2.ChosenExpert(expert="acme/sql", weight=-0.5),
+            router_pb2.ChosenExpert(expert="json"),
+        ],
+        base="Qwen3-0.6B",
+        sampling=text_pb2.Sampling(
+            temperature=0.5,
+            top_k=40,
+            top_p=0.9,
+            min_p=0.05,
+            repetition_penalty=1.1,
+            presence_penalty=0.25,
+            frequency_penalty=-0.25,
+            seed=2**64 - 1,
+            max_tokens=7,
+            stop=["\n", "END"],
+            top_logprobs=3,
+            ignore_eos=True,
+        ),
+    )
+
+
+async def test_what_is_not_said_is_not_sent(router: RouterClient, scripted: ScriptedRouter) -> None:
+    await router.answer_text(raw="", temperature=None, stop=None, seed=0)
+    [request] = scripted.requests
+    assert request.input.WhichOneof("content") == "raw"
+    assert request.sampling == text_pb2.Sampling(seed=0)
+    assert len(request.experts) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": None}, "input"),
+        ({"raw": "both"}, "input"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "input"),
+        ({"prompt": None, "messages": [{"role": "user", "words": "hi"}]}, "input"),
+        ({"prompt": None, "messages": ["hi"]}, "input"),
+        ({"prompt": 7}, "input"),
+        ({"prompt": "half a character: \ud800"}, "input"),
+        ({"experts": {"sql": "much"}}, "experts"),
+        ({"experts": [("sql",)]}, "experts"),
+        ({"experts": [7]}, "experts"),
+        ({"experts": 7}, "experts"),
+        ({"top_k": -1}, "sampling.top_k"),
+        ({"seed": 2**64}, "sampling.seed"),
+        ({"temperature": "hot"}, "sampling.temperature"),
+        ({"stop": [7]}, "sampling.stop"),
+        ({"temprature": 0.5}, "sampling.temprature"),
+    ],
+)
+async def test_a_text_that_cannot_be_sent_is_refused_before_it_is(
+    router: RouterClient, scripted: ScriptedRouter, change: dict[str, Any], field: str
+) -> None:
+    options = {"prompt": "hi", "experts": {"sql": 1.0}, "top_k": 1, "seed": 1, "stop": "\n", **change}
+    with pytest.raises(HocketError) as caught:
+        await router.answer_text(**options)
+    assert (caught.value.reason, caught.value.field) == (Reason.BAD_REQUEST, field)
+    assert scripted.requests == []
+
+
+@pytest.mark.parametrize("experts", ["sql", ["sql"], ("sql",), {"sql": 1.0}, [("sql", 1.0)]])
+async def test_experts_may_be_written_in_several_ways(
+    router: RouterClient, scripted: ScriptedRouter, experts: Any
+) -> None:
+    await router.answer_text("hi", experts=experts, stop="END")
+    [request] = scripted.requests
+    assert [expert.expert for expert in request.experts] == ["sql"]
+    assert list(request.sampling.stop) == ["END"]
+
+
+async def test_a_text_has_the_deadline_of_its_call_and_else_the_server_s(
+    router: RouterClient, scripted: ScriptedRouter
+) -> None:
+    await router.answer_text("hi")
+    await router.answer_text("hi", timeout_seconds=90.0)
+    absent, given = scripted.seconds_left
+    assert absent is None
+    assert given == pytest.approx(90.0, abs=5)
+
+
+async def test_leaving_a_text_early_cancels_the_call(router: RouterClient, scripted: ScriptedRouter) -> None:
+    scripted.stall = True
+    async with aclosing(router.generate("hi")) as events:
+        for _ in range(3):
+            await anext(events)
+    assert await asyncio.to_thread(scripted.cancelled.wait, 5)
+
+
+async def test_a_text_without_an_end_is_no_answer() -> None:
+    class Broken(ScriptedRouter):
+        async def Generate(
+            self, request: router_pb2.GenerateRequest, context: Any
+        ) -> AsyncIterator[router_pb2.GenerateResponse]:
+            async for response in super().Generate(request, context):
+                if not response.HasField("finish"):
+                    yield response
+
+    handlers = Handlers()
+    handlers.add(add_RouterServiceServicer_to_server, Broken())
+    with pytest.raises(HocketError) as caught:
+        await RouterClient(LocalChannel(handlers)).answer_text("hi")
+    assert caught.value.reason is Reason.INTERNAL

@@ -12,7 +12,7 @@ import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.rpc.breaker import FAILURES_MAX, OPEN_SECONDS
-from hocket.v1 import aggregator_pb2, plan_pb2
+from hocket.v1 import aggregator_pb2, plan_pb2, text_pb2
 from services.router.aggregators import Aggregators
 from tests.virtual_time import in_virtual_time
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 Step: TypeAlias = "float | str | HocketError"
-"""What a scripted call does: sleeps so many seconds, delivers a partial or the final value, or fails."""
+"""What a scripted call does: sleeps so many seconds, delivers a partial, the final value or a text event, or fails."""
 
 FINE: list[Step] = ["final"]
 NEVER = 3600.0
 PATIENCE = 0.5
 SECONDS = 10.0
+ROWS = aggregator_pb2.CombineRequest()
+TEXT = aggregator_pb2.CombineRequest(text=text_pb2.TextJob())
 
 
 def transport(reason: Reason) -> HocketError:
@@ -74,6 +76,8 @@ class Scripted:
                     raise step
                 elif step == "partial":
                     yield aggregator_pb2.CombineResponse(partial=plan_pb2.Combination())
+                elif step == "text":
+                    yield aggregator_pb2.CombineResponse(text=text_pb2.TextEvent())
                 else:
                     yield aggregator_pb2.CombineResponse(final=plan_pb2.Prediction())
         finally:
@@ -92,15 +96,15 @@ class Some:
         self.aggregators = Aggregators(self.clients, PATIENCE)  # type: ignore[arg-type]  # scripted ones
         self.aggregators._breakers._clock = time.monotonic  # of the test
 
-    async def call(self, seconds: float = SECONDS) -> int:
+    async def call(self, seconds: float = SECONDS, request: aggregator_pb2.CombineRequest = ROWS) -> int:
         """The number of events it delivers."""
-        events = self.aggregators.combine(aggregator_pb2.CombineRequest(), time.monotonic() + seconds, lambda _: None)
+        events = self.aggregators.combine(request, time.monotonic() + seconds, lambda _: None)
         async with aclosing(events):
             return len([event async for event in events])
 
-    async def fails(self) -> HocketError:
+    async def fails(self, request: aggregator_pb2.CombineRequest = ROWS) -> HocketError:
         with pytest.raises(HocketError) as caught:
-            await self.call()
+            await self.call(request=request)
         return caught.value
 
     @property
@@ -318,3 +322,55 @@ async def test_each_one_gets_what_is_left_of_the_deadline_less_a_margin() -> Non
     some = Some([4.0, *AWAY], [4.0, *AWAY])
     await some.fails()
     assert sorted(client.deadlines[0] for client in some.clients) == [6.0 - 0.05, 10.0 - 0.05]
+
+
+@in_virtual_time
+async def test_a_text_that_begins_late_and_ends_well_speaks_for_its_aggregator() -> None:
+    some = Some([SECONDS / 2, "text", SECONDS / 4, "text"])
+    for _ in range(2 * FAILURES_MAX):
+        assert await some.call(request=TEXT) == 2
+        assert some.aggregators._breakers.admits(some.clients[0])  # type: ignore[arg-type]  # scripted
+
+
+@in_virtual_time
+async def test_a_caller_that_does_not_wait_for_a_text_speaks_against_nobody() -> None:
+    some = Some([NEVER], FINE)
+    for _ in range(2 * FAILURES_MAX):
+        asking = asyncio.create_task(some.call(request=TEXT))
+        await asyncio.sleep(2 * PATIENCE)
+        asking.cancel()
+        await asyncio.wait([asking])
+    for _ in range(4):
+        await asyncio.gather(asyncio.wait_for(some.call(request=TEXT), 0.01), return_exceptions=True)
+    assert some.clients[0].asked == FAILURES_MAX + 2
+
+
+@in_virtual_time
+async def test_an_aggregator_that_lets_texts_hang_until_their_deadline_is_asked_last() -> None:
+    some = Some([SECONDS, transport(Reason.DEADLINE)], ["text"])
+    while some.clients[0].asked < FAILURES_MAX:
+        await asyncio.gather(some.call(request=TEXT), return_exceptions=True)
+    for _ in range(6):
+        await some.call(request=TEXT)
+    assert some.clients[0].asked == FAILURES_MAX
+
+
+@in_virtual_time
+@pytest.mark.parametrize("gone", [AWAY, DRAINING], ids=["unreachable", "draining"])
+async def test_a_text_whose_aggregator_goes_away_is_asked_of_the_next_before_it_began_and_broken_after(
+    gone: list[Step],
+) -> None:
+    some = Some(gone, ["text"])
+    for _ in range(2):
+        assert await some.call(request=TEXT) == 1
+    begun = Some(["text", *gone], ["text", *gone])
+    refused = await begun.fails(TEXT)
+    assert (refused.reason, sum(begun.asked)) == (Reason.STREAM_BROKEN, 1)
+
+
+@in_virtual_time
+async def test_a_text_that_breaks_at_a_worker_speaks_against_no_aggregator() -> None:
+    some = Some(["text", refusal(Reason.STREAM_BROKEN)])
+    for _ in range(2 * FAILURES_MAX):
+        assert (await some.fails(TEXT)).reason is Reason.STREAM_BROKEN
+    assert some.aggregators._breakers.admits(some.clients[0])  # type: ignore[arg-type]  # scripted

@@ -15,11 +15,13 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of
 from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef
 from hocket.v1.mixture_pb2 import Mixture
-from hocket.v1.package_pb2 import AdapterFacts, ModelFacts, OutputColumn, Package, Release, TrustState
+from hocket.v1.package_pb2 import AdapterFacts, BaseModel, ModelFacts, OutputColumn, Package, Release, TrustState
 from hocket.v1.registry_pb2 import Residency, Synced, WatchResponse, WorkerState
 from services.router import directory as module
-from services.router.directory import Directory, Snapshot, _release_name
+from services.router.directory import Directory, Snapshot
 from services.router.kept import Kept
+from services.router.model import release_name
+from services.router.placement import Base
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -158,12 +160,36 @@ async def test_an_adapter_answers_no_rows_and_its_addresses_say_so() -> None:
     async with following(registry) as directory:
         await until(lambda: revision_of(directory) == 1)
         assert list(directory.snapshot.listed) == ["acme/low@1"]
-        for address in (adapter.digest, "acme/sql@1", f"{adapter.digest}#0", f"{adapter.digest}#{'9' * 1000}"):
+        wrong = (adapter.digest, "acme/sql@1", "acme/sql", f"{adapter.digest}#0", f"{adapter.digest}#{'9' * 1000}")
+        for address in wrong:
             with pytest.raises(HocketError, match="answers text") as caught:
                 directory.snapshot.resolve(address)
             assert caught.value.reason is Reason.NOT_SERVABLE
             assert len(caught.value.message) < 400
         assert directory.snapshot.resolve("acme/low@1").digest == low.digest
+
+
+async def test_adapters_are_found_by_every_name_and_workers_tell_their_base() -> None:
+    adapter = package(2, ("sql", ACTIVE))
+    adapter.adapter.CopyFrom(AdapterFacts(name="sql", version="1"))
+    serving = WorkerState(worker="a", formats=["apr", "expert"], base=BaseModel(name="qwen", digest="sha256:q"))
+    registry = ScriptedRegistry(
+        [event(package=adapter), event(worker=serving), event(worker=WorkerState(worker="b")), synced()],
+        [event(package=package(2, state=REVOKED)), event(worker=serving), synced(2)],
+    )
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        experts = directory.snapshot.experts
+        for address in (adapter.digest, "acme/sql@1", "acme/sql", "sql"):
+            found = experts.find(address, "")
+            assert found is not None
+            assert found.name == "acme/sql@1"
+        assert {worker.name: worker.base for worker in directory.snapshot.workers} == {
+            "a": Base("qwen", "sha256:q"),
+            "b": None,
+        }
+        await until(lambda: revision_of(directory) == 2)
+        assert directory.snapshot.experts.find("sql", "") is None
 
 
 async def test_a_mixture_may_be_released_under_an_adapter_s_name() -> None:
@@ -568,7 +594,7 @@ class Swapping(ScriptedRegistry):
         whole = {
             "listed": snapshot.listed.keys() == names,
             "addresses": snapshot.addresses.keys() == names | snapshot.packages.keys(),
-            "packages": {_release_name(held.releases[0]) for held in snapshot.packages.values()} == names,
+            "packages": {release_name(held.releases[0]) for held in snapshot.packages.values()} == names,
             "models": {snapshot.resolve(digest).name for digest in snapshot.packages} == names,
             "workers": snapshot.workers[0].resident == {package(snapshot.revision).digest},
         }

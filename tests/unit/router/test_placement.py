@@ -1,4 +1,4 @@
-"""Which worker runs an expert."""
+"""Which worker runs an expert, or a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from services.router import placement as module
-from services.router.placement import BUSY_COUNT, REPLICAS_MAX, Loads, Worker, place
+from services.router.placement import BUSY_COUNT, REPLICAS_MAX, Base, Loads, Worker, place, place_text
 
 
 def worker(name: str, *, holds: str = "", draining: bool = False, budget: int = 100, formats: str = "apr") -> Worker:
@@ -101,3 +101,67 @@ def test_a_released_load_leaves_nothing_behind() -> None:
     assert (loads.of_worker("a"), loads.by_expert) == (1, {"d": 1, "e": 1})
     loads.release(placed)
     assert (loads.by_worker, loads.by_expert) == ({}, {})
+
+
+QWEN, GEMMA = Base("qwen", "sha256:q"), Base("gemma", "sha256:g")
+SET = frozenset({"d", "e"})
+
+
+def able(name: str, *holds: str, base: Base | None = QWEN, draining: bool = False, formats: str = "expert") -> Worker:
+    return Worker(name, f"{name}:1", frozenset({formats}), 100, frozenset(holds), draining, base)
+
+
+def order(
+    workers: list[Worker], loads: Loads | None = None, digests: frozenset[str] = SET, size: int = 20
+) -> list[str]:
+    return [found.name for found in place_text(digests, size, QWEN.digest, workers, loads or Loads())]
+
+
+def test_who_holds_the_whole_set_comes_first_and_then_who_holds_most_of_it() -> None:
+    workers = [able("none", "x"), able("some", "d"), able("all", "d", "e", "x")]
+    assert order(workers) == ["all", "some", "none"]
+
+
+def test_the_less_busy_of_two_that_hold_the_set_comes_first() -> None:
+    workers = [able("a", "d", "e"), able("b", "d", "e"), able("c", "d")]
+    for _ in range(20):
+        assert order(workers, loads_of(a=5)) == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [able("x", draining=True), able("x", formats="apr"), able("x", base=GEMMA), able("x", base=None)],
+    ids=["draining", "other format", "other base", "no base"],
+)
+def test_a_worker_that_cannot_compute_the_text_is_not_listed(unfit: Worker) -> None:
+    assert order([unfit, able("a")]) == ["a"]
+
+
+def test_a_set_needs_room_for_all_of_it() -> None:
+    assert order([able("a")], size=100) == ["a"]
+    assert order([able("a")], size=101) == []
+
+
+def test_the_same_set_goes_to_the_same_worker_in_every_router() -> None:
+    workers = [able(name) for name in "abcdef"]
+    sets = [frozenset({f"d{place}", f"e{place}"}) for place in range(300)]
+    homes = Counter(order(workers, digests=digests)[0] for digests in sets)
+    assert len(homes) == 6
+    assert max(homes.values()) < 100
+    for digests in sets[:50]:
+        assert order(workers[::-1], digests=frozenset(sorted(digests)[::-1])) == order(workers, digests=digests)
+
+
+def test_texts_for_the_base_alone_are_spread_by_load() -> None:
+    workers = [able(str(place)) for place in range(10)]
+    loads = Loads()
+    for _ in range(1000):
+        loads.reserve([(QWEN.digest, order(workers, loads, frozenset(), 0)[0])])
+    counts = [loads.of_worker(str(place)) for place in range(10)]
+    assert max(counts) - min(counts) <= 8
+
+
+def test_an_idle_worker_takes_a_set_over_from_a_busy_one() -> None:
+    workers = [able("old", "d", "e"), able("new")]
+    assert order(workers, loads_of(old=BUSY_COUNT - 1)) == ["old", "new"]
+    assert order(workers, loads_of(old=BUSY_COUNT)) == ["new", "old"]

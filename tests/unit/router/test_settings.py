@@ -17,6 +17,7 @@ from services.router.settings import RouterSettings
         ("in_flight_max", 0, 1),
         ("in_flight_per_model_max", -1, 0),
         ("default_deadline_seconds", 0.0, 0.1),
+        ("generate_deadline_seconds", 0.0, 0.1),
         ("patience_seconds", 0.0, 0.1),
         ("patience_seconds", math.nan, 0.1),
         ("patience_seconds", math.inf, 3600.0),

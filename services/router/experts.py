@@ -1,0 +1,135 @@
+"""Adapter experts by what people call them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from hocket.errors import HocketError, Reason
+from hocket.versions import Version
+from services.router.model import REFUSALS, listed_name, release_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from hocket.v1.package_pb2 import Package
+
+_log: Final = structlog.get_logger("router")
+_ADDRESS_CHARS_MAX: Final = 256
+"""A longer address is no typing error."""
+_CONVENTION: Final = "expert-"
+"""How the format's own experts are called: `sql` finds `expert-sql` where nobody has a plain `sql`."""
+_COMPARED_MAX: Final = 100
+"""Names compared with an unknown one, at most."""
+_CHOICES_MAX: Final = 5
+"""Names that a message lists, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """An adapter expert under one of its names.
+
+    Args:
+        package: What the registry says about its package.
+        name: `publisher/name@version`, or the digest where nobody has released it.
+        refusal: Why it may not be used under this name; None if it may.
+    """
+
+    package: Package
+    name: str
+    refusal: Reason | None
+
+    def check_servable(self) -> None:
+        """Pass if it may serve.
+
+        Raises:
+            HocketError: `YANKED`, `KEY_REVOKED` or `SIGNER_NOT_TRUSTED`.
+        """
+        if self.refusal is not None:
+            raise HocketError(self.refusal, f"the expert {self.name} is withdrawn ({self.refusal})", expert=self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """All adapter experts.
+
+    Args:
+        by_address: By digest, by `publisher/name@version`, and the newest version by `publisher/name`.
+        owners: Who has an expert of a name, whether or not it may serve: nobody steps into a withdrawn one's name.
+    """
+
+    by_address: Mapping[str, Expert] = field(default_factory=dict)
+    owners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def find(self, address: str, field: str) -> Expert | None:
+        """The expert behind a digest, `publisher/name@version`, `publisher/name` or `name`; None if there is none.
+
+        A `name` that nobody has stands for `expert-name`.
+
+        Args:
+            address: One of these.
+            field: Where in the request it stands.
+
+        Raises:
+            HocketError: `BAD_REQUEST` for a name that several publishers have.
+        """
+        if address not in self.owners and f"{_CONVENTION}{address}" in self.owners:
+            address = f"{_CONVENTION}{address}"
+        owners = self.owners.get(address, ())
+        if len(owners) > 1:
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                f"several publishers have an expert {address!r}: say which, "
+                + " or ".join(f"{owner}/{address}" for owner in owners[:_CHOICES_MAX]),
+                field=field,
+            )
+        return self.by_address.get(f"{owners[0]}/{address}" if owners else address)
+
+    def advice(self, address: str) -> str:
+        """What somebody may have meant by an address that leads nowhere, as the end of a sentence."""
+        unversioned, mark, _ = address.partition("@")
+        if mark and (newest := self.by_address.get(unversioned)):
+            return f"did you mean {newest.name!r}?"
+        name = unversioned.rpartition("/")[2]
+        if name and len(address) <= _ADDRESS_CHARS_MAX:
+            meant = (each for each in self.owners if name in each)
+            alike = (each for each in self.owners if each[:1] == name[:1])
+            close = [*islice(meant, _CHOICES_MAX)] or get_close_matches(name, [*islice(alike, _COMPARED_MAX)], n=1)
+            if choices := [f"{owner}/{each}" for each in close for owner in self.owners[each]][:_CHOICES_MAX]:
+                return f"did you mean {' or '.join(choices)}?"
+        return "`hocket search` shows what there is"
+
+
+def index(packages: Iterable[Package]) -> Experts:
+    """The adapter experts among packages.
+
+    Of the versions that may serve the newest stands for `publisher/name`, a pre-release only where there is nothing
+    else; where none may serve, the newest one does, with the reason why it may not.
+    """
+    by_address: dict[str, Expert] = {}
+    newest: dict[str, tuple[tuple[object, ...], Expert]] = {}
+    owners: dict[str, set[str]] = {}
+    for package in packages:
+        if not package.HasField("adapter"):
+            continue
+        withdrawn = REFUSALS.get(package.state)
+        for release in package.releases:
+            expert = Expert(package, release_name(release), withdrawn or REFUSALS.get(release.state))
+            try:
+                version = Version.parse(release.version)
+            except HocketError as error:
+                _log.warning("release not understood", release=expert.name, message=error.message)
+                continue
+            by_address[expert.name] = expert
+            rank = (expert.refusal is None, not version.is_prerelease, version.order)
+            of_name = f"{release.publisher}/{release.name}"
+            if of_name not in newest or rank > newest[of_name][0]:
+                newest[of_name] = (rank, expert)
+            owners.setdefault(release.name, set()).add(release.publisher)
+        by_address[package.digest] = Expert(package, listed_name(package), withdrawn)
+    by_address |= {of_name: expert for of_name, (_, expert) in newest.items()}
+    return Experts(by_address, {name: tuple(sorted(publishers)) for name, publishers in owners.items()})

@@ -1,0 +1,185 @@
+"""A text through the router: what it adds to the events of an aggregator, and what it keeps count of."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hocket.client.aggregator import AggregatorClient
+from hocket.client.router import RouterClient, TextPlanned
+from hocket.errors import HocketError, Reason
+from hocket.rpc.handlers import LOAD_KEY, Handlers, add_trailing
+from hocket.rpc.local import LocalChannel
+from hocket.v1 import text_pb2
+from hocket.v1.aggregator_pb2 import CombineRequest, CombineResponse
+from hocket.v1.aggregator_pb2_grpc import AggregatorServiceServicer, add_AggregatorServiceServicer_to_server
+from hocket.v1.expert_worker_pb2 import WorkerLoad
+from hocket.v1.package_pb2 import BaseModel
+from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
+from services.router.aggregators import Aggregators
+from services.router.directory import Snapshot
+from services.router.experts import index
+from services.router.placement import Base, Loads, Worker
+from services.router.service import RouterServicer
+from services.router.settings import RouterSettings
+from tests.fakes import BASE, LOW, adapter_package
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+SQL = adapter_package(LOW, "sql", base=BaseModel(name="Qwen3-0.6B"))
+SQL.unsigned_by_policy = True
+WORKER = Worker("w", "local:w", frozenset({"expert"}), 1000, frozenset(), draining=False, base=Base("Qwen3-0.6B", BASE))
+
+
+class ScriptedAggregator(AggregatorServiceServicer):
+    """Relays a start, two deltas and a finish.
+
+    Attributes:
+        requests: What it was asked.
+        seconds_left: The deadlines of these calls.
+        refusal: Raised after the first delta while set.
+        held: Awaited after the first delta.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[CombineRequest] = []
+        self.seconds_left: list[float] = []
+        self.refusal: HocketError | None = None
+        self.held = asyncio.Event()
+        self.held.set()
+        self.cancelled = asyncio.Event()
+
+    async def Combine(self, request: CombineRequest, context: Any) -> AsyncIterator[CombineResponse]:
+        self.requests.append(request)
+        self.seconds_left.append(context.time_remaining())
+        try:
+            yield event(start=text_pb2.TextStart(worker="w"))
+            yield event(delta=text_pb2.TextDelta(text="one"))
+            if self.refusal is not None:
+                raise self.refusal
+            await self.held.wait()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+        yield event(delta=text_pb2.TextDelta(text=" two"))
+        finish = text_pb2.TextFinish(reason=text_pb2.TEXT_FINISH_REASON_END, degradations=["WORD"])
+        finish.timings.decode.FromMilliseconds(5)
+        load = WorkerLoad(worker="w", in_flight_count=9)
+        add_trailing(context, LOAD_KEY, load.SerializeToString())
+        yield event(finish=finish)
+
+
+def event(**of: Any) -> CombineResponse:
+    return CombineResponse(text=text_pb2.TextEvent(**of))
+
+
+class Suite:
+    """A router on a scripted aggregator, with one worker and one expert."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.aggregator = ScriptedAggregator()
+        behind, before = Handlers(), Handlers()
+        behind.add(add_AggregatorServiceServicer_to_server, self.aggregator)
+        self.loads = Loads()
+        directory = SimpleNamespace(snapshot=Snapshot(7, {}, {}, {}, {LOW: SQL}, (WORKER,), index([SQL])))
+        router = RouterServicer(
+            RouterSettings(**settings),
+            directory,  # type: ignore[arg-type]  # all it needs of a directory
+            self.loads,
+            Aggregators([AggregatorClient(LocalChannel(behind))], 0.5),
+        )
+        before.add(add_RouterServiceServicer_to_server, router)
+        self.client = RouterClient(LocalChannel(before))
+
+    @property
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        return self.loads.by_worker, self.loads.by_expert
+
+
+async def test_a_text_is_planned_and_relayed_with_what_the_router_knows() -> None:
+    suite = Suite()
+    answer = await suite.client.answer_text("hi", experts={"sql": 0.5}, seed=3, temperature=0.5)
+    [request] = suite.aggregator.requests
+    assert request.text.plan == answer.plan
+    assert (request.text.plan.seed, request.text.sampling) == (3, text_pb2.Sampling(temperature=0.5))
+    assert request.text.input.prompt == "hi"
+    assert (answer.text, answer.start.worker) == ("one two", "w")
+    assert answer.finish.degradations == ["WORD", "UNSIGNED_EXPERT", "BASE_BY_NAME"]
+    assert answer.finish.timings.decode.ToMilliseconds() == 5
+    assert 0 < answer.finish.timings.route.ToNanoseconds() < 1e9
+    assert answer.request_id
+
+
+async def test_a_text_without_a_deadline_gets_the_one_of_texts() -> None:
+    suite = Suite(generate_deadline_seconds=300.0)
+    await suite.client.answer_text("hi")
+    await suite.client.answer_text("hi", timeout_seconds=20.0)
+    long, short = suite.aggregator.seconds_left
+    assert 299 < long <= 300
+    assert 19 < short <= 20
+
+
+async def test_a_text_counts_once_on_its_worker_while_it_runs() -> None:
+    suite = Suite()
+    suite.aggregator.held.clear()
+    async with aclosing(suite.client.generate("hi", experts=["sql"])) as events:
+        assert isinstance(await anext(events), TextPlanned)
+        assert suite.counts == ({"w": 1}, {BASE: 1, LOW: 1})
+        suite.aggregator.held.set()
+        async for _ in events:
+            pass
+    assert suite.counts == ({}, {})
+    assert suite.loads.of_worker("w") == 9  # its own word
+
+
+async def test_who_leaves_a_text_cancels_it_and_is_counted_out() -> None:
+    suite = Suite()
+    suite.aggregator.held.clear()
+    async with aclosing(suite.client.generate("hi")) as events:
+        async for heard in events:
+            if isinstance(heard, text_pb2.TextDelta):
+                break
+    await asyncio.wait_for(suite.aggregator.cancelled.wait(), 2)
+    async with asyncio.timeout(2):
+        while suite.counts != ({}, {}):  # noqa: ASYNC110 - the counts are nobody's event
+            await asyncio.sleep(0.001)
+
+
+async def test_a_base_has_a_compartment_of_its_own() -> None:
+    suite = Suite(in_flight_per_model_max=1)
+    suite.aggregator.held.clear()
+    async with aclosing(suite.client.generate("hi")) as events:
+        await anext(events)
+        with pytest.raises(HocketError) as caught:
+            await suite.client.answer_text("hi", experts=["sql"])
+        assert caught.value.reason is Reason.QUEUE_FULL
+        suite.aggregator.held.set()
+        async for _ in events:
+            pass
+    assert (await suite.client.answer_text("hi", experts=["sql"])).text == "one two"
+
+
+async def test_a_refusal_in_the_middle_is_the_refusal_of_the_text() -> None:
+    suite = Suite()
+    suite.aggregator.refusal = HocketError(Reason.STREAM_BROKEN, "the worker went away")
+    events = suite.client.generate("hi")
+    heard = [type(await anext(events)) for _ in range(3)]
+    assert heard == [TextPlanned, text_pb2.TextStart, text_pb2.TextDelta]
+    with pytest.raises(HocketError) as caught:
+        await anext(events)
+    assert caught.value.reason is Reason.STREAM_BROKEN
+    assert suite.counts == ({}, {})
+
+
+async def test_what_cannot_be_planned_reaches_no_aggregator() -> None:
+    suite = Suite()
+    with pytest.raises(HocketError) as caught:
+        await suite.client.answer_text("hi", experts=["json"])
+    assert caught.value.reason is Reason.UNKNOWN_EXPERT
+    assert suite.aggregator.requests == []
+    assert suite.counts == ({}, {})

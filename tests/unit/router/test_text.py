@@ -1,0 +1,434 @@
+"""From a text and names of experts to a plan: what is refused, which base is chosen, what the plan says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from hocket.errors import HocketError, Reason
+from hocket.v1 import plan_pb2
+from hocket.v1.package_pb2 import BaseModel, Package, TrustState
+from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest
+from hocket.v1.text_pb2 import Conversation, Message, Sampling, TextInput
+from services.router.directory import Snapshot
+from services.router.experts import index
+from services.router.placement import Base, Loads, Worker
+from services.router.text import EXPERTS_MAX, MESSAGES_MAX, TEXT_BYTES_MAX, TextDecision, decide_text
+from tests.fakes import adapter_package, expert_package
+
+ACTIVE, YANKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_YANKED
+WITHDRAWN = {
+    TrustState.TRUST_STATE_YANKED: Reason.YANKED,
+    TrustState.TRUST_STATE_KEY_REVOKED: Reason.KEY_REVOKED,
+    TrustState.TRUST_STATE_UNTRUSTED: Reason.SIGNER_NOT_TRUSTED,
+}
+
+
+def digest(number: int) -> str:
+    return f"sha256:{number:064x}"
+
+
+QWEN = Base("Qwen3-0.6B", digest(100), "ab" * 32)
+OTHER_QWEN = Base("qwen3-0.6b", digest(101))
+GEMMA = Base("google/gemma-3-1b-it", digest(102))
+
+
+def worker(name: str = "w", base: Base | None = QWEN, **changes: Any) -> Worker:
+    facts = {"formats": frozenset({"apr", "expert"}), "budget_bytes": 1000, "resident": frozenset(), "draining": False}
+    return Worker(name, f"local:{name}", base=base, **{**facts, **changes})
+
+
+def adapter(
+    number: int, name: str, *, base: Any = QWEN, by: str = "acme", state: Any = ACTIVE, **facts: Any
+) -> Package:
+    stated = BaseModel(name=base.name, digest=base.digest, weights_sha256=base.weights_sha256)
+    package = adapter_package(digest(number), name, base=stated, parameter_bytes=100, **facts)
+    package.releases[0].publisher, package.state = by, state
+    return package
+
+
+SQL, JSON = adapter(1, "sql"), adapter(2, "json")
+
+
+WORKER = worker()
+
+
+def snapshot(*packages: Package, workers: Any = (WORKER,), models: tuple[str, ...] = ()) -> Snapshot:
+    held = {package.digest: package for package in packages}
+    return Snapshot(7, {}, dict.fromkeys(models), {}, held, tuple(workers), index(held.values()))  # type: ignore[arg-type]  # nobody asks the models anything
+
+
+def asking(*experts: str, **fields: Any) -> GenerateRequest:
+    chosen = [ChosenExpert(expert=expert) for expert in experts]
+    return GenerateRequest(**{"input": TextInput(prompt="list all names"), "experts": chosen, **fields})
+
+
+def decided(here: Snapshot, request: GenerateRequest, loads: Loads | None = None) -> TextDecision:
+    return decide_text(here, loads or Loads(), request)
+
+
+def planned(here: Snapshot, *experts: str, **fields: Any) -> list[str]:
+    return [expert.name for expert in decided(here, asking(*experts, **fields)).plan.experts]
+
+
+def refusal(here: Snapshot, request: GenerateRequest) -> HocketError:
+    with pytest.raises(HocketError) as caught:
+        decided(here, request)
+    return caught.value
+
+
+# Which expert is meant.
+
+
+@pytest.mark.parametrize("address", [SQL.digest, "acme/sql@1.0.0", "acme/sql", "sql"])
+def test_an_expert_is_named_by_digest_release_publisher_or_name(address: str) -> None:
+    assert planned(snapshot(SQL, JSON), address) == ["acme/sql@1.0.0"]
+
+
+def test_a_name_finds_the_expert_of_that_name_with_the_usual_prefix_where_there_is_no_plain_one() -> None:
+    prefixed = adapter(3, "expert-sql")
+    assert planned(snapshot(prefixed), "sql") == ["acme/expert-sql@1.0.0"]
+    assert planned(snapshot(prefixed, SQL), "sql") == ["acme/sql@1.0.0"]
+
+
+def test_an_expert_that_nobody_has_released_has_its_digest_for_a_name() -> None:
+    package = adapter(1, "sql")
+    del package.releases[:]
+    assert planned(snapshot(package), package.digest) == [package.digest]
+    assert refusal(snapshot(package), asking("sql")).reason is Reason.UNKNOWN_EXPERT
+
+
+def test_without_a_version_the_newest_that_may_serve_is_meant() -> None:
+    versions = ["1.9.0", "1.10.0", "2.0.0-rc.1", "2025-11-27"]
+    held = [adapter(number, "sql", version=version) for number, version in enumerate(versions)]
+    withdrawn = adapter(8, "sql", version="3.0.0", state=YANKED)
+    for address in ("acme/sql", "sql"):
+        assert planned(snapshot(*held, withdrawn), address) == ["acme/sql@1.10.0"]
+        assert planned(snapshot(*reversed(held), withdrawn), address) == ["acme/sql@1.10.0"]
+    assert planned(snapshot(*held), "acme/sql@2.0.0-rc.1") == ["acme/sql@2.0.0-rc.1"]
+
+
+def test_a_pre_release_is_meant_where_there_is_nothing_else() -> None:
+    held = [adapter(number, "sql", version=f"2.0.0-rc.{number}") for number in (9, 10)]
+    assert planned(snapshot(*held), "sql") == ["acme/sql@2.0.0-rc.10"]
+
+
+def test_a_name_that_several_publishers_have_is_refused_and_says_whose() -> None:
+    here = snapshot(SQL, adapter(3, "sql", by="zeta"))
+    refused = refusal(here, asking("sql"))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "experts[0].expert")
+    assert "acme/sql or zeta/sql" in refused.message
+    assert planned(here, "zeta/sql") == ["zeta/sql@1.0.0"]
+
+
+def test_nobody_steps_into_the_name_of_a_withdrawn_expert() -> None:
+    here = snapshot(adapter(1, "sql", state=YANKED), adapter(3, "sql", by="zeta"))
+    assert refusal(here, asking("sql")).reason is Reason.BAD_REQUEST
+    assert planned(here, "zeta/sql") == ["zeta/sql@1.0.0"]
+
+
+@pytest.mark.parametrize(
+    ("address", "advice"),
+    [
+        ("acme/sql@2.0.0", "did you mean 'acme/sql@1.0.0'?"),
+        ("zeta/sql", "did you mean acme/sql?"),
+        ("sq", "did you mean acme/sql?"),
+        ("jsonn", "did you mean acme/json?"),
+        ("acme/", "hocket search"),
+        ("nothing like it", "hocket search"),
+        (digest(77), "hocket search"),
+        ("s" * 100_000, "hocket search"),
+    ],
+)
+def test_an_unknown_expert_is_refused_and_told_of_a_close_one(address: str, advice: str) -> None:
+    refused = refusal(snapshot(SQL, JSON), asking("json", address))
+    assert (refused.reason, refused.field) == (Reason.UNKNOWN_EXPERT, "experts[1].expert")
+    assert advice in refused.message
+    assert len(refused.message) < 500
+
+
+@pytest.mark.parametrize(("state", "reason"), WITHDRAWN.items())
+@pytest.mark.parametrize("address", [SQL.digest, "acme/sql@1.0.0", "acme/sql", "sql"])
+def test_a_withdrawn_expert_is_refused_by_any_name(address: str, state: Any, reason: Reason) -> None:
+    refused = refusal(snapshot(adapter(1, "sql", state=state)), asking(address))
+    assert (refused.reason, refused.metadata["expert"]) == (reason, "acme/sql@1.0.0")
+
+
+def test_a_withdrawn_release_is_refused_while_its_bytes_serve_under_another() -> None:
+    package = adapter(1, "sql")
+    package.releases.add(publisher="zeta", name="sql", version="1.0.0", state=TrustState.TRUST_STATE_KEY_REVOKED)
+    here = snapshot(package)
+    assert refusal(here, asking("zeta/sql@1.0.0")).reason is Reason.KEY_REVOKED
+    assert refusal(here, asking("zeta/sql")).reason is Reason.KEY_REVOKED
+    assert planned(here, "acme/sql") == planned(here, package.digest) == ["acme/sql@1.0.0"]
+
+
+def test_a_release_that_is_none_leaves_the_others_alone() -> None:
+    package = adapter(1, "sql")
+    package.releases.add(publisher="zeta", name="odd", version="no version", state=ACTIVE)
+    here = snapshot(package)
+    assert planned(here, "sql") == ["acme/sql@1.0.0"]
+    assert refusal(here, asking("odd")).reason is Reason.UNKNOWN_EXPERT
+
+
+@pytest.mark.parametrize("address", [digest(5), f"{digest(5)}#0", "acme/low@1.0.0", "digits"])
+def test_what_answers_rows_answers_no_text(address: str) -> None:
+    here = snapshot(SQL, expert_package(digest(5), "low"), models=("digits", "acme/low@1.0.0"))
+    assert refusal(here, asking(address)).reason is Reason.NOT_SERVABLE
+    assert planned(here, "acme/sql@1.0.0") == ["acme/sql@1.0.0"]
+
+
+@pytest.mark.parametrize("again", ["sql", "acme/sql", SQL.digest])
+def test_an_expert_that_is_named_twice_is_refused(again: str) -> None:
+    refused = refusal(snapshot(SQL, JSON), asking("acme/sql@1.0.0", again))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "experts[1].expert")
+    assert planned(snapshot(SQL, JSON), "json", again) == ["acme/json@1.0.0", "acme/sql@1.0.0"]
+
+
+def test_an_expert_without_a_name_is_refused() -> None:
+    refused = refusal(snapshot(SQL), asking(""))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "experts[0].expert")
+
+
+def test_ten_experts_go_together_and_eleven_do_not() -> None:
+    held = [adapter(number, f"e{number}") for number in range(EXPERTS_MAX + 1)]
+    names = [f"acme/e{number}" for number in range(EXPERTS_MAX + 1)]
+    here = snapshot(*held, workers=[worker(budget_bytes=10_000)])
+    assert len(planned(here, *names[:-1])) == EXPERTS_MAX
+    refused = refusal(here, asking(*names))
+    assert (refused.reason, refused.field) == (Reason.TOO_MANY_EXPERTS, "experts")
+
+
+@pytest.mark.parametrize("weight", [-100.0, -0.5, 0.0, 1.0, 2.5, 100.0])
+def test_a_weight_is_taken_as_it_is(weight: float) -> None:
+    request = asking(experts=[ChosenExpert(expert="sql", weight=weight), ChosenExpert(expert="json")])
+    assert [expert.weight for expert in decided(snapshot(SQL, JSON), request).plan.experts] == [weight, 1.0]
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 100.5, -100.5])
+def test_a_weight_that_is_no_number_or_too_large_is_refused(weight: float) -> None:
+    refused = refusal(snapshot(SQL), asking(experts=[ChosenExpert(expert="sql", weight=weight)]))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "experts[0].weight")
+
+
+# What is read.
+
+
+def conversation(*roles: str) -> TextInput:
+    return TextInput(conversation=Conversation(messages=[Message(role=role, content="x") for role in roles]))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        TextInput(prompt=""),
+        TextInput(raw="<|im_start|>"),
+        TextInput(prompt="x" * TEXT_BYTES_MAX),
+        conversation("user"),
+        conversation("system", "user", "assistant", "tool"),
+        conversation(*["user"] * MESSAGES_MAX),
+    ],
+    ids=["prompt", "raw", "one MiB", "one turn", "every role", "many turns"],
+)
+def test_text_is_planned_for(given: TextInput) -> None:
+    decision = decided(snapshot(SQL), asking("sql", input=given))
+    assert decision.job(asking("sql", input=given)).input == given
+
+
+@pytest.mark.parametrize(
+    ("given", "reason", "field"),
+    [
+        (TextInput(), Reason.BAD_REQUEST, "input"),
+        (TextInput(raw="x" * (TEXT_BYTES_MAX + 1)), Reason.TOO_LARGE, "input"),
+        (TextInput(prompt="é" * (TEXT_BYTES_MAX // 2) + "x"), Reason.TOO_LARGE, "input"),
+        (
+            TextInput(
+                conversation=Conversation(
+                    messages=[Message(role="user", content="x" * (TEXT_BYTES_MAX // 2 + 1)) for _ in range(2)]
+                )
+            ),
+            Reason.TOO_LARGE,
+            "input",
+        ),
+        (conversation(), Reason.BAD_REQUEST, "input.conversation.messages"),
+        (conversation(*["user"] * (MESSAGES_MAX + 1)), Reason.BAD_REQUEST, "input.conversation.messages"),
+        (conversation("god", "user"), Reason.BAD_REQUEST, "input.conversation.messages[0].role"),
+        (conversation("user", "assistant"), Reason.BAD_REQUEST, "input.conversation.messages[1].role"),
+        (conversation("system"), Reason.BAD_REQUEST, "input.conversation.messages[0].role"),
+    ],
+    ids=["nothing", "long", "long in UTF-8", "long together", "no turn", "turns", "role", "last turn", "only turn"],
+)
+def test_what_is_no_text_is_refused(given: TextInput, reason: Reason, field: str) -> None:
+    refused = refusal(snapshot(SQL), asking("sql", input=given))
+    assert (refused.reason, refused.field) == (reason, field)
+
+
+# Which base.
+
+
+def base_of(here: Snapshot, *experts: str, base: str = "") -> str:
+    plan = decided(here, asking(*experts, base=base)).plan
+    [found] = {(known.digest, known.name) for known in (QWEN, OTHER_QWEN, GEMMA) if known.digest == plan.base}
+    assert found == (plan.base, plan.base_name)
+    return plan.base
+
+
+BOTH = (worker("a", QWEN), worker("b", GEMMA))
+
+
+@pytest.mark.parametrize(
+    "wanted", [QWEN.digest, "Qwen3-0.6B", "Qwen/Qwen3-0.6B", "qwen3-0.6b", "F:\\models\\Qwen3-0.6B"]
+)
+def test_a_base_is_named_by_digest_or_name(wanted: str) -> None:
+    assert base_of(snapshot(workers=BOTH), base=wanted) == QWEN.digest
+
+
+@pytest.mark.parametrize("wanted", [OTHER_QWEN.digest, "llama", "/", "s" * 10_000])
+def test_a_base_that_no_live_worker_has_is_refused_and_says_which_there_are(wanted: str) -> None:
+    refused = refusal(snapshot(workers=BOTH), asking(base=wanted))
+    assert (refused.reason, refused.field) == (Reason.UNKNOWN_BASE, "base")
+    assert "hocket base add" in refused.message
+    assert QWEN.digest in refused.message
+    assert len(refused.message) < 1000
+
+
+def test_a_name_of_several_bases_is_refused_and_lists_their_digests() -> None:
+    here = snapshot(workers=[worker("a", QWEN), worker("b", OTHER_QWEN)])
+    refused = refusal(here, asking(base="qwen3-0.6b"))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "base")
+    assert QWEN.digest in refused.message
+    assert OTHER_QWEN.digest in refused.message
+    assert base_of(here, base=OTHER_QWEN.digest) == OTHER_QWEN.digest
+
+
+def test_without_experts_the_only_base_answers_and_of_several_one_has_to_be_named() -> None:
+    assert base_of(snapshot(workers=[worker("a"), worker("b")])) == QWEN.digest
+    refused = refusal(snapshot(workers=BOTH), asking())
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "base")
+    assert GEMMA.digest in refused.message
+
+
+@pytest.mark.parametrize(
+    "workers", [[], [worker(base=None)], [worker(formats=frozenset({"apr"}))]], ids=["nobody", "no base", "no adapters"]
+)
+def test_where_nobody_has_a_base_the_refusal_says_how_to_add_one(workers: list[Worker]) -> None:
+    for request in (asking(), asking("sql"), asking(base="qwen3-0.6b")):
+        refused = refusal(snapshot(SQL, workers=workers), request)
+        assert (refused.reason, refused.field) == (Reason.UNKNOWN_BASE, "base")
+        assert "hocket base add" in refused.message
+
+
+def test_experts_choose_the_base_that_they_ride_on() -> None:
+    here = snapshot(SQL, adapter(3, "poem", base=GEMMA), workers=BOTH)
+    assert base_of(here, "sql") == QWEN.digest
+    assert base_of(here, "poem") == GEMMA.digest
+
+
+def test_experts_that_no_base_is_right_for_are_refused() -> None:
+    here = snapshot(SQL, JSON, adapter(3, "poem", base=GEMMA), workers=BOTH)
+    for request in (
+        asking("sql", "poem"),
+        asking("poem", base=QWEN.digest),
+        asking("sql", "json", base="gemma-3-1b-it"),
+    ):
+        refused = refusal(here, request)
+        assert (refused.reason, refused.field) == (Reason.BASE_MISMATCH, "experts")
+        assert "digest differs" in refused.message
+    assert base_of(here, "sql", "json", base=QWEN.digest) == QWEN.digest
+
+
+NAMED = Base("F:/models/Qwen3-0.6B", "")
+WEIGHED = Base("anything", "", QWEN.weights_sha256)
+
+
+def test_only_what_a_name_alone_says_is_flagged() -> None:
+    here = snapshot(SQL, adapter(3, "named", base=NAMED), adapter(4, "weighed", base=WEIGHED))
+    assert decided(here, asking("sql", "weighed")).degradations == []
+    assert decided(here, asking("sql", "named")).degradations == ["BASE_BY_NAME"]
+
+
+def test_a_proven_base_goes_before_one_of_the_right_name() -> None:
+    here = snapshot(
+        adapter(3, "named", base=NAMED),
+        adapter(4, "weighed", base=Base(NAMED.name, "", QWEN.weights_sha256)),
+        workers=[worker("a", OTHER_QWEN), worker("b", QWEN)],
+    )
+    assert base_of(here, "weighed") == QWEN.digest
+    assert base_of(here, "weighed", "named") == QWEN.digest
+    refused = refusal(here, asking("named"))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "base")
+    assert base_of(here, "named", base=OTHER_QWEN.digest) == OTHER_QWEN.digest
+
+
+# Who computes.
+
+
+def test_a_plan_says_everything_about_who_answers() -> None:
+    here = snapshot(SQL, JSON, workers=[worker("a"), worker("b", resident=frozenset({SQL.digest, JSON.digest}))])
+    decision = decided(here, asking("json", "sql", sampling=Sampling(seed=0)))
+    plan = decision.plan
+    assert (plan.mode, plan.base, plan.base_name, plan.revision, plan.seed) == (
+        plan_pb2.MODE_ADAPTER_MIX,
+        QWEN.digest,
+        QWEN.name,
+        7,
+        0,
+    )
+    assert [(expert.digest, expert.weight) for expert in plan.experts] == [(JSON.digest, 1.0), (SQL.digest, 1.0)]
+    assert [(replica.worker, replica.address, replica.resident) for replica in plan.replicas] == [
+        ("b", "local:b", True),
+        ("a", "local:a", False),
+    ]
+    assert sorted(decision.placed, key=str) == sorted(
+        [(QWEN.digest, "b"), (SQL.digest, None), (JSON.digest, None)], key=str
+    )
+
+
+def test_a_worker_that_holds_a_part_is_no_resident_replica() -> None:
+    here = snapshot(SQL, JSON, workers=[worker(resident=frozenset({SQL.digest}))])
+    assert [replica.resident for replica in decided(here, asking("sql")).plan.replicas] == [True]
+    assert [replica.resident for replica in decided(here, asking("sql", "json")).plan.replicas] == [False]
+
+
+@pytest.mark.parametrize("names", [[], ["sql"]])
+def test_the_base_alone_and_a_lone_expert_pass_through(names: list[str]) -> None:
+    assert decided(snapshot(SQL), asking(*names)).plan.mode == plan_pb2.MODE_PASS
+
+
+def test_a_seed_that_nobody_gave_is_drawn_and_named() -> None:
+    here = snapshot(SQL)
+    drawn = {decided(here, asking("sql")).plan.seed for _ in range(8)}
+    assert len(drawn) == 8
+    assert max(drawn) < 2**53
+
+
+def test_a_job_has_one_seed() -> None:
+    request = asking("sql", sampling=Sampling(seed=2**64 - 1, temperature=0.5))
+    job = decided(snapshot(SQL), request).job(request)
+    assert (job.plan.seed, job.sampling) == (2**64 - 1, Sampling(temperature=0.5))
+    assert request.sampling.seed == 2**64 - 1
+
+
+def test_what_only_the_policy_admits_is_flagged() -> None:
+    unsigned = adapter(3, "loose")
+    unsigned.unsigned_by_policy = True
+    decision = decided(snapshot(SQL, unsigned), asking("sql", "loose"))
+    decision.count()
+    assert decision.degradations == ["UNSIGNED_EXPERT"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"draining": True}, {"budget_bytes": 199}], ids=["draining", "too small for both together"]
+)
+def test_without_a_worker_that_can_run_it_now_a_text_is_refused(changes: dict[str, Any]) -> None:
+    refused = refusal(snapshot(SQL, JSON, workers=[worker(**changes)]), asking("sql", "json"))
+    assert refused.reason is Reason.NO_REPLICA
+    assert refused.retry_after_seconds
+    assert len(planned(snapshot(SQL, JSON, workers=[worker(budget_bytes=200)]), "sql", "json")) == 2
+
+
+def test_a_base_of_which_only_draining_workers_are_left_is_not_chosen_where_another_serves() -> None:
+    here = snapshot(workers=[worker("a", QWEN, draining=True), worker("b", GEMMA)])
+    assert base_of(here) == GEMMA.digest
