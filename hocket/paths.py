@@ -27,3 +27,8 @@ def data_folder(environ: Mapping[str, str], home: Path) -> Path:
 def trust_folder(environ: Mapping[str, str], home: Path) -> Path:
     """The trust folder of a suite: `trust` in the data folder. Arguments as there."""
     return data_folder(environ, home) / "trust"
+
+
+def bases_folder(environ: Mapping[str, str], home: Path) -> Path:
+    """Where a suite looks for the bases it may trust: `bases` in the data folder. Arguments as there."""
+    return data_folder(environ, home) / "bases"

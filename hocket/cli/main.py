@@ -50,8 +50,11 @@ _REGISTRY: Final = "Registry"
 VERBS: Final[Mapping[str, _Verb]] = {
     "predict": _Verb("infer", _ANSWERS, "Ask a mixture, and watch its experts answer."),
     "route": _Verb("infer", _ANSWERS, "Explain which experts would answer, without asking them."),
+    "generate": _Verb("generate", _ANSWERS, "Ask a base model and adapter experts for text."),
+    "chat": _Verb("chat", _ANSWERS, "Talk with a base model and adapter experts."),
     "up": _Verb("serve", _SUITE, "Start a whole suite on this machine."),
     "health": _Verb("serve", _SUITE, "Ask a server whether it serves."),
+    "base": _Verb("base", _SUITE, "Decide which base models may be served."),
     "inspect": _Verb("package", _FILES, "Show what a package file says about itself."),
     "verify": _Verb("package", _FILES, "Check that a package file may serve, and say why."),
     "keygen": _Verb("package", _FILES, "Make a key to sign with."),

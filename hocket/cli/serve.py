@@ -77,6 +77,12 @@ def up(
     router_port: Port = None,
     registry_port: Port = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda:0.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIGEST", help="Base model of the workers.", show_default="the only one of `hocket base list`"
+        ),
+    ] = None,
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Serve what nobody trusted has signed. Logged and shown.")
     ] = False,
@@ -101,24 +107,19 @@ def up(
     $ hocket up
     $ hocket up --split --workers 2
     $ hocket up --data ./data --trust ./trust --router-port 6001
+    $ hocket up --base qwen3-0.6b --device cuda:0
     $ hocket up --config hocket.toml --set worker.budget_bytes=2000000000
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise HocketError(
-            Reason.BAD_REQUEST,
-            f"a suite needs {', '.join(missing)} as well: pip install -e '.[all]' in a clone of Hocket",
-        )
+    check_installed(*(("transformers",) if base is not None else ()))
     chosen = {
-        "registry.data_dir": data,
-        "router.data_dir": data,
-        "worker.data_dir": data,
+        **data_settings(data),
         "registry.trust_dir": trust,
         "worker.trust_dir": trust,
         "router.host": host,
         "router.port": router_port,
         "registry.port": registry_port,
         "worker.device": device,
+        "worker.base": base,
         "registry.allow_unsigned": allow_unsigned or None,
         "worker.allow_unsigned": allow_unsigned or None,
     }
@@ -131,9 +132,39 @@ def up(
         raise HocketError(Reason.BAD_REQUEST, "several workers need a process each: add --split")
     if split:
         command += ["--split", "--workers", str(workers)]
-    for assignment in (*_assignments(chosen), *(settings or ())):
+    for assignment in (*assignments(chosen), *(settings or ())):
         command += ["--set", assignment]
     os.execv(sys.executable, command)  # noqa: S606 - the arguments are ours, and no shell reads them
+
+
+def check_installed(*more: str) -> None:
+    """Return if this environment can run a suite.
+
+    Args:
+        more: Modules that are needed as well.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if something is not installed.
+    """
+    missing = [name for name in (*_NEEDED, *more) if find_spec(name) is None]
+    if missing:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"a suite needs {', '.join(missing)} as well: pip install -e '.[all]' in a clone of Hocket",
+        )
+
+
+def data_settings(data: Path | None) -> dict[str, object]:
+    """The settings of a suite whose data lie in a folder; what is None is left as it is."""
+    folders: dict[str, object] = {f"{table}.data_dir": data for table in ("registry", "router", "worker")}
+    return {**folders, "worker.bases_dir": None if data is None else data / "bases"}
+
+
+def assignments(chosen: Mapping[str, object]) -> Iterator[str]:
+    """Settings as `--set` takes them, without those that are None."""
+    for key, value in chosen.items():
+        if value is not None:
+            yield f"{key}={value}"
 
 
 @app.command()
@@ -242,9 +273,3 @@ def _exit_of(states: Mapping[str, Health]) -> Exit:
 
 def _coloured(state: Health) -> object:
     return output.plain(state.lower().replace("_", " "), "green" if state is Health.SERVING else "red")
-
-
-def _assignments(chosen: Mapping[str, object]) -> Iterator[str]:
-    for key, value in chosen.items():
-        if value is not None:
-            yield f"{key}={value}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hocket.paths import data_folder, trust_folder
+from hocket.paths import bases_folder, data_folder, trust_folder
 
 HOME = Path("/home/ada")
 
@@ -20,3 +20,7 @@ def test_data_is_where_xdg_says() -> None:
 
 def test_trust_is_part_of_the_data() -> None:
     assert trust_folder({}, HOME) == HOME / ".local" / "share" / "hocket" / "trust"
+
+
+def test_bases_are_part_of_the_data() -> None:
+    assert bases_folder({"XDG_DATA_HOME": "/data"}, HOME) == Path("/data/hocket/bases")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,18 @@ def hocket() -> Callable[..., Outcome]:
         return Outcome(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@pytest.fixture
+def at_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes commands believe that some of `<stdin>`, `<stdout>` and `<stderr>` are a terminal."""
+    with CliRunner().isolation():
+        stream_type = type(sys.stdin)
+
+    def pretend(*names: str) -> None:
+        monkeypatch.setattr(stream_type, "isatty", lambda stream: stream.name in names)
+
+    return pretend
 
 
 @pytest.fixture

@@ -141,7 +141,8 @@ def test_up_translates_its_options_into_settings(hocket: Any, started: list[list
         sys.executable, "-m", "services.suite", "--log-level", "debug", "--config", str(config), "--insecure",
     ]  # fmt: skip
     assert settings_of(command) == {
-        "router.data_dir=d", "registry.data_dir=d", "worker.data_dir=d", "registry.trust_dir=t", "worker.trust_dir=t",
+        "router.data_dir=d", "registry.data_dir=d", "worker.data_dir=d", "worker.bases_dir=d/bases",
+        "registry.trust_dir=t", "worker.trust_dir=t",
         "router.host=0.0.0.0", "router.port=6001", "registry.port=6002", "worker.device=cpu",
         "registry.allow_unsigned=True", "worker.allow_unsigned=True", "worker.queue_max=3",
     }  # fmt: skip

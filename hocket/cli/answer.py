@@ -1,0 +1,206 @@
+"""An answer in text as it comes: for people at a terminal, for a script, or as JSON."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from rich.text import Text
+
+from hocket.cli import output
+from hocket.client import TextDelta, TextFinish, TextPlanned, TextStart
+from hocket.errors import HocketError, Reason
+from hocket.v1.plan_pb2 import Mode
+from hocket.v1.text_pb2 import TEXT_FINISH_REASON_LENGTH, TextFinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from google.protobuf.duration_pb2 import Duration
+
+    from hocket.v1.text_pb2 import Sampling, TextPlan, Token
+
+    Event = TextPlanned | TextStart | TextDelta | TextFinish
+
+_KEPT: Final = "\n\t"
+
+
+class Telling:
+    """Shows one answer. Leaving it ends the line, and tells what people want to know of what has come.
+
+    Standard output carries the answer alone, or JSON alone. At a terminal what is no text is shown in escapes, since
+    nobody knows what a model writes; a program gets every character.
+
+    Args:
+        as_json: Whether every event is a line of JSON.
+        debug: Whether everything known is shown, on standard error.
+
+    Attributes:
+        text: What has come so far.
+    """
+
+    def __init__(self, *, as_json: bool, debug: bool) -> None:
+        self.text = ""
+        self._as_json = as_json
+        self._debug = debug and not as_json
+        self._at_terminal = sys.stdout.isatty()
+        self._planned: TextPlanned | None = None
+        self._deltas: list[TextDelta] = []
+        self._finish: TextFinish | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._as_json:
+            return
+        if self.text or self._finish is not None:
+            _write("\n")
+        if self._debug:
+            _print_deltas(self._deltas)
+            if self._finish is not None:
+                _print_finish(self._finish)
+        if self._planned is not None and self._finish is not None:
+            if self._at_terminal:
+                _dim(_summary(self._planned.plan, self._finish))
+            if self._finish.degradations:
+                output.say(f"Given up on the way: {', '.join(self._finish.degradations)}", stderr=True)
+
+    def show(self, events: Iterable[Event]) -> None:
+        """Show an answer to its end.
+
+        Raises:
+            HocketError: What the answer fails with; `INTERNAL` if it ends without a finish.
+        """
+        for event in events:
+            self._take(event)
+        if self._finish is None:
+            raise HocketError(Reason.INTERNAL, "the stream ended without a finish")
+
+    def _take(self, event: Event) -> None:
+        if self._as_json:
+            output.emit(_json(event))
+        match event:
+            case TextPlanned():
+                self._planned = event
+                if self._debug:
+                    _print_plan(event)
+            case TextStart():
+                if self._debug:
+                    _print_start(event)
+            case TextDelta():
+                self.text += event.text
+                if self._debug:
+                    self._deltas.append(event)
+                if event.text and not self._as_json:
+                    _write(_visible(event.text) if self._at_terminal else event.text)
+            case TextFinish():
+                self._finish = event
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _visible(text: str) -> str:
+    """Text of a model, whose control characters must not reach the terminal; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in _KEPT else c.encode("unicode_escape").decode() for c in text)
+
+
+def _summary(plan: TextPlan, finish: TextFinish) -> str:
+    """Who answered, how much, how fast."""
+    who = ", ".join(f"{expert.name or output.short(expert.digest)} {expert.weight:g}" for expert in plan.experts)
+    count = finish.usage.completion_token_count
+    parts = [who or plan.base_name or output.short(plan.base), f"{count} token{'' if count == 1 else 's'}"]
+    if finish.reason == TEXT_FINISH_REASON_LENGTH:
+        parts[-1] += " (cut off: --max-tokens, or the base's context)"
+    if finish.speed.decode_tokens_per_second:
+        parts.append(f"{finish.speed.decode_tokens_per_second:.1f} per second")
+    timings = finish.timings
+    first_seconds = sum(_seconds(each) for each in (timings.route, timings.wait, timings.prefill))
+    parts.append(f"the first after {first_seconds:.2f} s")
+    return ", ".join(parts)
+
+
+def _print_plan(planned: TextPlanned) -> None:
+    plan = planned.plan
+    base = f"{plan.base_name} ({plan.base})" if plan.base_name else plan.base
+    _dim(f"plan: {Mode.Name(plan.mode).removeprefix('MODE_')} on base {base}")
+    for expert in plan.experts:
+        _dim(f"  {expert.weight:g} of {expert.name} {expert.digest if expert.digest != expert.name else ''}".rstrip())
+    for replica in plan.replicas:
+        _dim(f"  worker {replica.worker} at {replica.address}{', holds them' if replica.resident else ''}")
+    _dim(f"  seed {plan.seed}, registry revision {plan.revision}, request id {planned.request_id}")
+
+
+def _print_start(start: TextStart) -> None:
+    prompt = f"{start.prompt_token_count} tokens of prompt"
+    if start.soft_prompt_token_count:
+        prompt += f" after {start.soft_prompt_token_count} of soft prompts"
+    _dim(f"start: {start.worker}, {prompt}, template {start.prompt_template}, waited {_milliseconds(start.wait)}")
+    _dim(f"  {_sampling(start.sampling)}")
+
+
+def _sampling(sampling: Sampling) -> str:
+    values = output.message_json(sampling)
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != [] and value is not False)
+
+
+def _print_deltas(deltas: Sequence[TextDelta]) -> None:
+    rows = [
+        (
+            repr(delta.text),
+            " ".join(str(token.id) for token in delta.tokens),
+            " ".join(f"{token.logprob:.3f}" for token in delta.tokens),
+            " | ".join(_top(token) for token in delta.tokens if token.top),
+            " ".join(f"{weight:g}" for weight in delta.contributions),
+        )
+        for delta in deltas
+    ]
+    if rows:
+        columns = ("text~", "token ids~", "logprobs~", "most probable~", "weights~")
+        output.console(stderr=True).print(output.table(columns, rows), style="dim")
+
+
+def _top(token: Token) -> str:
+    return " ".join(f"{other.id}:{other.logprob:.3f}" for other in token.top)
+
+
+def _print_finish(finish: TextFinish) -> None:
+    reason = TextFinishReason.Name(finish.reason).removeprefix("TEXT_FINISH_REASON_")
+    usage, timings, speed = finish.usage, finish.timings, finish.speed
+    stop = f" at {finish.stop!r}" if finish.stop else ""
+    counts = f"{usage.prompt_token_count} tokens of prompt, {usage.completion_token_count} of answer"
+    _dim(f"finish: {reason}{stop}, {counts}")
+    named = {name: getattr(timings, name) for name in ("route", "wait", "prefill", "decode")}
+    _dim(f"  {', '.join(f'{name} {_milliseconds(spent)}' for name, spent in named.items())}")
+    _dim(
+        f"  prefill {speed.prefill_tokens_per_second:.1f} tokens per second, "
+        f"decode {speed.decode_tokens_per_second:.1f}; {speed.step_count} steps, "
+        f"from token to token {_milliseconds(speed.step_mean)}, at most {_milliseconds(speed.step_max)}"
+    )
+
+
+def _dim(text: str) -> None:
+    output.console(stderr=True).print(Text.assemble(output.plain(text, "dim")), soft_wrap=True)
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def _milliseconds(duration: Duration) -> str:
+    return f"{1000 * _seconds(duration):.1f} ms"
+
+
+def _json(event: Event) -> dict[str, Any]:
+    match event:
+        case TextPlanned():
+            return {"event": "plan", "request_id": event.request_id, "plan": output.message_json(event.plan)}
+        case TextStart():
+            return {"event": "start", "start": output.message_json(event)}
+        case TextDelta():
+            return {"event": "delta", "delta": output.message_json(event)}
+        case TextFinish():
+            return {"event": "finish", "finish": output.message_json(event)}

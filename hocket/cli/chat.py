@@ -1,0 +1,272 @@
+"""`hocket chat`: a conversation with a base model and adapter experts."""
+
+from __future__ import annotations
+
+import json as jsons
+import sys
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from hocket.cli import files, output, sampling, servers
+from hocket.cli.answer import Telling
+from hocket.cli.generate import TEXT_BYTES_MAX, turn
+from hocket.cli.own_suite import own_router, wants_own
+from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from hocket.cli.sampling import WeightedExpert
+    from hocket.client import blocking
+    from hocket.client.router import SamplingOptions
+
+app = typer.Typer(add_completion=False)
+
+_PROMPT: Final = "> "
+_MORE: Final = ". "
+_NONE: Final = "-"
+_REFUSED: Final = 2
+_HELP: Final = f"""\
+/experts sql:0.7,json:0.3   who answers from now on; {_NONE} for the base alone
+/base NAME                  on which base; {_NONE} for the one that the experts ride on
+/system TEXT                what the system says first; {_NONE} for nothing
+/reset                      forget what was said
+/save FILE                  write what was said as JSON
+/debug                      show plan, tokens and timings, or no longer
+/quit                       end, as Ctrl-D does
+//...                       a line that begins with one slash
+A backslash at the end of a line continues it on the next. Ctrl-C ends an answer that is running."""
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    *,
+    experts: sampling.Experts = "",
+    base: sampling.Base = "",
+    system: sampling.System = None,
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    seed: sampling.Seed = None,
+    max_tokens: sampling.MaxTokens = None,
+    stop: sampling.Stop = None,
+    logprobs: sampling.Logprobs = None,
+    router: servers.Router = servers.ROUTER_ADDRESS,
+    device: sampling.Device = None,
+    data: sampling.Data = None,
+    debug: sampling.Debug = False,
+    json: output.Json = False,
+) -> None:
+    """Talk with a base model and adapter experts.
+
+    What was said goes with every turn. /help lists what can be changed on
+    the way, /experts and /system among it. Ctrl-C ends a running answer,
+    Ctrl-D the conversation.
+
+    From a pipe every line is a turn, and the answers alone are printed;
+    the status is 2 if one of them was refused.
+
+    $ hocket chat --experts sql:0.7,json:0.3
+    $ hocket chat --system "answer in one word" --device auto
+    $ cat questions.txt | hocket chat > answers.txt
+    """
+    options: SamplingOptions = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "stop": stop,
+        "top_logprobs": logprobs,
+    }
+    chosen = sampling.read_experts(experts)
+    own = wants_own(context, device, data)
+    with (
+        own_router(device=device, data=data, wanted=base, shown=not json) if own else servers.router(router) as client,
+    ):
+        talk = _Talk(
+            client,
+            nullcontext if own else partial(servers.explained, router, "router"),
+            options,
+            chosen,
+            "" if own else base,  # which has one base, whatever it calls it
+            system,
+            debug=debug,
+            as_json=json,
+        )
+        talk.run()
+    if talk.refused and not talk.at_terminal:
+        raise typer.Exit(_REFUSED)
+
+
+@dataclass(slots=True)
+class _Talk:
+    """A conversation.
+
+    Attributes:
+        explained: What explains failures of the connection.
+        turns: What was said, without the system's part.
+        refused: Whether something was refused.
+        at_terminal: Whether a person sits at both ends.
+    """
+
+    client: blocking.RouterClient
+    explained: Callable[[], AbstractContextManager[None]]
+    options: SamplingOptions
+    experts: list[WeightedExpert]
+    base: str
+    system: str | None
+    _: KW_ONLY
+    debug: bool
+    as_json: bool
+    turns: list[dict[str, str]] = field(default_factory=list)
+    refused: bool = False
+    at_terminal: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
+    _saved: set[Path] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Take turns until there is no further line."""
+        if self.at_terminal:
+            import readline  # noqa: F401, PLC0415 - gives `input` its keys and its memory
+
+            output.say("/help lists what can be changed on the way, Ctrl-D ends", stderr=True)
+        while True:
+            try:
+                said = self._read()
+                if said is None or said.strip() == "/quit":
+                    return
+                self._take(said)
+            except KeyboardInterrupt:
+                if not self.at_terminal:
+                    raise
+                output.say("", stderr=True)
+            except HocketError as error:
+                self.refused = True
+                output.refuse(error, as_json=self.as_json)
+
+    def _take(self, said: str) -> None:
+        if said.startswith("/") and not said.startswith("//"):
+            name, _, rest = said[1:].strip().partition(" ")
+            command = self._commands().get(name)
+            if command is None:
+                raise HocketError(Reason.BAD_REQUEST, f"no command /{name[:80]}: /help lists them, // begins a text")
+            command(rest.strip())
+        elif said.strip():
+            self._answer(said.removeprefix("/"))
+
+    def _answer(self, said: str) -> None:
+        """Ask for the next turn. One that is refused is forgotten, one that is ended early counts as far as it came."""
+        if len(said) > TEXT_BYTES_MAX:
+            raise HocketError(Reason.TOO_LARGE, "what was said is larger than 1 MiB")
+        asked = turn("user", said)
+        system = [] if self.system is None else [turn("system", self.system)]
+        telling = Telling(as_json=self.as_json, debug=self.debug)
+        try:
+            with self.explained(), telling:
+                telling.show(
+                    self.client.generate(
+                        messages=[*system, *self.turns, asked], experts=self.experts, base=self.base, **self.options
+                    )
+                )
+        except HocketError as error:
+            if error.reason is Reason.TOO_LARGE and self.turns:
+                raise error.restated(f"{error.message} (/reset forgets what was said)") from error
+            raise
+        except KeyboardInterrupt:
+            if telling.text:
+                self.turns += [asked, turn("assistant", telling.text)]
+            raise
+        self.turns += [asked, turn("assistant", telling.text)]
+
+    def _commands(self) -> Mapping[str, Callable[[str], None]]:
+        return {
+            "help": self._help,
+            "experts": self._choose_experts,
+            "base": self._choose_base,
+            "system": self._choose_system,
+            "reset": lambda _rest: self.turns.clear(),
+            "save": self._save,
+            "debug": self._toggle_debug,
+        }
+
+    def _help(self, _rest: str) -> None:
+        for line in _HELP.splitlines():
+            output.say(line, stderr=True)
+
+    def _choose_experts(self, text: str) -> None:
+        if text:
+            self.experts = [] if text == _NONE else sampling.read_experts(text)
+        self._tell(f"experts: {sampling.written(self.experts) or 'none, the base alone'}")
+
+    def _choose_base(self, text: str) -> None:
+        if text:
+            self.base = "" if text == _NONE else text
+        self._tell(f"base: {self.base or 'the one that the experts ride on'}")
+
+    def _choose_system(self, text: str) -> None:
+        if text:
+            self.system = None if text == _NONE else text
+        self._tell(f"system: {'nothing' if self.system is None else self.system}")
+
+    def _toggle_debug(self, _rest: str) -> None:
+        self.debug = not self.debug
+        self._tell(f"debug: {'on' if self.debug else 'off'}")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise HocketError(Reason.BAD_REQUEST, "say where: /save FILE")
+        path = Path(text).expanduser()
+        if path.exists() and path not in self._saved:
+            raise HocketError(Reason.BAD_REQUEST, f"{path} is there already: choose another name")
+        system = [] if self.system is None else [turn("system", self.system)]
+        document = {
+            "experts": sampling.written(self.experts),
+            "base": self.base,
+            "messages": [*system, *self.turns],
+        }
+        files.write_file(path, jsons.dumps(document, ensure_ascii=False, indent=2).encode() + b"\n")
+        self._saved.add(path)
+        self._tell(f"{path} is written")
+
+    def _tell(self, text: str) -> None:
+        if self.at_terminal:
+            output.say(text, stderr=True)
+
+    def _read(self) -> str | None:
+        """What is said next, lines that end with a backslash joined with the next; None at the end."""
+        lines: list[str] = []
+        while True:
+            line = self._line(_MORE if lines else _PROMPT)
+            if line is None:
+                return "\n".join(lines) if lines else None
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+
+    def _line(self, prompt: str) -> str | None:
+        try:
+            if self.at_terminal:
+                return input(prompt)
+            line = sys.stdin.readline()
+        except EOFError:
+            return None
+        except UnicodeDecodeError:
+            self.refused = True
+            output.refuse(HocketError(Reason.BAD_REQUEST, "what was said is not text in UTF-8"), as_json=self.as_json)
+            return None
+        return line.removesuffix("\n").removesuffix("\r") if line else None

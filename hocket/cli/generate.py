@@ -1,0 +1,120 @@
+"""`hocket generate`: one text from a base model and adapter experts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Final
+
+import typer
+
+from hocket.cli import output, sampling, servers
+from hocket.cli.answer import Telling
+from hocket.cli.own_suite import own_router, wants_own
+from hocket.errors import HocketError, Reason
+
+app = typer.Typer(add_completion=False)
+
+TEXT_BYTES_MAX: Final = 2**20
+"""What the contract allows a text to have."""
+_STDIN: Final = "-"
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer; - or nothing for standard input.", show_default=False)
+    ] = None,
+    *,
+    experts: sampling.Experts = "",
+    base: sampling.Base = "",
+    system: sampling.System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The model reads the prompt as it is, without a template.")
+    ] = False,
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    seed: sampling.Seed = None,
+    max_tokens: sampling.MaxTokens = None,
+    stop: sampling.Stop = None,
+    logprobs: sampling.Logprobs = None,
+    router: servers.Router = servers.ROUTER_ADDRESS,
+    device: sampling.Device = None,
+    data: sampling.Data = None,
+    debug: sampling.Debug = False,
+    json: output.Json = False,
+) -> None:
+    """Ask a base model and adapter experts for text.
+
+    The answer streams as it is made. Into a pipe goes the answer alone.
+    With --json every event is one line: plan, start, deltas, finish.
+
+    What is not said about choosing tokens is left to the heaviest expert,
+    then to the base. With --device no running suite is needed: one
+    starts on this machine's data, and ends with the command.
+
+    $ hocket generate "list all names" --experts sql:0.7,json:0.3
+    $ cat question.txt | hocket generate --experts acme/sql@1.2.0 > answer.txt
+    $ hocket generate "tell a story" --temperature 0.8 --seed 7 --max-tokens 200
+    $ hocket generate "what is 2 + 2?" --device auto
+    """
+    chosen = sampling.read_experts(experts)
+    if raw and system is not None:
+        raise HocketError(Reason.BAD_REQUEST, "--raw is read as it is: write the system's part into it")
+    text = _read_prompt(prompt, raw=raw)
+    own = wants_own(context, device, data)
+    with (
+        own_router(device=device, data=data, wanted=base, shown=not json) if own else servers.router(router) as client,
+        Telling(as_json=json, debug=debug) as telling,
+    ):
+        events = client.generate(
+            text if system is None and not raw else None,
+            messages=None if system is None else [turn("system", system), turn("user", text)],
+            raw=text if raw else None,
+            experts=chosen,
+            base="" if own else base,  # which has one base, whatever it calls it
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=stop,
+            top_logprobs=logprobs,
+        )
+        telling.show(events)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    """One turn of a conversation."""
+    return {"role": role, "content": content}
+
+
+def _read_prompt(prompt: str | None, *, raw: bool) -> str:
+    """The prompt that was given. The newline at the end of a pipe is no part of it, except in raw text."""
+    if prompt is not None and prompt != _STDIN:
+        text = prompt
+    else:
+        if sys.stdin.isatty():
+            if prompt is None:
+                raise HocketError(Reason.BAD_REQUEST, "give a prompt: hocket generate 'PROMPT', or through a pipe")
+            output.say("reading the prompt from the terminal: end with Ctrl-D", stderr=True)
+        data = sys.stdin.buffer.read(TEXT_BYTES_MAX + 1)
+        if len(data) > TEXT_BYTES_MAX:
+            raise HocketError(Reason.TOO_LARGE, "the prompt is larger than 1 MiB")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise HocketError(Reason.BAD_REQUEST, "the prompt is not text in UTF-8") from error
+        text = text if raw else text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise HocketError(Reason.BAD_REQUEST, "the prompt is empty")
+    return text

@@ -1,0 +1,163 @@
+"""The options of commands that ask for text: which experts with which weights, which base, how tokens are chosen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Final, TypeAlias
+
+import typer
+
+from hocket.errors import HocketError, Reason
+from hocket.identity import is_digest
+
+WeightedExpert: TypeAlias = tuple[str, float] | str
+"""What names an expert, with its weight; alone where the server decides, which means 1."""
+
+_WEIGHT_MAX: Final = 100.0
+_FORM: Final = "write --experts sql:0.7,json:0.3"
+
+_CHOICE: Final = "Experts and base"
+_SAMPLING: Final = "How tokens are chosen"
+_PLACE: Final = "Who is asked"
+
+Experts = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:WEIGHT],...",
+        help="Adapter experts to compose, each by name, publisher/name@version or digest; weight 1 if none is given.",
+        show_default="the base alone",
+        rich_help_panel=_CHOICE,
+    ),
+]
+Base = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|DIGEST",
+        help="The base model.",
+        show_default="the one that the experts ride on",
+        rich_help_panel=_CHOICE,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What the system says first.", show_default=False, rich_help_panel=_CHOICE),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="0 takes the most probable token.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, help="Most probable tokens that count.", rich_help_panel=_SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of probability that counts.", rich_help_panel=_SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Least share of the best token's probability.", rich_help_panel=_SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="Above 1: tokens of prompt and answer less.", rich_help_panel=_SAMPLING),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(min=-100, max=100, help="Tokens of the answer less.", rich_help_panel=_SAMPLING),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(min=-100, max=100, help="The same, for each time one came.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, help="The same seed, the same answer.", rich_help_panel=_SAMPLING),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Most tokens of the answer.", rich_help_panel=_SAMPLING),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text that ends the answer; may be repeated.", rich_help_panel=_SAMPLING),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=20,
+        help="Most probable tokens to tell with each token; --debug and --json show them.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="auto, cpu or cuda:0: compute there, in a suite of this command's own.",
+        show_default="ask the router",
+        rich_help_panel=_PLACE,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Data of a suite of this command's own.",
+        show_default="with --device: ~/.local/share/hocket",
+        rich_help_panel=_PLACE,
+    ),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show plan, tokens, timings and speed, on standard error."),
+]
+
+
+def read_experts(text: str) -> list[WeightedExpert]:
+    """The experts that a list such as `sql:0.7,acme/json@1.2.0,sha256:<64 hex digits>:0.3` names, in its order.
+
+    A weight follows the last colon; the colon inside a digest is none.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if a part has no name, a weight is no number from -100 to 100, a digest is cut short,
+            or an expert is named twice.
+    """
+    chosen: dict[str, WeightedExpert] = {}
+    for part in text.split(",") if text.strip() else ():
+        name, weight = _part(part.strip())
+        if name in chosen:
+            raise _bad(f"{name[:80]!r} is named twice: give it one weight")
+        chosen[name] = name if weight is None else (name, weight)
+    return list(chosen.values())
+
+
+def written(experts: list[WeightedExpert]) -> str:
+    """Experts as `read_experts` reads them."""
+    return ",".join(each if isinstance(each, str) else f"{each[0]}:{each[1]:g}" for each in experts)
+
+
+def _part(part: str) -> tuple[str, float | None]:
+    if is_digest(part) or ":" not in part:
+        if not part:
+            raise _bad(f"a name is missing: {_FORM}")
+        return part, None
+    name, _, text = (each.strip() for each in part.rpartition(":"))
+    if not name:
+        raise _bad(f"{part[:80]!r} has no name: {_FORM}")
+    if name == "sha256":
+        raise _bad(f"{part[:80]!r} is no whole digest: it has 64 hex digits, 0-9 and a-f")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not -_WEIGHT_MAX <= weight <= _WEIGHT_MAX:
+        raise _bad(f"the weight of {name[:80]!r} is a number from -100 to 100, not {text[:80]!r}: {_FORM}")
+    return name, weight
+
+
+def _bad(what: str) -> HocketError:
+    return HocketError(Reason.BAD_REQUEST, what, field="experts")

@@ -1,0 +1,243 @@
+"""The base models that an operator trusts: one folder of `<name>.toml` files, each with a path and a digest.
+
+    name = "qwen3-0.6b"
+    path = "/models/Qwen3-0.6B"
+    digest = "sha256:<64 hex digits>"
+
+A base carries no signature: who adds its folder decides to trust what lies there at that moment, and a worker compares
+the digest before it computes with it. Only `hocket base add` and `hocket base remove` write these files. A file that
+does not mean anything certain is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hocket.base_folder import base_digest, base_name
+from hocket.bases import normalised_name
+from hocket.errors import HocketError, Reason
+from hocket.identity import check_name, is_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SUFFIX: Final = ".toml"
+_FILE_SIZE_BYTES_MAX: Final = 64 * 1024
+_FILE_MODE: Final = 0o644
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """A base that is trusted.
+
+    Attributes:
+        name: What people here call it, spelled as names of packages are.
+        path: Where its folder was when it was added; absolute.
+        digest: Of the folder's content, `sha256:<hex>`, as `hocket.base_folder.base_digest` tells it.
+    """
+
+    name: str
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBases:
+    """What a folder says.
+
+    Attributes:
+        folder: The folder.
+        bases: By name.
+        problems: Why files were left out, one refusal each.
+    """
+
+    folder: Path
+    bases: tuple[KnownBase, ...] = ()
+    problems: tuple[HocketError, ...] = ()
+
+    def find(self, wanted: str) -> KnownBase | None:
+        """The base that is meant.
+
+        Args:
+            wanted: Its name, compared as `hocket.bases` compares names, or its whole digest; empty for the only one.
+
+        Returns:
+            The base; None if `wanted` is empty and there is none.
+
+        Raises:
+            HocketError: `BAD_REQUEST` if `wanted` is empty and there are several, `UNKNOWN_BASE` if it names none.
+        """
+        names = ", ".join(base.name for base in self.bases)
+        if not wanted:
+            if len(self.bases) > 1:
+                raise HocketError(Reason.BAD_REQUEST, f"several bases are known: say which one ({names})", field="base")
+            return self.bases[0] if self.bases else None
+        found = [base for base in self.bases if wanted == base.digest or normalised_name(wanted) == base.name]
+        if not found:
+            there_are = f"there are {names}" if self.bases else "there is none yet"
+            raise HocketError(
+                Reason.UNKNOWN_BASE,
+                f"no base {wanted[:80]!r} in {self.folder}: {there_are}; `hocket base add PATH` adds one",
+                field="base",
+            )
+        return found[0]
+
+
+def read(folder: Path) -> KnownBases:
+    """What a folder says; without the folder no base is known.
+
+    Files not called `*.toml` and hidden files are ignored. A file that is unreadable, too large, malformed or misnamed
+    is left out, and listed in `problems`.
+    """
+    bases: list[KnownBase] = []
+    problems: list[HocketError] = []
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        paths = []
+    except OSError as error:
+        paths = []
+        problems.append(_bad(f"folder {folder} cannot be listed ({error.strerror})"))
+    for path in paths:
+        if path.suffix == _SUFFIX and not path.name.startswith("."):
+            try:
+                bases.append(_read_file(path))
+            except HocketError as error:
+                problems.append(error)
+    return KnownBases(folder, tuple(bases), tuple(problems))
+
+
+def add(
+    folder: Path,
+    base: Path,
+    *,
+    name: str | None = None,
+    replace: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> KnownBase:
+    """Trust a base as it is now. All of it is read, to know its digest.
+
+    Args:
+        folder: Where known bases are kept; made if need be.
+        base: A Hugging Face model directory.
+        name: What to call it; None for the name of its folder, or of its model where it lies in the hub's cache.
+        replace: Whether the name may be taken from another base.
+        on_progress: Told the bytes hashed so far, and all of them.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if the directory is no base, its path cannot be written as text, the name cannot be
+            one, or the folder cannot be written; `NAME_TAKEN` if the name stands for another base.
+    """
+    if not os.path.isdir(base):  # noqa: PTH112 - Path.is_dir raises where a folder above may not be read
+        raise _bad(f"{base} is no folder, or may not be read: give a Hugging Face model directory")
+    if name is None:
+        try:
+            name = check_name(normalised_name(base_name(base)), "name of a base")
+        except HocketError as error:
+            raise error.restated(f"{error.message}: choose another (--name)") from error
+    else:
+        check_name(name, "name of a base")
+    known = KnownBase(name, base.resolve(), base_digest(base, on_progress))
+    path = folder / f"{name}{_SUFFIX}"
+    if path.exists() and not replace:
+        present = _read_file(path)
+        if present.digest != known.digest:
+            raise HocketError(
+                Reason.NAME_TAKEN,
+                f"{name} is the base at {present.path} ({present.digest}): choose another name (--name), or put this "
+                "one in its place (--replace)",
+            )
+    _write(path, known)
+    return known
+
+
+def remove(folder: Path, name: str) -> KnownBase:
+    """Trust a base no longer. Its own folder stays as it is.
+
+    Raises:
+        HocketError: `UNKNOWN_BASE` if there is none of that name or digest, `BAD_REQUEST` if none is named, or the file
+            cannot be removed.
+    """
+    known = read(folder).find(name) if name else None
+    if known is None:
+        raise _bad("say which base, by name or digest")
+    try:
+        (folder / f"{known.name}{_SUFFIX}").unlink()
+        _sync(folder)
+    except OSError as error:
+        raise _bad(f"{known.name} cannot be removed from {folder} ({error.strerror})") from error
+    return known
+
+
+def _read_file(path: Path) -> KnownBase:
+    try:
+        if not path.is_file():  # opening a pipe that nobody writes would wait for ever
+            raise _bad(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(_FILE_SIZE_BYTES_MAX + 1)
+        if len(data) > _FILE_SIZE_BYTES_MAX:
+            raise _bad(f"{path} is larger than {_FILE_SIZE_BYTES_MAX} bytes")
+        return _parse(data, path)
+    except OSError as error:
+        raise _bad(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _parse(data: bytes, path: Path) -> KnownBase:
+    """Read a file strictly."""
+    try:
+        document = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"{path} is not TOML: {error}") from error
+    wanted = {field.name for field in fields(KnownBase)}
+    if document.keys() != wanted or not all(isinstance(value, str) for value in document.values()):
+        raise _bad(f"{path} must have name, path and digest, each a text, and nothing else")
+    base = KnownBase(document["name"], Path(document["path"]), document["digest"])
+    if base.name != path.stem:
+        raise _bad(f"{path} is named after another base than it describes, {base.name[:80]!r}")
+    try:
+        check_name(base.name, "name of a base")
+    except HocketError as error:
+        raise _bad(f"{path}: {error.message}") from error
+    if not base.path.is_absolute() or not is_digest(base.digest):
+        raise _bad(f"{path} needs an absolute path, and a digest (sha256:<64 hex digits>)")
+    return base
+
+
+def _write(path: Path, base: KnownBase) -> None:
+    """Replace a file at once, so that a reader finds the old base or the new one."""
+    texts = asdict(base) | {"path": str(base.path)}
+    try:
+        data = "".join(f"{key} = {json.dumps(text, ensure_ascii=False)}\n" for key, text in texts.items()).encode()
+        _parse(data, path)  # what could not be read is not written
+    except (UnicodeEncodeError, HocketError) as error:
+        raise _bad(f"{str(base.path)!a} cannot be written as text: give the folder a plainer path") from error
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), _FILE_MODE)
+            os.fsync(file.fileno())
+        draft.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _bad(f"{path} cannot be written ({error.strerror})") from error
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename or a removal outlast a power failure: a base that was removed must not come back."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bad(what: str) -> HocketError:
+    return HocketError(Reason.BAD_REQUEST, what)
