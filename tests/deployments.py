@@ -8,11 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hocket import known_bases
 from hocket.client.registry import RegistryClient
 from hocket.client.router import RouterClient
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import Purpose
+from hocket.packages.expert import is_expert
 from hocket.rpc.channel import Channels
 from hocket.rpc.handlers import Tokens
 from hocket.rpc.server import Address, Server
@@ -48,6 +50,7 @@ class Deployment:
         channel: To the router, for raw stubs.
         registry_channel: To the registry, likewise.
         trust: The trust folder of registry and worker; it trusts `acme`.
+        app: The worker itself; None where it is another process's.
     """
 
     router: RouterClient
@@ -55,11 +58,14 @@ class Deployment:
     channel: grpc.aio.Channel
     registry_channel: grpc.aio.Channel
     trust: TrustFolder
+    app: WorkerApp | None = None
 
     async def publish(self, data: bytes, name: str = "", seed: bytes = ACME_SEED) -> str:
         """Publish under a release of acme's, wait until the router knows it, and return the digest."""
         digest = digest_of(data)
-        release = envelope_of(data, seed, name or f"acme/p-{digest[7:19]}@1")
+        release = envelope_of(
+            data, seed, name or f"acme/p-{digest[7:19]}@1", format="expert" if is_expert(data) else "apr"
+        )
         await self.registry.publish(data, release)
         await self.known(digest)
         return digest
@@ -79,15 +85,27 @@ class Deployment:
                 try:
                     await self.router.get_mixture(model)
                 except HocketError as error:
+                    if error.reason is Reason.NOT_SERVABLE:  # an adapter expert is no model
+                        return
                     assert error.reason in {Reason.UNKNOWN_MODEL, Reason.NOT_READY}, error  # noqa: PT017 - waiting
                     await asyncio.sleep(0.005)
                 else:
                     return
 
 
-def settings_in(folder: Path, **changes: dict[str, Any]) -> SuiteSettings:
-    """Settings of a suite that lives in a folder of its own, on free ports."""
+def settings_in(folder: Path, base: Path | None = None, **changes: dict[str, Any]) -> SuiteSettings:
+    """Settings of a suite that lives in a folder of its own, on free ports.
+
+    Args:
+        folder: For its data.
+        base: Folder of a base model that the operator has added; None for none.
+        changes: Settings by table.
+    """
     common = {"data_dir": folder, "trust_dir": folder / "trust"}
+    if base is not None:
+        known_bases.add(folder / "bases", base)
+        text = {"bases_dir": folder / "bases", "kv_bytes": 2**20, "arena_bytes": 2**20, "budget_bytes": 2**22}
+        changes = {**changes, "worker": {**text, **changes.get("worker", {})}}
     port = {"port": 0, "drain_notice_seconds": 0.0}
     return SuiteSettings(
         RouterSettings(**{**port, **changes.get("router", {})}),
@@ -99,7 +117,7 @@ def settings_in(folder: Path, **changes: dict[str, Any]) -> SuiteSettings:
 
 @asynccontextmanager
 async def deployed(
-    kind: str, folder: Path, tls: Tls | None = None, **changes: dict[str, Any]
+    kind: str, folder: Path, tls: Tls | None = None, base: Path | None = None, **changes: dict[str, Any]
 ) -> AsyncIterator[Deployment]:
     """A suite of the given kind, ready to answer.
 
@@ -107,26 +125,27 @@ async def deployed(
         kind: `one process` or `four servers`.
         folder: For its data.
         tls: What everyone speaks TLS with; None for no TLS.
+        base: Folder of the worker's base model; None for none.
         changes: Settings by table.
     """
     trust = TrustFolder(folder / "trust")
     trust.add_key(trusted())
-    settings = settings_in(folder, **changes)
+    settings = settings_in(folder, base, **changes)
     async with AsyncExitStack() as stack:
         if kind == "one process":
             suite = Suite(settings, tls=tls, metrics=False)
             await suite.start()
             stack.push_async_callback(suite.stop)
-            router, registry = str(suite.router_address), str(suite.registry_address)
+            router, registry, worker = str(suite.router_address), str(suite.registry_address), suite._worker
         else:
-            router, registry = await _apart(settings, tls, stack)
+            router, registry, worker = await _apart(settings, tls, stack)
         channels = Channels(tls=tls)
         stack.push_async_callback(channels.close)
         channel, to_registry = channels.get(router), channels.get(registry)
-        yield Deployment(RouterClient(channel), RegistryClient(to_registry), channel, to_registry, trust)
+        yield Deployment(RouterClient(channel), RegistryClient(to_registry), channel, to_registry, trust, worker)
 
 
-async def _apart(settings: SuiteSettings, tls: Tls | None, stack: AsyncExitStack) -> tuple[str, str]:
+async def _apart(settings: SuiteSettings, tls: Tls | None, stack: AsyncExitStack) -> tuple[str, str, WorkerApp]:
     """Each service behind a port of its own; only sockets between them."""
     channels = Channels(tls=tls)
 
@@ -149,12 +168,12 @@ async def _apart(settings: SuiteSettings, tls: Tls | None, stack: AsyncExitStack
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {name: getattr(settings.worker, name) for name in settings.worker.__slots__}
-    worker = WorkerSettings(**{**common, "registry": registry})
-    await serve("worker", WorkerApp(worker, channels, f"127.0.0.1:{port}"), port)
+    worker = WorkerApp(WorkerSettings(**{**common, "registry": registry}), channels, f"127.0.0.1:{port}")
+    await serve("worker", worker, port)
     aggregator = await serve("aggregator", AggregatorApp(settings.aggregator, channels))
     common = {name: getattr(settings.router, name) for name in settings.router.__slots__}
     router = RouterApp(RouterSettings(**{**common, "registry": registry, "aggregators": (aggregator,)}), channels)
     address = await serve("router", router)
     async with asyncio.timeout(10):
         await router.directory.wait_for_worker()
-    return address, registry
+    return address, registry, worker

@@ -14,7 +14,7 @@ import torch
 from hocket.errors import HocketError, Reason
 from hocket.packages import Package, Policy, TrustRoots, open_package
 from hocket.packages import model as m
-from services.expert_worker.loader import Expert, place, prepare
+from services.expert_worker.loader import Expert, Prepared, place, prepare
 from tests import apr_oracle
 from tests.builders import apr_bytes, forest, grow, models
 from tests.signing import NOW
@@ -57,9 +57,15 @@ def opened(data: bytes) -> Package:
     return open_package(data, trust=TrustRoots(), policy=Policy(allow_unsigned=True), now=NOW)
 
 
+def tensor_experts(prepared: Prepared, device: str = "cpu") -> tuple[Expert, ...]:
+    """The experts of an `.apr` package."""
+    experts = place(prepared, torch.device(device))
+    return tuple(expert for expert in experts if isinstance(expert, Expert))
+
+
 def on_device(model: Any, device: str = "cpu", **options: Any) -> tuple[Expert, ...]:
     """The experts of a model, by way of a file."""
-    return place(prepare(opened(apr_bytes(model, **options))), torch.device(device))
+    return tensor_experts(prepare(opened(apr_bytes(model, **options))), device)
 
 
 def lone(model: Any, device: str = "cpu", **options: Any) -> Expert:
@@ -107,7 +113,7 @@ def assert_meets_the_record(entry: dict[str, Any], device: str = "cpu") -> bool:
     """Whether the file serves, and if so, that it answers as recorded."""
     try:
         package = opened(entry["data"])
-        experts = place(prepare(package), torch.device(device))
+        experts = tensor_experts(prepare(package), device)
     except HocketError as error:
         if error.reason not in {Reason.ENCRYPTED, Reason.NOT_SERVABLE}:  # the latter chooses no expert
             raise

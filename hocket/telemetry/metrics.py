@@ -117,6 +117,22 @@ BATCH_ROWS: Final = Histogram(
     "Rows computed in one pass.",
     buckets=tuple(2**step for step in range(11)),
 )
+TEXT_PROMPT_TOKENS: Final = Counter("hocket_text_prompt_tokens", "Tokens of prompts whose answers have begun.")
+TEXT_TOKENS: Final = Counter("hocket_text_tokens", "Tokens of answers.")
+TEXT_TOKEN_SECONDS: Final = Histogram(
+    "hocket_text_token_seconds",
+    "Time from one token of an answer to the next: the mean of each answer.",
+    buckets=tuple(0.001 * 2**step for step in range(14)),  # to 8 s
+)
+TEXT_FIRST_TOKEN_SECONDS: Final = Histogram(
+    "hocket_text_first_token_seconds",
+    "Time from the arrival of a text request to the first token of its answer.",
+    buckets=tuple(0.005 * 2**step for step in range(15)),  # to 82 s
+)
+TEXT_RUNNING: Final = Gauge("hocket_text_running", "Texts that are being answered.")
+TEXT_WAITING: Final = Gauge("hocket_text_waiting", "Texts that wait for the engine.")
+KV_PAGES_USED: Final = Gauge("hocket_kv_pages_used", "KV pages that running texts have.")
+KV_PAGES: Final = Gauge("hocket_kv_pages", "KV pages there are.")
 
 
 def serve_metrics(host: str, port: int) -> Callable[[], None]:

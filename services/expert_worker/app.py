@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from hocket import known_bases
 from hocket.client.registry import RegistryClient
 from hocket.errors import HocketError, Reason
 from hocket.packages import Policy
@@ -27,7 +28,7 @@ from services.expert_worker.cache import PackageCache
 from services.expert_worker.device import budget_bytes, choose_device, compute_threads
 from services.expert_worker.feed import Feed
 from services.expert_worker.journal import Journal
-from services.expert_worker.loader import place
+from services.expert_worker.loader import place, prepare
 from services.expert_worker.residency import Residency
 from services.expert_worker.revocations import RevocationFile
 from services.expert_worker.service import ADMIN_METHODS, WorkerServicer
@@ -36,12 +37,14 @@ from services.expert_worker.supply import Supply
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hocket.known_bases import KnownBase
+    from hocket.packages import Package
     from hocket.rpc.channel import Channels
-    from services.expert_worker.loader import Expert, Prepared
+    from services.expert_worker.loader import Prepared, Served
     from services.expert_worker.settings import WorkerSettings
+    from services.expert_worker.text_engine import TextEngine
 
 _log: Final = structlog.get_logger("worker")
-_FORMATS: Final = ("apr",)
 _VERIFYING_THREADS: Final = 4
 _FAREWELL_SECONDS: Final = 0.5
 _PRELOAD_PAUSE_SECONDS: Final = 1.0
@@ -50,7 +53,7 @@ _NAME_LENGTH_MAX: Final = 64
 
 
 class WorkerApp:
-    """An expert worker's handlers, its compute thread, and the tasks that keep it current.
+    """An expert worker's handlers, its compute threads, and the tasks that keep it current.
 
     Args:
         settings: What the operator chose.
@@ -61,6 +64,11 @@ class WorkerApp:
 
     Raises:
         HocketError: `BAD_REQUEST` if this machine has not the device chosen.
+
+    Attributes:
+        handlers: What it serves.
+        failed: Set when its device has failed: the process has to end, and start again. Read it after `start`.
+        residency: What is in memory.
     """
 
     def __init__(
@@ -82,8 +90,9 @@ class WorkerApp:
         self._authority = Authority(TrustFolder(settings.trust_dir), Policy(allow_unsigned=settings.allow_unsigned))
         self._registry = RegistryClient(channels.get(settings.registry), token=worker_token)
         self._announcer = Announcer(self._registry, self._state)
+        self._text: TextEngine | None = None
         self.residency = Residency(
-            settings.budget_bytes or budget_bytes(self._device, settings.workers_on_machine),
+            0,  # until `start`: a base takes its memory first
             settings.loading_max,
             settings.default_deadline_seconds,
             self._authority,
@@ -94,6 +103,7 @@ class WorkerApp:
                 _VERIFYING_THREADS,
                 lambda: self.residency.digests,
                 self._journal,
+                self._prepare,
             ).bring,
             self._place,
             self._announcer.notice,
@@ -121,12 +131,14 @@ class WorkerApp:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Learn what counts, then serve; the registry need not be there.
+        """Open the base, if there is one, learn what counts, then serve; the registry need not be there.
 
         Raises:
             HocketError: `BAD_TRUST_FILE` if what was withdrawn earlier cannot be read; `BAD_REQUEST` if another
-                worker lives in the same data folder.
+                worker lives in the same data folder, or it is not said which of several bases is meant;
+                `UNKNOWN_BASE`, `BASE_MISMATCH`, `NOT_SERVABLE`, `DEVICE_MEMORY` if the base cannot be served.
         """
+        await self._open_base()
         self._authority.withdraw(await asyncio.to_thread(self._revocations.read))
         await self._authority.read_folder()
         await asyncio.to_thread(self._journal.open)
@@ -135,6 +147,9 @@ class WorkerApp:
             _log.warning("allow_unsigned is on: this worker runs packages that nobody trusted has signed")
         metrics.RESIDENT_BYTES.labels(str(self._device)).set_function(lambda: self.residency.used_bytes)
         self._batcher.start()
+        if self._text is not None:
+            self._text.engine.start()
+            self._text.observe()
         feed = Feed(self._registry, self._authority, self._revocations, self.residency.forget_refusal)
         running = {
             "the registry's feed": feed.follow,
@@ -167,6 +182,8 @@ class WorkerApp:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        if self._text is not None:
+            await self._text.engine.stop()
         await self.residency.stop()
         await self._batcher.stop()
         self._journal.close()
@@ -203,25 +220,60 @@ class WorkerApp:
                     return None
             await asyncio.sleep(_PRELOAD_PAUSE_SECONDS)
 
-    async def _place(self, prepared: Prepared) -> tuple[Expert, ...]:
-        def marked() -> tuple[Expert, ...]:
+    async def _open_base(self) -> None:
+        """Load the base that was chosen, and divide the memory that is left."""
+        settings = self._settings
+        known = await asyncio.to_thread(self._known_base)
+        if known is None:
+            self.residency.budget_bytes = settings.budget_bytes or budget_bytes(
+                self._device, settings.workers_on_machine
+            )
+            return
+        # transformers takes seconds to import: only who has a base pays for it.
+        from services.expert_worker.text import Texts  # noqa: PLC0415
+        from services.expert_worker.text_engine import open_text_engine  # noqa: PLC0415
+
+        _log.info("opening the base", base=known.name, path=str(known.path))
+        text = self._text = await asyncio.to_thread(open_text_engine, known, settings, self._device)
+        self.residency.budget_bytes = text.experts_bytes
+        self.failed = text.engine.failed
+        self._servicer.texts = Texts(self._name, text, self.residency, settings.text_deadline_seconds)
+
+    def _known_base(self) -> KnownBase | None:
+        if self._settings.bases_dir is None:
+            return None
+        known = known_bases.read(self._settings.bases_dir)
+        for problem in known.problems:
+            _log.warning("base left out", reason=problem.reason, message=problem.message)
+        return known.find(self._settings.base)
+
+    def _prepare(self, package: Package) -> Prepared:
+        return prepare(package, None if self._text is None else self._text.base)
+
+    async def _place(self, prepared: Prepared) -> tuple[Served, ...]:
+        def marked() -> tuple[Served, ...]:
             with self._journal.loading(prepared.digest):
                 return place(prepared, self._device)
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, marked)
 
     def _state(self) -> WorkerState:
-        return WorkerState(
+        state = WorkerState(
             worker=self._name,
             address=self._address,
             device=str(self._device),
-            formats=_FORMATS,
+            formats=("apr",),
             budget_bytes=self.residency.budget_bytes,
             residency=[
                 ResidencyMessage(digest=package.digest, tier=self._servicer.tier) for package in self.residency.packages
             ],
             draining=self._leaving,
         )
+        if self._text is not None:
+            state.formats.append("expert")
+            state.base.CopyFrom(self._text.base_message)
+            state.vocabulary_sha256 = self._text.base.vocabulary_sha256
+        return state
 
 
 def _name_at(address: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -40,14 +41,49 @@ def choose_device(setting: str) -> torch.device:
     return device
 
 
-def budget_bytes(device: torch.device, workers: int = 1) -> int:
-    """A sensible budget for experts on a device that nobody but these workers is filling.
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a worker with a base divides the memory that it may still take on its device.
+
+    Args:
+        experts_bytes: For experts in memory.
+        arena_bytes: For running experts, side by side.
+        kv_bytes: For the keys and values of texts.
+    """
+
+    experts_bytes: int
+    arena_bytes: int
+    kv_bytes: int
+
+
+def shares(free_bytes: int, kv_useful_bytes: int, *, experts_bytes: int, arena_bytes: int, kv_bytes: int) -> Shares:
+    """What was chosen, and for what was not: up to half for keys and values, then four parts experts, one part arena.
+
+    Args:
+        free_bytes: What `budget_bytes` says.
+        kv_useful_bytes: What as many texts as may run at once can use.
+        experts_bytes: As chosen; 0 for not.
+        arena_bytes: The same.
+        kv_bytes: The same.
+    """
+    kv_bytes = kv_bytes or min(kv_useful_bytes, free_bytes // 2)
+    experts_bytes = experts_bytes or max(0, free_bytes - kv_bytes) * 4 // 5
+    return Shares(experts_bytes, arena_bytes or experts_bytes // 4, kv_bytes)
+
+
+def budget_bytes(device: torch.device, workers: int = 1, base_bytes: int = 0) -> int:
+    """A sensible budget on a device that nobody but these workers is filling.
 
     The device's whole memory counts where several start at once: each sees what the others have taken by then.
+
+    Args:
+        device: Where.
+        workers: How many share it.
+        base_bytes: What this one's base has taken there already.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int((free if workers == 1 else total / workers) * _CUDA_SHARE)
+        return max(0, int(free * _CUDA_SHARE if workers == 1 else total * _CUDA_SHARE / workers - base_bytes))
     return int(available_host_bytes() * _HOST_SHARE / workers)
 
 

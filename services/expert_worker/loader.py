@@ -1,9 +1,12 @@
-"""A verified model becomes tensors, first in host memory, then on the device."""
+"""A verified package becomes tensors, first in host memory, then on the device: a model's own, or an adapter's, folded.
+
+How the tensors of an adapter come about is `engine/folding.py`; here they are one flat buffer that moves as a whole.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from hocket.packages import model as m
 from hocket.packages.adapter import Adapter, AdapterFacts
 from hocket.rpc.convert import VALUES_MAX
 from services.expert_worker.compute import Kernel, Linear, Logistic, Mean, Nearest, Trees, Votes
+from services.expert_worker.engine.folding import fold
 from services.expert_worker.journal import raw_digest
 
 if TYPE_CHECKING:
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hocket.packages import Package
+    from services.expert_worker.engine.expert import AdapterExpert
+    from services.expert_worker.engine.folding import Foldable
 
 _RETRY_SECONDS = 1.0
 
@@ -73,6 +79,10 @@ class Expert:
             )
 
 
+Served: TypeAlias = "Expert | AdapterExpert"
+"""What a package holds: tensor experts, which answer rows, or one adapter expert, which takes part in texts."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """The experts of a package in host memory, ready to move.
@@ -81,11 +91,13 @@ class Prepared:
         digest: Of the package.
         tensors: Every parameter; nothing else takes device memory.
         assemble: From the same tensors, moved: the experts by ordinal.
+        facts: What an adapter expert says about itself, for composing it; None for tensor experts.
     """
 
     digest: str
     tensors: tuple[Tensor, ...]
-    assemble: Callable[[Sequence[Tensor]], tuple[Expert, ...]]
+    assemble: Callable[[Sequence[Tensor]], tuple[Served, ...]]
+    facts: AdapterFacts | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -93,21 +105,24 @@ class Prepared:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def prepare(package: Package) -> Prepared:
+def prepare(package: Package, base: Foldable | None = None) -> Prepared:
     """Lay out a package's experts for computing. The result shares no memory with the package.
 
+    Args:
+        package: Verified.
+        base: What adapter experts ride on here; None if nothing.
+
     Raises:
-        HocketError: `NOT_SERVABLE` if the package says that it cannot answer, or holds no tensor experts.
+        HocketError: `NOT_SERVABLE` if the package says that it cannot answer, or is an adapter expert and there is no
+            base; the refusals of `fold`.
     """
     facts, model = package.facts, package.model
-    if isinstance(facts, AdapterFacts) or isinstance(model, Adapter):
-        raise HocketError(
-            Reason.NOT_SERVABLE,
-            f"{facts.digest} is an adapter expert: it answers text, on a base language model, and this worker runs "
-            "tensor experts",
-        )
     if facts.not_servable is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"{facts.digest} cannot serve: {facts.not_servable}")
+    if isinstance(facts, AdapterFacts) or isinstance(model, Adapter):
+        assert isinstance(facts, AdapterFacts)  # noqa: S101 - both are, or neither
+        assert isinstance(model, Adapter)  # noqa: S101 - both are, or neither
+        return _prepare_adapter(facts, model, base)
     tensors, kernels = _lay_out(model, facts.output_columns)
     wider, raw = facts.n_features is None, raw_digest(facts.digest)
     width = facts.n_features_min if facts.n_features is None else facts.n_features
@@ -121,7 +136,18 @@ def prepare(package: Package) -> Prepared:
     return Prepared(facts.digest, tensors, assemble)
 
 
-def place(prepared: Prepared, device: torch.device) -> tuple[Expert, ...]:
+def _prepare_adapter(facts: AdapterFacts, adapter: Adapter, base: Foldable | None) -> Prepared:
+    if base is None:
+        raise HocketError(
+            Reason.NOT_SERVABLE,
+            f"{facts.digest} is an adapter expert: it answers text, on a base language model, and this worker has none "
+            "(`hocket base add`, then worker.base)",
+        )
+    folded = fold(adapter, facts, base)
+    return Prepared(facts.digest, (folded.flat,), lambda moved: (folded.build(moved[0]),), facts)
+
+
+def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
     """Move prepared experts to a device; returns when they are there.
 
     Raises:

@@ -5,6 +5,9 @@ or resident; while requests run on it, it is counted as in use and stays. Room i
 longest ago and is not in use; when that is not enough, loads wait until something ends, and whichever then fits goes
 on, the longest waiting first: one that is too large for now holds up nobody else. A request waits until its own
 deadline; only a load that no request waits for gives up by itself.
+
+A request for several packages gets all of them or none. While they are loaded it holds nothing, so that no two can
+each wait for what the other has; only one at a time, in the order of their arrival, gathers what it finds and keeps it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -28,11 +32,12 @@ from hocket.v1.expert_worker_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from hocket.packages import Proof
+    from hocket.packages.adapter import AdapterFacts
     from services.expert_worker.authority import Authority, Credentials, Standing
-    from services.expert_worker.loader import Expert, Prepared
+    from services.expert_worker.loader import Prepared, Served
     from services.expert_worker.supply import Report, Supplied
 
 T = TypeVar("T")
@@ -42,6 +47,13 @@ _REFUSAL_SECONDS: Final = 5.0
 """How long a refusal is repeated without looking at the package again, unless trust changes."""
 _REFUSALS_MAX: Final = 1024
 _RETRY_SECONDS: Final = 0.5
+_MARGIN_SHARE: Final = 0.1
+_MARGIN_SECONDS_MAX: Final = 0.1
+
+
+def loading_seconds(left_seconds: float) -> float:
+    """How long a call with so much time left should wait for experts: its reason still has to reach the caller."""
+    return left_seconds - min(_MARGIN_SECONDS_MAX, _MARGIN_SHARE * left_seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -54,16 +66,18 @@ class ResidentPackage:
         size_bytes: What it takes.
         credentials: For judging it again.
         proofs: What vouches for it now.
+        facts: What an adapter expert says about itself, for composing it; None for tensor experts.
         in_use_count: Requests that run on it or are about to.
         last_use_time: In seconds since the epoch.
         detached: Whether it leaves memory when nothing runs on it any more.
     """
 
     digest: str
-    experts: tuple[Expert, ...]
+    experts: tuple[Served, ...]
     size_bytes: int
     credentials: Credentials
     proofs: tuple[Proof, ...]
+    facts: AdapterFacts | None = None
     in_use_count: int = 0
     last_use_time: float = field(default_factory=time.time)
     detached: bool = False
@@ -113,7 +127,7 @@ class Residency:
         placing_seconds: float,
         authority: Authority,
         bring: Callable[[str, Standing, Report], Awaitable[Supplied]],
-        place: Callable[[Prepared], Awaitable[tuple[Expert, ...]]],
+        place: Callable[[Prepared], Awaitable[tuple[Served, ...]]],
         on_change: Callable[[], None],
     ) -> None:
         self.budget_bytes = budget_bytes
@@ -128,6 +142,7 @@ class Residency:
         self._loadings: dict[str, _Loading] = {}
         self._refusals: dict[str, tuple[HocketError, Standing, float]] = {}
         self._freed = asyncio.Event()
+        self._gathering = asyncio.Lock()  # lets in whoever waits longest
         self._stopping = False
 
     @property
@@ -185,6 +200,34 @@ class Residency:
             if isinstance(error, TimeoutError):
                 raise _still_loading(digest) from None
             raise
+
+    async def acquire_all(self, digests: Sequence[str], seconds: float) -> list[ResidentPackage]:
+        """Packages, each now in use by the caller until its `release`: all of them, or none.
+
+        Args:
+            digests: Which, each once.
+            seconds: How long to wait.
+
+        Returns:
+            In the order of `digests`.
+
+        Raises:
+            HocketError: As `acquire`; `DEVICE_MEMORY` if they exceed the budget together.
+        """
+        if (found := self._get_all(digests)) is not None:
+            return found
+        if len(digests) == 1:
+            return [await self.acquire(digests[0], seconds)]
+        end_time = asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(end_time):
+                await self._bring_all(digests, end_time)
+                if (found := self._get_all(digests)) is not None:
+                    return found
+                async with self._gathering:  # some have made room for others since
+                    return await self._gather(digests, end_time)
+        except TimeoutError:
+            raise _still_loading(digests[0]) from None
 
     async def load(self, digest: str) -> AsyncGenerator[LoadExpertResponse, None]:
         """Load a package ahead of use, and say how far it is; the last item says READY.
@@ -251,6 +294,55 @@ class Residency:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _get_all(self, digests: Sequence[str]) -> list[ResidentPackage] | None:
+        """All of them, if all are resident."""
+        if not self._residents.keys() >= set(digests):
+            return None
+        return [package for digest in digests if (package := self.get(digest)) is not None]
+
+    async def _bring_all(self, digests: Sequence[str], end_time: float) -> None:
+        """Have each loaded once, all at the same time, and hold none of them.
+
+        What is slow, or cannot be loaded at all, shows here, and holds up nobody else.
+        """
+
+        async def size_bytes(digest: str) -> int:
+            package = await self.acquire(digest, end_time - asyncio.get_running_loop().time())
+            self.release(package)
+            return package.size_bytes
+
+        bringing = [asyncio.create_task(size_bytes(digest)) for digest in digests]
+        try:
+            total = sum(await asyncio.gather(*bringing))
+        finally:
+            for task in bringing:
+                task.cancel()
+            await asyncio.gather(*bringing, return_exceptions=True)
+        if total > self.budget_bytes:
+            raise HocketError(
+                Reason.DEVICE_MEMORY,
+                f"these {len(digests)} experts take {total} bytes together, the whole budget is {self.budget_bytes}: "
+                "ask for fewer, raise worker.budget_bytes, or use a device with more memory",
+            )
+
+    async def _gather(self, digests: Sequence[str], end_time: float) -> list[ResidentPackage]:
+        """All of them, keeping those that are there while the others come back."""
+        with ExitStack() as undo:
+            held: dict[str, ResidentPackage] = {}
+
+            def hold(package: ResidentPackage) -> None:
+                held[package.digest] = package
+                undo.callback(self.release, package)
+
+            for digest in digests:
+                if (package := self.get(digest)) is not None:
+                    hold(package)
+            for digest in digests:
+                if digest not in held:
+                    hold(await self.acquire(digest, end_time - asyncio.get_running_loop().time()))
+            undo.pop_all()
+            return [held[digest] for digest in digests]
+
     def _begin(self, digest: str) -> tuple[_Loading, asyncio.Task[ResidentPackage]]:
         """The load of a package, joined or begun."""
         loading = self._loadings.get(digest)
@@ -309,12 +401,20 @@ class Residency:
             standing = self._authority.standing
             supplied = await self._or_free(size_bytes, self._bring(digest, standing, _tell_nobody))
         experts, proofs = await self._or_free(size_bytes, self._arrive(supplied, standing))
-        package = ResidentPackage(digest, experts, size_bytes, supplied.credentials, proofs, loading.waiting_count)
+        package = ResidentPackage(
+            digest,
+            experts,
+            size_bytes,
+            supplied.credentials,
+            proofs,
+            supplied.prepared.facts,
+            loading.waiting_count,
+        )
         loading.package = self._residents[digest] = package
         self._on_change()
         return package
 
-    async def _arrive(self, supplied: Supplied, standing: Standing) -> tuple[tuple[Expert, ...], tuple[Proof, ...]]:
+    async def _arrive(self, supplied: Supplied, standing: Standing) -> tuple[tuple[Served, ...], tuple[Proof, ...]]:
         """The experts on the device, and what vouches for them at that moment."""
         experts, proofs = await self._place(supplied.prepared), supplied.proofs
         while standing is not self._authority.standing:  # trust has changed meanwhile

@@ -14,6 +14,8 @@ from hocket.rpc.convert import duration, matrix_to_tensor, tensor_to_matrix
 from hocket.rpc.handlers import LOAD_KEY, add_trailing, remaining_seconds
 from hocket.telemetry import metrics
 from hocket.v1 import expert_worker_pb2, expert_worker_pb2_grpc
+from services.expert_worker.loader import Expert
+from services.expert_worker.residency import loading_seconds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -22,14 +24,11 @@ if TYPE_CHECKING:
     from hocket.rpc.handlers import Context
     from services.expert_worker.batching import Answer, Batcher
     from services.expert_worker.journal import Journal
-    from services.expert_worker.loader import Expert
     from services.expert_worker.residency import Residency, ResidentPackage
+    from services.expert_worker.text import Texts
 
 ADMIN_METHODS: Final = frozenset({"LoadExpert", "UnloadExpert"})
 
-_MARGIN_SHARE: Final = 0.1
-_MARGIN_SECONDS_MAX: Final = 0.1
-"""How much earlier than the deadline a wait for loading ends, so that its reason still reaches the caller."""
 _UNSIGNED_USES: Final = metrics.UNSIGNED_USES.labels("expert_worker")
 
 
@@ -43,6 +42,9 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         batcher: What computes.
         journal: What is quarantined.
         default_deadline_seconds: Deadline of a call that brings none.
+
+    Attributes:
+        texts: What answers texts; None without a base.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         self._journal = journal
         self._default_deadline_seconds = default_deadline_seconds
         self._in_flight_count = 0
+        self.texts: Texts | None = None
 
     @property
     def tier(self) -> expert_worker_pb2.Tier.ValueType:
@@ -77,12 +80,7 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
             answer = await self._run(request, context)
         finally:
             self._in_flight_count -= 1
-        load = expert_worker_pb2.WorkerLoad(
-            worker=self._name,
-            in_flight_count=self._in_flight_count,
-            resident_bytes=self._residency.used_bytes,
-        )
-        add_trailing(context, LOAD_KEY, load.SerializeToString())
+        self._add_load(context)
         return expert_worker_pb2.RunTensorResponse(
             output=matrix_to_tensor(answer.output),
             wait=duration(max(0.0, answer.begin - begin)),
@@ -95,7 +93,7 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         package = self._residency.get(which.digest)
         if package is None:
             left = remaining_seconds(context, self._default_deadline_seconds)
-            package = await self._residency.acquire(which.digest, left - min(_MARGIN_SECONDS_MAX, _MARGIN_SHARE * left))
+            package = await self._residency.acquire(which.digest, loading_seconds(left))
         try:
             expert = _member(package, which)
             expert.check(rows)
@@ -112,6 +110,24 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
                 return await future
         except TimeoutError:
             raise HocketError(Reason.DEADLINE, "the device was busy until this server's own deadline") from None
+
+    async def RunText(
+        self, request: expert_worker_pb2.RunTextRequest, context: Context
+    ) -> AsyncIterator[expert_worker_pb2.RunTextResponse]:
+        """A start, deltas, and a finish."""
+        if self.texts is None:
+            raise HocketError(
+                Reason.NO_BASE,
+                "this worker has no base language model, and answers no texts (`hocket base add`, then worker.base)",
+            )
+        self._in_flight_count += 1
+        try:
+            async with aclosing(self.texts.answer(request.job, context)) as events:
+                async for event in events:
+                    yield expert_worker_pb2.RunTextResponse(event=event)
+        finally:
+            self._in_flight_count -= 1
+        self._add_load(context)
 
     async def LoadExpert(
         self, request: expert_worker_pb2.LoadExpertRequest, context: Context
@@ -150,7 +166,17 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
             resident_bytes=self._residency.used_bytes,
             budget_bytes=self._residency.budget_bytes,
             experts=[self._resident(package) for package in self._residency.packages],
+            engine=None if self.texts is None else self.texts.report(),
         )
+
+    def _add_load(self, context: Context) -> None:
+        """Say how busy the worker is, the call that ends here excluded."""
+        load = expert_worker_pb2.WorkerLoad(
+            worker=self._name,
+            in_flight_count=self._in_flight_count,
+            resident_bytes=self._residency.used_bytes,
+        )
+        add_trailing(context, LOAD_KEY, load.SerializeToString())
 
     def _resident(self, package: ResidentPackage) -> expert_worker_pb2.ResidentExpert:
         message = expert_worker_pb2.ResidentExpert(
@@ -173,7 +199,14 @@ def _member(package: ResidentPackage, which: ExpertId) -> Expert:
             field="expert",
             digest=which.digest,
         )
-    return package.experts[which.ordinal]
+    expert = package.experts[which.ordinal]
+    if not isinstance(expert, Expert):
+        raise HocketError(
+            Reason.NOT_SERVABLE,
+            f"{which.digest} is an adapter expert: it answers texts (Generate), not rows",
+            digest=which.digest,
+        )
+    return expert
 
 
 def _digest(text: str) -> str:

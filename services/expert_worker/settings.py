@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError
 from hocket.identity import check_name, is_digest
-from hocket.settings import check_counts
+from hocket.settings import check_call_seconds, check_counts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+_DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _DEVICE: Final = re.compile(r"auto|cpu|cuda:[0-9]{1,3}")
 
 
@@ -27,12 +28,20 @@ class WorkerSettings:
         port: Port to listen on; metrics are on port + 1000.
         advertise: Address by which others reach it; empty for `host:port`, with this machine's name for the host when
             it listens on all interfaces.
+        bases_dir: Where `hocket base add` keeps which base models may be served; None if none may.
+        base: The one that this worker serves, by name or digest; empty for the only one there is, and for none if there
+            is none.
+        base_dtype: What the base computes in: `float32`, `bfloat16`, `float16`, or `auto` for float32 on a CPU and the
+            checkpoint's own type on a CUDA device.
         name: How it calls itself, unique in its registry; empty for one made from its address.
         registry: Address of the registry it announces itself to and pulls packages from.
         admin_token_file: Secret file with the token that loading and unloading needs; None leaves them open.
         worker_token_file: Secret file with the token it announces itself with; None where the registry asks for none.
         device: Where it computes: `cpu`, `cuda:0`, or `auto` for the first CUDA device if there is one.
-        budget_bytes: Memory for experts on that device; 0 for a share of what is free at start.
+        budget_bytes: Memory for experts on that device; 0 for a share of what is free at start, when the base is there.
+        kv_bytes: Memory for the keys and values of texts on that device; 0 for a share, as `budget_bytes`, of which no
+            more is taken than `sequences_max` texts of the base's full length can use.
+        arena_bytes: Memory in which running experts lie side by side for computing; 0 for a quarter of the experts'.
         cache_bytes: Disk for the cache of packages; what was used longest ago makes room, what is in memory stays.
         compute_threads: Threads of one pass on a CPU; 0 for half of the cores.
         workers_on_machine: Workers that share this machine and its device: what is chosen for `budget_bytes` and
@@ -40,9 +49,13 @@ class WorkerSettings:
         allow_unsigned: Admit packages that nobody trusted has signed. Logged at start, counted per use.
         preload: Digests of packages to load at start.
         queue_max: Requests waiting for the device; the next one is refused as `QUEUE_FULL`.
+        step_tokens: Most tokens that one step of the text engine computes: a long prompt holds up others no longer.
+        sequences_max: Texts that run at once; others wait.
+        text_queue_max: Texts that wait for the engine; the next one is refused as `QUEUE_FULL`.
         loading_max: Packages being loaded; the next one is refused as `QUEUE_FULL`.
         in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
         default_deadline_seconds: Deadline of a call that brings none.
+        text_deadline_seconds: The same for a text.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
     """
@@ -52,21 +65,30 @@ class WorkerSettings:
     host: str = "127.0.0.1"
     port: int = 50054
     advertise: str = ""
+    bases_dir: Path | None = None
+    base: str = ""
+    base_dtype: str = "auto"
     name: str = ""
     registry: str = "127.0.0.1:50052"
     admin_token_file: Path | None = None
     worker_token_file: Path | None = None
     device: str = "auto"
     budget_bytes: int = 0
+    kv_bytes: int = 0
+    arena_bytes: int = 0
     cache_bytes: int = 10 * 2**30
     compute_threads: int = 0
     workers_on_machine: int = 1
     allow_unsigned: bool = False
     preload: tuple[str, ...] = ()
     queue_max: int = 512
+    step_tokens: int = 512
+    sequences_max: int = 32
+    text_queue_max: int = 256
     loading_max: int = 1024
     in_flight_max: int = 1024
     default_deadline_seconds: float = 30.0
+    text_deadline_seconds: float = 600.0
     drain_notice_seconds: float = 0.5
     drain_grace_seconds: float = 10.0
 
@@ -78,11 +100,17 @@ class WorkerSettings:
                 raise ValueError(error.message) from error
         if _DEVICE.fullmatch(self.device) is None:
             raise ValueError(f"device must be auto, cpu or cuda:<number>, not {self.device!r}")
-        if min(self.budget_bytes, self.compute_threads, self.cache_bytes) < 0:
-            raise ValueError("budget_bytes and compute_threads must be 0 (choose for me) or more, cache_bytes too")
+        if self.base_dtype not in _DTYPES:
+            raise ValueError(f"base_dtype must be one of {', '.join(_DTYPES)}, not {self.base_dtype!r}")
+        if self.base and self.bases_dir is None:
+            raise ValueError("base names one of the bases in bases_dir, which is not set")
+        if min(self.budget_bytes, self.kv_bytes, self.arena_bytes, self.compute_threads, self.cache_bytes) < 0:
+            raise ValueError(
+                "budget_bytes, kv_bytes, arena_bytes, compute_threads must be 0 (choose) or more, cache_bytes too"
+            )
         check_counts(self, "queue_max", "loading_max", "in_flight_max", "workers_on_machine")
-        if self.default_deadline_seconds <= 0:
-            raise ValueError("default_deadline_seconds must be above 0")
+        check_counts(self, "step_tokens", "sequences_max", "text_queue_max")
+        check_call_seconds(self, "default_deadline_seconds", "text_deadline_seconds")
         for digest in self.preload:
             if not is_digest(digest):
                 raise ValueError(f"preload names packages by sha256:<64 hex digits>, not {digest!r}")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from hocket.errors import HocketError, Reason, Situation
 from hocket.packages import DEFAULT_LIMITS
 from hocket.v1 import expert_worker_pb2
-from services.expert_worker.loader import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +56,7 @@ class Supply:
             from the registry: one that does not answer holds up nothing that is cached.
         in_use: Digests that the cache must keep.
         journal: Told what is being opened; says what may not be.
+        prepare: Lays out the experts of a package that was opened. Blocks.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Supply:
         at_once_max: int,
         in_use: Callable[[], frozenset[str]],
         journal: Journal,
+        prepare: Callable[[Package], Prepared],
     ) -> None:
         self._cache = cache
         self._registry = registry
@@ -75,6 +76,7 @@ class Supply:
         self._fetching = asyncio.Semaphore(at_once_max)
         self._in_use = in_use
         self._journal = journal
+        self._prepare = prepare
 
     async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
         """A package, verified by what counts in `standing`.
@@ -84,8 +86,8 @@ class Supply:
 
         Raises:
             HocketError: `YANKED`; `QUARANTINED`; `UNREACHABLE` if the registry is needed and does not answer;
-                `UNKNOWN_PACKAGE` and `BLOB_CORRUPT` from there; the refusals of `hocket.packages.open_package`;
-                `NOT_SERVABLE`.
+                `UNKNOWN_PACKAGE` and `BLOB_CORRUPT` from there; the refusals of `hocket.packages.open_package`, and of
+                laying its experts out (`NOT_SERVABLE`, `BASE_MISMATCH`, `BAD_ADAPTER`).
         """
         standing.check(digest)
         self._journal.check(digest)
@@ -148,7 +150,7 @@ class Supply:
         def open_and_prepare() -> tuple[Package, Credentials, Prepared]:
             with self._journal.loading(digest):
                 package, credentials = standing.open(digest, data, releases)
-                return package, credentials, prepare(package)
+                return package, credentials, self._prepare(package)
 
         report(_VERIFYING, 0, len(data))
         package, credentials, prepared = await self._in_thread(open_and_prepare)

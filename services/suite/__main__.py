@@ -79,11 +79,11 @@ async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, *, supe
     await suite.start()
     freeze()
     log.info("ready", router=str(suite.router_address), registry=str(suite.registry_address))
-    await first_of(stopping, suite.failed)
+    await first_of(stopping, *suite.failures)
     log.info("draining")
     await suite.stop()
-    if suite.failed.is_set():
-        raise HocketError(Reason.NOT_READY, "the disk has failed: see the log, mend it, and start again")
+    if any(failure.is_set() for failure in suite.failures):
+        raise HocketError(Reason.NOT_READY, "a disk or a device has failed: see the log, mend it, and start again")
 
 
 def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:

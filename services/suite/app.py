@@ -99,9 +99,9 @@ class Suite:
         return self._servers[1][0].address
 
     @property
-    def failed(self) -> asyncio.Event:
-        """Set when the registry's disk has failed: the process must end, and start again from what is on disk."""
-        return self._registry.failed
+    def failures(self) -> tuple[asyncio.Event, ...]:
+        """One is set when the registry's disk or the worker's device has failed: the process has to end."""
+        return self._registry.failed, self._worker.failed
 
     async def start(self) -> None:
         """Start in the order of dependence; return when a request would be served.
@@ -126,7 +126,7 @@ class Suite:
 
     async def stop(self) -> None:
         """Drain the ports, as a process of one service does, then stop the services in reverse."""
-        await drain(self._servers, give_notice=not self.failed.is_set())
+        await drain(self._servers, give_notice=not any(failure.is_set() for failure in self.failures))
         for stop in self._stop_metrics:
             await asyncio.to_thread(stop)
         for app in (self._router, self._aggregator, self._worker, self._registry):

@@ -34,6 +34,7 @@ from hocket.v1.expert_worker_pb2_grpc import ExpertWorkerServiceStub
 from hocket.v1.tensor_pb2 import Tensor
 from services.expert_worker.app import WorkerApp
 from services.expert_worker.journal import Journal
+from services.expert_worker.loader import Expert
 from services.expert_worker.settings import WorkerSettings
 from services.registry.app import RegistryApp
 from services.registry.settings import RegistrySettings
@@ -442,7 +443,9 @@ def hold_device(worker: Worker) -> threading.Event:
             release.wait(SECONDS)
             return rows
 
-    expert = replace(worker.app.residency.packages[0].experts[0], kernel=Busy())
+    served = worker.app.residency.packages[0].experts[0]
+    assert isinstance(served, Expert)
+    expert = replace(served, kernel=Busy())
     worker.app._batcher.submit(expert, floats([0, 0]), lambda: None)
     return release
 
@@ -603,7 +606,7 @@ from hocket.client.expert_worker import ExpertWorkerClient
 from hocket.rpc.channel import Channels
 from hocket.rpc.convert import matrix_to_tensor
 from hocket.telemetry.logs import configure_logs
-from services.expert_worker import app, supply
+from services.expert_worker import app
 from services.expert_worker.settings import WorkerSettings
 
 folder, computed, loaded = sys.argv[1:]
@@ -622,11 +625,11 @@ async def main() -> None:
     expert = worker.residency.packages[0].experts[0]
     computing, loading = (say(word) for word in ("computing", "loading"))
     object.__setattr__(expert, "kernel", computing)
-    supply.prepare = loading
+    app.prepare = loading
     await asyncio.gather(*(client.run_tensor(expert, rows, 10.0) for expert in (computed, loaded)))
 
 def say(word: str) -> Any:
-    def hang(_: Any) -> None:
+    def hang(*_: Any) -> None:
         print(word, flush=True)
         sys.stdin.read()
     return hang

@@ -16,7 +16,7 @@ from hocket.packages import Policy, Proof, Purpose, Subject
 from hocket.trust_folder import TrustFolder
 from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_PLACING, LOAD_STATE_READY
 from services.expert_worker.authority import Authority, Credentials
-from services.expert_worker.loader import Expert, Prepared
+from services.expert_worker.loader import Prepared, Served
 from services.expert_worker.residency import Residency, ResidentPackage
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Report, Supplied
@@ -72,7 +72,7 @@ class Shelf:
         credentials = self.credentials.get(digest) or Credentials(subject_of(digest), (), None, NOW)
         return Supplied(prepared, credentials, standing.judge(credentials))
 
-    async def place(self, prepared: Prepared) -> tuple[Expert, ...]:
+    async def place(self, prepared: Prepared) -> tuple[Served, ...]:
         if self.hold_placing is not None:
             await self.hold_placing.wait()
         return prepared.assemble(prepared.tensors)
@@ -83,6 +83,9 @@ class Shelf:
 
     async def use(self, digest: str, seconds: float = LATER) -> ResidentPackage:
         return await self.residency.acquire(digest, seconds)
+
+    async def use_all(self, *digests: str, seconds: float = LATER) -> list[ResidentPackage]:
+        return await self.residency.acquire_all(digests, seconds)
 
     async def load(self, *digests: str) -> None:
         for digest in digests:
@@ -386,7 +389,7 @@ class TestBudget:
         await shelf.load(B)
 
     async def test_a_load_that_fails_on_the_device_gives_its_room_back(self, shelf: Shelf) -> None:
-        async def fail(_prepared: Prepared) -> tuple[Expert, ...]:
+        async def fail(_prepared: Prepared) -> tuple[Served, ...]:
             raise HocketError(Reason.DEVICE_MEMORY, "no", retry_after_seconds=1.0)
 
         shelf.residency._place = fail
@@ -559,3 +562,77 @@ class TestTrust:
         shelf.authority.withdraw(Withdrawn(digests=frozenset({B})))
         shelf.hold_placing.set()
         assert (await loading).digest == A
+
+
+class TestSets:
+    """`tests/property/test_expert_sets.py` has many of them at once."""
+
+    async def test_all_of_a_set_are_in_use_in_the_order_asked_for(self, shelf: Shelf) -> None:
+        packages = await shelf.use_all(B, A)
+        assert [package.digest for package in packages] == [B, A]
+        assert [package.in_use_count for package in packages] == [1, 1]
+        assert await shelf.use_all(A, B) == packages[::-1]
+        assert await shelf.use_all(A) == [packages[1]]
+        assert packages[1].in_use_count == 3
+        assert shelf.brought == [B, A]
+
+    async def test_no_expert_at_all_is_a_set_too(self, shelf: Shelf) -> None:
+        assert await shelf.use_all() == []
+
+    async def test_a_set_of_one_waits_for_nobody(self, shelf: Shelf) -> None:
+        (package,) = await shelf.use_all(A)
+        assert package.in_use_count == 1
+
+    async def test_while_a_set_is_loaded_it_holds_nothing(self, shelf: Shelf) -> None:
+        await shelf.load(A)
+        shelf.hold = asyncio.Event()
+        waiting = asyncio.create_task(shelf.use_all(A, B))
+        await asyncio.sleep(SOON)
+        assert [package.in_use_count for package in shelf.residency.packages] == [0]
+        shelf.hold.set()
+        assert [package.in_use_count for package in await waiting] == [1, 1]
+
+    async def test_a_set_that_cannot_be_loaded_holds_nothing_and_says_why_at_once(self, shelf: Shelf) -> None:
+        await shelf.load(A)
+        shelf.failures[C] = HocketError(Reason.BAD_ADAPTER, "no")
+        assert (await refused(shelf.use_all(A, B, C))).reason is Reason.BAD_ADAPTER
+        shelf.hold = asyncio.Event()
+        slow = asyncio.create_task(shelf.use_all(D, A))
+        assert (await refused(shelf.use_all(D, C))).reason is Reason.BAD_ADAPTER
+        shelf.hold.set()
+        await slow
+        assert [package.in_use_count for package in shelf.residency.packages if package.digest == B] in ([], [0])
+
+    async def test_what_together_exceeds_the_budget_is_refused_for_good(self, shelf: Shelf) -> None:
+        refusal = await refused(shelf.use_all(A, B, C))
+        assert (refusal.reason, refusal.retry_after_seconds) == (Reason.DEVICE_MEMORY, None)
+        assert all(not package.in_use_count for package in shelf.residency.packages)
+        await shelf.use_all(A, B)
+
+    async def test_a_set_that_made_room_for_another_is_gathered_again(self, shelf: Shelf) -> None:
+        held = await shelf.use(D)
+        waiting = asyncio.create_task(shelf.use_all(A, B))  # one of them drops the other
+        await asyncio.sleep(SOON)
+        assert not waiting.done()
+        shelf.residency.release(held)
+        assert [package.digest for package in await waiting] == [A, B]
+        assert sorted(shelf.resident) == [A, B]
+
+    async def test_waiting_for_a_set_ends_at_the_deadline_and_leaves_nothing(self, shelf: Shelf) -> None:
+        held = await shelf.use(D)
+        first = asyncio.create_task(refused(shelf.use_all(A, B, seconds=3 * SOON)))
+        await asyncio.sleep(SOON)
+        assert (await refused(shelf.use_all(A, C, seconds=SOON))).reason is Reason.EXPERT_LOADING  # waits its turn
+        assert (await first).reason is Reason.EXPERT_LOADING
+        assert [package.in_use_count for package in shelf.residency.packages if package is not held] == [0]
+        shelf.residency.release(held)
+        await shelf.use_all(A, B)
+
+    async def test_one_who_leaves_while_gathering_lets_the_next_in(self, shelf: Shelf) -> None:
+        held = await shelf.use(D)
+        first, second = (asyncio.create_task(shelf.use_all(A, other)) for other in (B, C))
+        await asyncio.sleep(SOON)
+        first.cancel()
+        await asyncio.sleep(SOON)
+        shelf.residency.release(held)
+        assert [package.in_use_count for package in await second] == [1, 1]

@@ -10,7 +10,14 @@ import torch
 
 from hocket.errors import HocketError, Reason
 from hocket.settings import build
-from services.expert_worker.device import available_host_bytes, budget_bytes, choose_device, compute_threads
+from services.expert_worker.device import (
+    Shares,
+    available_host_bytes,
+    budget_bytes,
+    choose_device,
+    compute_threads,
+    shares,
+)
 from services.expert_worker.settings import WorkerSettings
 
 FOLDERS = {"data_dir": "/data", "trust_dir": "/trust"}
@@ -46,6 +53,13 @@ def test_everything_may_come_as_text_from_the_environment() -> None:
         ("loading_max", 0, 1),
         ("in_flight_max", 0, 1),
         ("default_deadline_seconds", 0.0, 0.1),
+        ("text_deadline_seconds", float("inf"), 0.1),
+        ("base_dtype", "int4", "bfloat16"),
+        ("kv_bytes", -1, 0),
+        ("arena_bytes", -1, 1),
+        ("step_tokens", 0, 1),
+        ("sequences_max", 0, 1),
+        ("text_queue_max", 0, 1),
         ("preload", ["acme/iris@1.0.0"], [DIGEST]),
     ],
 )
@@ -55,6 +69,29 @@ def test_a_value_that_makes_no_sense_is_refused_with_advice(key: str, value: Any
     assert refusal.value.reason is Reason.BAD_REQUEST
     assert key in refusal.value.message
     built(**{key: sound})
+
+
+def test_a_base_is_found_by_name_in_a_folder_of_bases() -> None:
+    with pytest.raises(HocketError) as refusal:
+        built(base="qwen3-0.6b")
+    assert "bases_dir" in refusal.value.message
+    assert built(base="qwen3-0.6b", bases_dir="/bases").bases_dir == Path("/bases")
+    assert built(bases_dir="").bases_dir is None
+
+
+class TestShares:
+    def test_what_was_not_chosen_is_divided(self) -> None:
+        divided = shares(1000, 10_000, experts_bytes=0, arena_bytes=0, kv_bytes=0)
+        assert (divided.kv_bytes, divided.experts_bytes, divided.arena_bytes) == (500, 400, 100)
+
+    def test_keys_and_values_take_no_more_than_they_can_use(self) -> None:
+        divided = shares(1000, 200, experts_bytes=0, arena_bytes=0, kv_bytes=0)
+        assert (divided.kv_bytes, divided.experts_bytes, divided.arena_bytes) == (200, 640, 160)
+
+    def test_what_was_chosen_stands(self) -> None:
+        assert shares(0, 200, experts_bytes=9, arena_bytes=8, kv_bytes=7) == Shares(9, 8, 7)
+        assert shares(1000, 200, experts_bytes=100, arena_bytes=0, kv_bytes=0) == Shares(100, 25, 200)
+        assert shares(100, 0, experts_bytes=0, arena_bytes=0, kv_bytes=700) == Shares(0, 0, 700)
 
 
 class TestDevice:
@@ -78,6 +115,9 @@ class TestDevice:
     def test_the_budget_is_a_share_of_what_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
         assert budget_bytes(torch.device("cuda:0")) == 800
+        assert budget_bytes(torch.device("cuda:0"), 1, 500) == 800  # of what the base has left
+        assert budget_bytes(torch.device("cuda:0"), 2, 500) == 300  # of all, since others may not have theirs yet
+        assert budget_bytes(torch.device("cuda:0"), 4, 500) == 0
         assert 0 < budget_bytes(torch.device("cpu")) <= available_host_bytes()
 
     def test_the_container_limits_what_the_machine_has(self, tmp_path: Path) -> None:

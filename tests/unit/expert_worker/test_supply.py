@@ -16,6 +16,7 @@ from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_VERIFYIN
 from services.expert_worker.authority import Standing
 from services.expert_worker.cache import CachedPackage, PackageCache
 from services.expert_worker.journal import Journal
+from services.expert_worker.loader import prepare
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Supplied, Supply
 from tests.builders import apr_bytes, linear, signer
@@ -44,7 +45,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         registry = self.registry.client()
-        self.supply = Supply(self.cache, registry, self.executor, AT_ONCE_MAX, lambda: self.in_use, self.journal)
+        self.supply = Supply(
+            self.cache, registry, self.executor, AT_ONCE_MAX, lambda: self.in_use, self.journal, prepare
+        )
 
     async def bring(self, digest: str, standing: Standing = TRUSTING) -> Supplied:
         return await self.supply.bring(digest, standing, lambda *step: self.steps.append(step))
