@@ -173,7 +173,9 @@ class ChosenExpert(_message.Message):
     EXPERT_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     expert: _builtins.str
-    """A digest, `publisher/name@version`, `publisher/name` for its newest version, or `name` where one publisher has it."""
+    """A digest, `publisher/name@version`, `publisher/name` for its newest version, or `name` where one publisher has it;
+    `name` also finds `expert-name`, as the format's own experts are called, where nobody has a plain `name`.
+    """
     weight: _builtins.float
     """A factor of what it adds to the base, -100 to 100; absent for 1. Weights need not sum to 1."""
     def __init__(

@@ -105,7 +105,7 @@ class RouterServiceServicer(object):
         `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
         RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
         `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-        ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
+        ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,7 +65,7 @@ class RouterServiceStub:
     `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
     RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
     `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-    ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
+    ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
     """
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]
     """Decides without running anything: the plan, and every score behind it.
@@ -122,7 +122,7 @@ class RouterServiceAsyncStub(RouterServiceStub):
     `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
     RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
     `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-    ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
+    ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
     """
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides without running anything: the plan, and every score behind it.
@@ -188,7 +188,7 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
         RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
         `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-        ABORTED: `STREAM_BROKEN` when the worker went away in the middle of an answer, `BAD_ANSWER`.
+        ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
         """
 
     @_abc_1.abstractmethod
