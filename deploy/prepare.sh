@@ -1,5 +1,6 @@
 #!/bin/sh
-# What `docker compose up` needs beforehand: the tokens, and a folder that says whose signatures count.
+# What `docker compose up` needs beforehand: the tokens, and folders that say whose signatures count, and which base
+# models may be served.
 # Run it again at any time: what is there stays.
 set -eu
 cd "$(dirname "$0")/.."
@@ -7,7 +8,7 @@ cd "$(dirname "$0")/.."
 # Containers get the hash of the admin token alone: they check it, and cannot use it.
 # On this machine only you can enter the folder. In it the files are readable, for a container's user is another.
 mkdir -p -m 700 deploy/secrets
-mkdir -p -m 755 trust
+mkdir -p -m 755 trust bases models
 for name in admin worker; do
     file=deploy/secrets/${name}_token
     if [ ! -s "$file" ]; then

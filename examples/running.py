@@ -67,6 +67,7 @@ async def suite(folder: Path, *settings: str, workers: int = 0) -> AsyncIterator
         *(f"{table}.drain_notice_seconds=0" for table in ("router", "registry")),  # nobody to notice
         *(f"{table}.data_dir={folder}" for table in ("router", "registry", "worker")),
         *(f"{table}.trust_dir={folder / 'trust'}" for table in ("registry", "worker")),
+        f"worker.bases_dir={folder / 'bases'}",
         *settings,
     ]
     command = [sys.executable, "-m", "services.suite", *(part for choice in choices for part in ("--set", choice))]

@@ -37,7 +37,7 @@ class KnownBase:
 
     Attributes:
         name: What people here call it, spelled as names of packages are.
-        path: Where its folder was when it was added; absolute.
+        path: Where workers find its folder; absolute.
         digest: Of the folder's content, `sha256:<hex>`, as `hocket.base_folder.base_digest` tells it.
     """
 
@@ -117,6 +117,7 @@ def add(
     base: Path,
     *,
     name: str | None = None,
+    at: Path | None = None,
     replace: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> KnownBase:
@@ -126,13 +127,16 @@ def add(
         folder: Where known bases are kept; made if need be.
         base: A Hugging Face model directory.
         name: What to call it; None for the name of its folder, or of its model where it lies in the hub's cache.
+        at: Where workers find it; None for where it is now. Containers see another path than we do.
         replace: Whether the name may be taken from another base.
         on_progress: Told the bytes hashed so far, and all of them.
 
     Raises:
-        HocketError: `BAD_REQUEST` if the directory is no base, its path cannot be written as text, the name cannot be
-            one, or the folder cannot be written; `NAME_TAKEN` if the name stands for another base.
+        HocketError: `BAD_REQUEST` if the directory is no base, its path cannot be written as text, `at` is relative,
+            the name cannot be one, or the folder cannot be written; `NAME_TAKEN` if the name stands for another base.
     """
+    if at is not None and not at.is_absolute():
+        raise _bad(f"{at} is no absolute path: say where workers find the base, from the root of what they see")
     if not os.path.isdir(base):  # noqa: PTH112 - Path.is_dir raises where a folder above may not be read
         raise _bad(f"{base} is no folder, or may not be read: give a Hugging Face model directory")
     if name is None:
@@ -142,7 +146,7 @@ def add(
             raise error.restated(f"{error.message}: choose another (--name)") from error
     else:
         check_name(name, "name of a base")
-    known = KnownBase(name, base.resolve(), base_digest(base, on_progress))
+    known = KnownBase(name, at or base.resolve(), base_digest(base, on_progress))
     path = folder / f"{name}{_SUFFIX}"
     if path.exists() and not replace:
         present = _read_file(path)

@@ -44,6 +44,12 @@ def add(
     name: Annotated[
         str | None, typer.Option(help="What to call it.", show_default="the folder's or the model's name")
     ] = None,
+    at: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where workers find it, if they are in containers.", show_default="where it is"
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the name from another base.")] = False,
     data: Data = None,
     json: output.Json = False,
@@ -54,13 +60,17 @@ def add(
 
     $ hocket base add ~/models/Qwen3-0.6B
     $ hocket base add ./merged --name my-base
+    $ hocket base add models/Qwen3-0.6B --data . --at /models/Qwen3-0.6B
     """
     with progress_of(f"hashing {path}", shown=not json) as on_progress:
-        base = known_bases.add(folder(data), path, name=name, replace=replace, on_progress=on_progress)
+        base = known_bases.add(folder(data), path, name=name, at=at, replace=replace, on_progress=on_progress)
     if json:
         output.emit(_json(base))
         return
     output.card(base.name, [("digest", base.digest), ("folder", base.path)])
+    if at is not None:
+        output.say("Next: start the workers again that find it there.")
+        return
     others = len(read(data).bases) > 1
     up = f"hocket up{f' --data {data}' if data else ''}{f' --base {base.name}' if others else ''}"
     output.say(f"Next: {up}, then hocket generate 'PROMPT'. A suite that runs has to be started again.")

@@ -123,7 +123,7 @@ def up(
         "registry.allow_unsigned": allow_unsigned or None,
         "worker.allow_unsigned": allow_unsigned or None,
     }
-    command = [sys.executable, "-m", "services.suite", "--log-level", log_level]
+    command = [sys.executable, "-P", "-m", "services.suite", "--log-level", log_level]
     if config is not None:
         command += ["--config", str(config)]
     if insecure:

@@ -168,6 +168,8 @@ class AdapterConfig:
         alpha_pattern: Alphas of modules that have another, by pattern.
         target_modules: Names of the projections that were to be adapted; the tensors show which were. Empty where a
             regular expression chose them.
+        leaves_out: Whether some modules of those names were left out on purpose (`layers_to_transform`,
+            `exclude_modules`).
         feedforward_modules: Of those, which IA3 scales at their input.
         fan_in_fan_out: Whether the base stores weights as (in, out).
         bias: `none`, `all` or `lora_only`: which biases of the base were trained as well.
@@ -182,6 +184,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: tuple[str, ...] = ()
+    leaves_out: bool = False
     feedforward_modules: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     bias: str = "none"

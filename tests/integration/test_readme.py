@@ -15,7 +15,10 @@ import pytest
 from examples.running import suite
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"<!-- run -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BEFORE = re.findall(r"<!-- before -->\n```sh\n(.*?)```", README, re.DOTALL)
+"""What is run before the suite is started."""
+BLOCKS = re.findall(r"<!-- run -->\n```sh\n(.*?)```", README, re.DOTALL)
 BUF = ROOT / ".tools" / "buf"
 
 # grpcurl is not to be had everywhere the tests run; buf's curl speaks the same protocol and takes the same JSON.
@@ -35,15 +38,16 @@ sys.exit(subprocess.run([*common, *(data or ["-d", "{{}}"]), f"http://{{address}
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf is not installed: run `make check` once")
 async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 7
+    assert (len(BEFORE), len(BLOCKS)) == (1, 8)
     shim = tmp_path / "bin" / "grpcurl"
     shim.parent.mkdir()
     shim.write_text(GRPCURL)
     shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
     data = tmp_path / "share" / "hocket"
     data.mkdir(parents=True)
+    await asyncio.to_thread(_run, tmp_path, BEFORE, "", "")
     async with suite(data) as running:
-        output = await asyncio.to_thread(_run, tmp_path, running.router, running.registry)
+        output = await asyncio.to_thread(_run, tmp_path, BLOCKS, running.router, running.registry)
     for expected in (
         "RouterService",  # grpcurl list
         '"fixed"',
@@ -52,13 +56,15 @@ async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         "acme/linear@1.0.0",
         "setosa",
         "acme/expert-tiny@1.0.0",
+        "value7777",  # what the tiny base makes of it
+        "ADAPTER_MIX",
         "refused, as it should be",
     ):
         assert expected in output, f"{expected} is missing in:\n{output}"
 
 
-def _run(folder: Path, router: str, registry: str) -> str:
-    text = "set -eux\n" + "\n".join(BLOCKS).replace(". .venv/bin/activate\n", "")
+def _run(folder: Path, blocks: list[str], router: str, registry: str) -> str:
+    text = "set -eux\n" + "\n".join(blocks).replace(". .venv/bin/activate\n", "")
     for written, actual in (
         ("127.0.0.1:50051", router),
         ("127.0.0.1:50052", registry),

@@ -79,6 +79,7 @@ def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
                 rank_pattern=ranks,
                 alpha_pattern=alphas,
                 target_modules=_modules(document, "target_modules", limits),
+                leaves_out=_leaves_out(document),
                 fan_in_fan_out=_flag(document, "fan_in_fan_out"),
                 bias=_bias(document),
             )
@@ -87,6 +88,7 @@ def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
                 kind=AdapterKind.IA3,
                 base_model_name=base,
                 target_modules=_modules(document, "target_modules", limits),
+                leaves_out=_leaves_out(document),
                 feedforward_modules=_modules(document, "feedforward_modules", limits),
                 fan_in_fan_out=_flag(document, "fan_in_fan_out"),
             )
@@ -186,6 +188,11 @@ def _number(value: object, what: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise _bad(f"{what} is not a number")
     return float(value)
+
+
+def _leaves_out(document: Mapping[str, Any]) -> bool:
+    """Whether there are modules of the names it targets that it does not adapt. Layer 0 alone is a choice, too."""
+    return bool(document.get("exclude_modules")) or document.get("layers_to_transform") not in (None, [])
 
 
 def _bias(document: Mapping[str, Any]) -> str:

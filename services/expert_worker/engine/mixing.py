@@ -121,7 +121,8 @@ def _task(base: nn.Linear, pieces: Sequence[tuple[int, Piece]], *, is_head: bool
 class Mixer:
     """The experts of a base, as far as they are computing.
 
-    Wraps the projections of the base in place. The arena is allocated at once and never grows.
+    Wraps the projections of the base in place. The arena is allocated at once and never grows. Experts are told apart
+    by their digests, and none is kept alive. Not for several threads at once, except `fits` and the attributes.
 
     Args:
         model: The base.
@@ -273,8 +274,8 @@ class Mixer:
                 self._places.clear()
                 self._seat(experts)
                 return
-            self._places[digest] = place
             self._copy_in(expert, place)
+            self._places[digest] = place
         self.used_bytes = sum(stop - start for start, stop in self._taken()) * self._row_bytes
 
     def _make_room(self, need: _Need, staying: Collection[str]) -> _Place | None:

@@ -77,6 +77,22 @@ def test_a_name_goes_to_another_base_only_when_told(hocket: Any, base: Path) -> 
     assert hocket("base", "add", base, "--name", "x", "--replace", "--json").document["digest"] == base_digest(base)
 
 
+def test_a_base_is_told_to_be_where_containers_find_it(hocket: Any, home: Path, base: Path) -> None:
+    added = hocket("base", "add", base, "--at", "/models/Tiny-0.1B", "--json")
+
+    assert (added.document["path"], added.document["digest"]) == ("/models/Tiny-0.1B", base_digest(base))
+    assert 'path = "/models/Tiny-0.1B"' in (home / ".local/share/hocket/bases/tiny-0.1b.toml").read_text()
+    assert hocket("base", "list", "--json").document["bases"][0]["state"] == "missing"  # it is, here
+    assert hocket("base", "add", base, "--at", "/models/Tiny-0.1B").out.splitlines()[-1].startswith("Next: start the")
+
+
+def test_where_containers_find_it_does_not_depend_on_where_we_are(hocket: Any, base: Path) -> None:
+    refused = hocket("base", "add", base, "--at", "models/Tiny-0.1B", "--json")
+
+    assert (refused.code, refused.document["error"]["reason"]) == (2, "BAD_REQUEST")
+    assert "models/Tiny-0.1B is no absolute path" in refused.document["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

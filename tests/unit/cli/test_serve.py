@@ -124,7 +124,7 @@ def test_up_starts_the_suite_as_it_is(hocket: Any, started: list[list[str]]) -> 
     outcome = hocket("up")
 
     assert outcome.code == 0
-    assert started == [[sys.executable, "-m", "services.suite", "--log-level", "info"]]
+    assert started == [[sys.executable, "-P", "-m", "services.suite", "--log-level", "info"]]
 
 
 def test_up_translates_its_options_into_settings(hocket: Any, started: list[list[str]], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_up_translates_its_options_into_settings(hocket: Any, started: list[list
     [command] = started
 
     assert command[: command.index("--set")] == [
-        sys.executable, "-m", "services.suite", "--log-level", "debug", "--config", str(config), "--insecure",
+        sys.executable, "-P", "-m", "services.suite", "--log-level", "debug", "--config", str(config), "--insecure",
     ]  # fmt: skip
     assert settings_of(command) == {
         "router.data_dir=d", "registry.data_dir=d", "worker.data_dir=d", "worker.bases_dir=d/bases",

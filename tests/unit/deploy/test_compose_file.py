@@ -76,6 +76,13 @@ def test_its_settings_are_good_and_its_end_has_time(name: str) -> None:
         assert {chosen.admin_token_file, chosen.worker_token_file} == secrets
 
 
+@pytest.mark.parametrize("name", ["worker-1", "worker-2"])
+def test_a_worker_reads_bases_and_models_and_changes_neither(name: str) -> None:
+    volumes = SERVICES[name]["volumes"]
+    assert f"${{BASES_DIR:-./bases}}:{settings(name).bases_dir}:ro" in volumes
+    assert "${MODELS_DIR:-./models}:/models:ro" in volumes
+
+
 def test_every_image_is_built_once() -> None:
     builds = {name: service["build"] for name, service in SERVICES.items() if "build" in service}
     assert builds.keys() == SERVICES.keys() - {"worker-2"}
@@ -112,7 +119,10 @@ def test_the_overlay_changes_the_workers_alone() -> None:
     assert overlay.keys() == {"worker-1", "worker-2"}
     assert overlay["worker-1"]["build"] == {"args": {"TORCH_INDEX": ""}}
     for worker in overlay.values():
-        assert worker["environment"] == {"HOCKET_WORKER__DEVICE": "cuda:0"}
+        assert worker["environment"] == {
+            "HOCKET_WORKER__DEVICE": "cuda:0",
+            "HOCKET_WORKER__WORKERS_ON_MACHINE": "${WORKERS_PER_GPU:-2}",
+        }
         (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
 
@@ -132,7 +142,10 @@ def test_the_scripts_tokens_are_good_and_nobody_elses(tmp_path: Path) -> None:
     assert {name: read_token(file) for name, file in files.items()} == tokens
     assert (tmp_path / "deploy" / "secrets").stat().st_mode & 0o777 == 0o700
     assert all(file.stat().st_mode & 0o004 for file in files.values())  # for the container's user
-    assert (tmp_path / "trust").is_dir()
+    mounted = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
+    folders = {found[1] for volume in mounted if (found := re.match(r"\$\{[A-Z]+_DIR:-\./([a-z]+)\}:/", volume))}
+    assert folders == {"trust", "bases", "models"}
+    assert all((tmp_path / folder).is_dir() for folder in folders)
 
 
 def test_prometheus_asks_every_process() -> None:

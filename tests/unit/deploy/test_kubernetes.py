@@ -29,6 +29,7 @@ OVERLAYS = [path.parent for path in sorted(FOLDER.glob("*/kustomization.yaml")) 
 OLDEST, NEWEST = "1.29", "1.37"
 """Versions of Kubernetes: native sleep, grpc probes and what else is used is stable from the first on."""
 MADE_BY_THE_OPERATOR = {("Secret", "hocket-tokens"), ("ConfigMap", "hocket-trust")}
+MADE_FOR_TEXTS = {("ConfigMap", "hocket-bases"), ("PersistentVolumeClaim", "hocket-models")}
 PROGRAMS: dict[str, Any] = {"router": ROUTER, "aggregator": AGGREGATOR, "registry": REGISTRY, "worker": WORKER}
 USER = 10001
 FAREWELL_SECONDS = 3.0
@@ -49,10 +50,10 @@ def base() -> list[Manifest]:
     return [manifest for name in read(BASE / "kustomization.yaml")["resources"] for manifest in manifests(BASE / name)]
 
 
-def built(overlay: Path) -> list[Manifest]:
+def built(*overlays: Path) -> list[Manifest]:
     """What `kubectl apply -k` would send, as far as these overlays go: the base with `add` operations."""
     every = base()
-    for patch in read(overlay / "kustomization.yaml")["patches"]:
+    for overlay, patch in ((overlay, patch) for overlay in overlays for patch in _patches(overlay)):
         target = patch["target"]
         (manifest,) = (m for m in every if m["kind"] == target["kind"] and m["metadata"]["name"] == target["name"])
         for operation in read(overlay / patch["path"]):
@@ -69,6 +70,10 @@ def built(overlay: Path) -> list[Manifest]:
     return every
 
 
+def _patches(overlay: Path) -> Any:
+    return read(overlay / "kustomization.yaml")["patches"]
+
+
 ALL = base()
 WORKLOADS = {m["metadata"]["name"]: m for m in ALL if m["kind"] in {"Deployment", "StatefulSet"}}
 
@@ -82,14 +87,25 @@ def container(name: str) -> Any:
     return only
 
 
+def worker_of(*overlays: Path) -> Any:
+    """The pod of the worker that these overlays make."""
+    (worker,) = (m for m in built(*overlays) if m["metadata"]["name"] == "worker" and m["kind"] == "StatefulSet")
+    return worker["spec"]["template"]["spec"]
+
+
 def of_kind(kind: str) -> Iterator[Manifest]:
     return (manifest for manifest in ALL if manifest["kind"] == kind)
 
 
 @pytest.mark.parametrize(
     ("every", "version"),
-    [(ALL, OLDEST), (ALL, NEWEST), *((built(overlay), NEWEST) for overlay in OVERLAYS)],
-    ids=["oldest", "newest", *(overlay.name for overlay in OVERLAYS)],
+    [
+        (ALL, OLDEST),
+        (ALL, NEWEST),
+        *((built(overlay), NEWEST) for overlay in OVERLAYS),
+        (built(*OVERLAYS), NEWEST),
+    ],
+    ids=["oldest", "newest", *(overlay.name for overlay in OVERLAYS), "together"],
 )
 def test_every_manifest_has_the_form_that_kubernetes_demands(every: list[Manifest], version: str) -> None:
     for manifest in every:
@@ -106,11 +122,13 @@ def test_the_checker_refuses_what_is_misspelled() -> None:
 @pytest.mark.parametrize("folder", [BASE, *OVERLAYS], ids=lambda folder: folder.name)
 def test_a_kustomization_lists_the_files_beside_it(folder: Path) -> None:
     kustomization = read(folder / "kustomization.yaml")
-    listed = {path for path in kustomization["resources"] if not path.startswith("..")}
+    resources = kustomization.get("resources", ())  # a component has none
+    assert bool(resources) == (kustomization["kind"] == "Kustomization")
+    listed = {path for path in resources if not path.startswith("..")}
     listed |= {patch["path"] for patch in kustomization.get("patches", ())}
     listed |= {file for made in kustomization.get("configMapGenerator", ()) for file in made["files"]}
     assert listed == {path.name for path in folder.iterdir()} - {"kustomization.yaml"}
-    assert all((folder / path).resolve() == BASE for path in kustomization["resources"] if path.startswith(".."))
+    assert all((folder / path).resolve() == BASE for path in resources if path.startswith(".."))
 
 
 def test_there_is_one_workload_per_service() -> None:
@@ -190,9 +208,13 @@ def test_what_a_pod_mounts_is_there() -> None:
 
 def test_what_the_operator_makes_is_in_the_guide() -> None:
     guide = (ROOT / "docs" / "operations.md").read_text()
-    for kind, name in MADE_BY_THE_OPERATOR:
-        command = {"Secret": f"create secret generic {name}", "ConfigMap": f"create configmap {name}"}[kind]
-        assert command in guide
+    for kind, name in MADE_BY_THE_OPERATOR | MADE_FOR_TEXTS:
+        how = {
+            "Secret": f"create secret generic {name}",
+            "ConfigMap": f"create configmap {name}",
+            "PersistentVolumeClaim": f"the claim `{name}`",
+        }
+        assert how[kind] in guide
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -282,7 +304,25 @@ def _ways(policies: dict[str, Any], direction: str, peers: str) -> set[tuple[str
 
 
 def test_the_gpu_overlay_gives_each_worker_a_gpu() -> None:
-    (worker,) = (m for m in built(FOLDER / "gpu") if m["metadata"]["name"] == "worker" and m["kind"] == "StatefulSet")
-    (only,) = worker["spec"]["template"]["spec"]["containers"]
+    (only,) = worker_of(FOLDER / "gpu")["containers"]
     assert only["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "HOCKET_WORKER__DEVICE", "value": "cuda:0"} in only["env"]
+
+
+def test_the_text_component_gives_each_worker_the_bases_and_time_to_read_one() -> None:
+    without, worker = pod("worker"), worker_of(FOLDER / "text")
+    volumes = {volume["name"]: volume for volume in worker["volumes"] if volume not in without["volumes"]}
+    assert MADE_FOR_TEXTS == {
+        ("ConfigMap", volumes["bases"]["configMap"]["name"]),
+        ("PersistentVolumeClaim", volumes["models"]["persistentVolumeClaim"]["claimName"]),
+    }
+    (only,), (before,) = worker["containers"], without["containers"]
+    mounts = {mount["mountPath"]: mount for mount in only["volumeMounts"] if mount not in before["volumeMounts"]}
+    settings = settings_of(WORKER.settings, "worker", read_tables(None, {}, TABLES), {"XDG_DATA_HOME": "/var/lib"})
+    assert {path: mount["name"] for path, mount in mounts.items()} == {
+        str(settings.bases_dir): "bases",
+        "/models": "models",
+    }
+    assert all(mount["readOnly"] for mount in mounts.values())
+    assert only["startupProbe"]["failureThreshold"] > before["startupProbe"]["failureThreshold"]
+    assert only["resources"]["limits"]["memory"] == only["resources"]["requests"]["memory"]

@@ -1,0 +1,290 @@
+"""The whole engine over a tiny base, somebody who watches its every pass, and random experts for it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from hocket.identity import digest_of
+from hocket.packages.expert.reader import decode
+from services.expert_worker.engine.engine import Engine
+from services.expert_worker.engine.folding import fold
+from services.expert_worker.engine.mixing import Mixer
+from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, Pages
+from services.expert_worker.engine.sampling import Sampling
+from services.expert_worker.engine.scheduler import EngineLimits
+from services.expert_worker.engine.sequence import Delta, Finished, Started, TextRequest
+from tests.bases import HIDDEN, LAYERS, VOCABULARY
+from tests.experts import expert_package, module_path
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from torch import Tensor
+
+    from services.expert_worker.engine.base import Base
+    from services.expert_worker.engine.engine import Answer
+    from services.expert_worker.engine.expert import AdapterExpert, Mixture
+    from services.expert_worker.engine.part import Part
+
+NAME: Final = "tiny"
+"""Of the base that random experts say they are for: its folder's."""
+SECONDS: Final = 30.0
+HEAD: Final = "lm_head"
+_SHAPES: Final = {  # (in, out), of `tests.bases.tiny_base`
+    "q_proj": (HIDDEN, 64),
+    "k_proj": (HIDDEN, 32),
+    "v_proj": (HIDDEN, 32),
+    "o_proj": (64, HIDDEN),
+    "gate_proj": (HIDDEN, 96),
+    "up_proj": (HIDDEN, 96),
+    "down_proj": (96, HIDDEN),
+    HEAD: (HIDDEN, VOCABULARY),
+}
+
+
+def random_package(
+    kind: str = "lora",
+    modules: Sequence[str] = ("q_proj", "v_proj", "down_proj"),
+    *,
+    rank: int = 4,
+    seed: int = 0,
+    name: str = "expert-x",
+    version: str = "1.0.0",
+) -> bytes:
+    """A package for the tiny base: lora, rslora, dora, ia3 (`down_proj` feeds forward) or soft_prompt (`rank` rows).
+
+    What it adds is of the size of the base's own numbers, so that it changes answers and does not drown them.
+    """
+    random = np.random.default_rng(seed)
+
+    def numbers(*shape: int, around: float = 0.0, spread: float = 0.15) -> Any:
+        return (around + spread * random.standard_normal(shape)).astype(np.float32)
+
+    tensors: dict[str, Any] = {}
+    paths = [(m, module_path(layer, m)) for m in modules if m != HEAD for layer in range(LAYERS)]
+    paths += [(HEAD, f"base_model.model.{HEAD}")] if HEAD in modules else []
+    if kind == "soft_prompt":
+        paths, tensors = [], {"prompt_embeddings": numbers(rank, HIDDEN)}
+    for module, path in paths:
+        inputs, outputs = _SHAPES[module]
+        if kind == "ia3":
+            shape = (1, inputs) if module == "down_proj" else (outputs, 1)
+            tensors[f"{path}.ia3_l"] = numbers(*shape, around=1.0, spread=0.4)
+            continue
+        tensors[f"{path}.lora_A.weight"] = numbers(rank, inputs)
+        tensors[f"{path}.lora_B.weight"] = numbers(outputs, rank)
+        if kind == "dora":
+            tensors[f"{path}.lora_magnitude_vector"] = np.abs(numbers(outputs, around=1.2, spread=0.3))
+    config: dict[str, Any] = {} if kind == "soft_prompt" else {"target_modules": list(modules)}
+    if kind == "ia3":
+        config["feedforward_modules"] = ["down_proj"]
+    elif kind == "rslora":
+        config["use_rslora"] = True
+    return expert_package(
+        name,
+        version,
+        "lora" if kind == "rslora" else kind,
+        rank=rank,
+        base=NAME,
+        modules=tuple(modules),
+        tensors=tensors,
+        config=config,
+    )
+
+
+def expert_of(package: bytes, base: Base) -> AdapterExpert:
+    """What a worker makes of a package."""
+    facts, adapter = decode(package, digest_of(package))
+    folded = fold(adapter, facts, base)
+    return folded.build(folded.flat.clone())
+
+
+def asking(
+    token_ids: Sequence[int],
+    mixture: Mixture = (),
+    *,
+    max_tokens: int = 12,
+    stops: Sequence[str] = (),
+    eos_ids: frozenset[int] = frozenset(),
+    **sampling: Any,
+) -> TextRequest:
+    """A request; greedy unless it says otherwise."""
+    chosen = Sampling(**{"temperature": 0.0, **sampling})
+    return TextRequest(tuple(token_ids), mixture, chosen, tuple(stops), max_tokens, eos_ids)
+
+
+@dataclass
+class Told:
+    """What an answer has told so far.
+
+    Attributes:
+        ids: Its tokens.
+        logprobs: Of each.
+        text: All of it.
+        finish: How it ended; None for one that has not.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish: Finished | None = None
+
+    def take(self, event: Started | Delta | Finished) -> None:
+        if isinstance(event, Delta):
+            self.text += event.text
+            self.ids += [choice.token_id for choice in event.choices]
+            self.logprobs += [choice.logprob for choice in event.choices]
+        elif isinstance(event, Finished):
+            self.finish = event
+
+
+class WatchedMixer(Mixer):
+    """Remembers which experts it has copied into the arena, in order."""
+
+    copied: list[str]
+
+    def _copy_in(self, expert: AdapterExpert, place: Any) -> None:
+        self.copied.append(expert.digest)
+        super()._copy_in(expert, place)
+
+
+@dataclass
+class Watch:
+    """Computes passes, and holds each against what the engine promises.
+
+    What is wrong is remembered: raised in the engine's thread, it would only end a request.
+
+    Attributes:
+        passes: Rows of each part of each pass.
+        wrong: What was.
+    """
+
+    runner: Any
+    mixer: WatchedMixer
+    page_count: int
+    page_positions: int
+    limits: EngineLimits
+    passes: list[list[int]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def run(self, parts: list[Part]) -> Tensor:
+        rows = [part.row_count for part in parts]
+        self.passes.append(rows)
+        pages = [page for part in parts for page in part.pages]
+        self._expect("rows of a step", sum(rows) <= self.limits.step_tokens and min(rows) > 0)
+        self._expect("sequences of a step", len(parts) <= self.limits.sequences_max)
+        self._expect("pages of one sequence each", len(pages) == len({*pages}))
+        self._expect("pages that exist", {*pages} <= {*range(SCRATCH_PAGES, SCRATCH_PAGES + self.page_count)})
+        for part in parts:
+            room = len(part.pages) * self.page_positions
+            self._expect("rows within their pages", part.start + part.row_count <= room)
+        logits: Tensor = self.runner.run(parts)
+        self._expect("the arena's budget", 0 <= self.mixer.used_bytes <= self.mixer.budget_bytes)
+        return logits
+
+    def _expect(self, what: str, holds: bool) -> None:  # noqa: FBT001 - it is all that there is to say
+        if not holds:
+            self.wrong.append(f"pass {len(self.passes)}: {what}")
+
+
+@dataclass
+class Lab:
+    """A running engine and what it is made of."""
+
+    base: Base
+    engine: Engine
+    pages: Pages
+    mixer: WatchedMixer
+    watch: Watch
+    held: int = 0
+    """Requests whose experts the engine has not let go of."""
+
+    def submit(self, request: TextRequest) -> Answer:
+        answer = self.engine.submit(request, self._done)
+        self.held += 1
+        return answer
+
+    def _done(self) -> None:
+        self.held -= 1
+
+    async def ask(self, request: TextRequest) -> Told:
+        """An answer to its end."""
+        told = Told()
+        async with asyncio.timeout(SECONDS):
+            async for event in self.submit(request):
+                told.take(event)
+        return told
+
+    async def ask_all(self, requests: Sequence[TextRequest]) -> list[Told]:
+        """Answers to requests that are there at the same time."""
+        return await asyncio.gather(*(self.ask(request) for request in requests))
+
+    async def idle(self) -> None:
+        """Return when nothing is held any more; fail if something stays, or anything has been wrong."""
+        async with asyncio.timeout(SECONDS):
+            while self.held:  # noqa: ASYNC110 - it happens in another thread
+                await asyncio.sleep(0.001)
+        state = self.engine.state
+        assert (state.running_count, state.waiting_count, state.used_page_count) == (0, 0, 0)
+        assert self.pages.free_count == self.pages.count
+        assert self.watch.wrong == []
+
+
+LIMITS: Final = EngineLimits(step_tokens=64, sequences_max=16, queue_max=100)
+
+
+@asynccontextmanager
+async def whole_engine(
+    base: Base,
+    *,
+    page_positions: int = 16,
+    page_count: int = 512,
+    arena_rows: int = 256,
+    limits: EngineLimits = LIMITS,
+    **mixing: Any,
+) -> AsyncIterator[Lab]:
+    """An engine over a base, that no other engine may use meanwhile. Nothing may be left when the block ends well."""
+    from services.expert_worker.engine.runner import Runner  # noqa: PLC0415 - imports transformers
+
+    row_bytes = 4 * sum(linear.in_features + linear.out_features for linear in base.projections.values())
+    mixer = WatchedMixer(base.causal_lm, base.projections, arena_rows * row_bytes, **mixing)
+    mixer.copied = []
+    pool = KvPool(
+        base.kv_shape,
+        page_count=SCRATCH_PAGES + page_count,
+        page_positions=page_positions,
+        dtype=base.dtype,
+        device=base.device,
+    )
+    pages = Pages(SCRATCH_PAGES + page_count)
+    watch = Watch(Runner(base, pool, mixer), mixer, page_count, page_positions, limits)
+    engine = Engine(
+        watch,
+        pages,
+        page_positions=page_positions,
+        context_length=base.context_length,
+        fits=mixer.fits,
+        tokenizer=base.tokenizer,
+        limits=limits,
+    )
+    lab = Lab(base, engine, pages, mixer, watch)
+    engine.start()
+    try:
+        yield lab
+        await lab.idle()
+    finally:
+        await engine.stop()
+
+
+def opened(folder: Any) -> Base:
+    """The base in a folder, on the CPU."""
+    import torch  # noqa: PLC0415 - beside its only use
+
+    from services.expert_worker.engine.base import open_base  # noqa: PLC0415 - imports transformers
+
+    return open_base(folder, expected_digest=None, device=torch.device("cpu"))
