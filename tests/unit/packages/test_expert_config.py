@@ -80,6 +80,7 @@ class TestReading:
         assert config == AdapterConfig(
             AdapterKind.DORA,
             base_model_name="Qwen/Qwen3-0.6B",
+            leaves_out=True,
             rank=4,
             alpha=5.5,
             use_rslora=True,

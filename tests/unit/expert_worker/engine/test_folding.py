@@ -294,8 +294,8 @@ def test_a_projection_that_is_named_and_gets_nothing_is_refused_by_name() -> Non
     "choice", [{"layers_to_transform": [0]}, {"layers_to_transform": 0}, {"exclude_modules": ["1.up"]}]
 )
 def test_modules_may_be_left_out_on_purpose_but_no_name_altogether(choice: dict[str, Any]) -> None:
-    second = [name for name in tensors_for("lora", ["block.1.up"], rank=3, seed=0)]
-    every = [name for name in tensors_for("lora", ["block.0.up", "block.1.up"], rank=3, seed=0)]
+    second = list(tensors_for("lora", ["block.1.up"], rank=3, seed=0))
+    every = list(tensors_for("lora", ["block.0.up", "block.1.up"], rank=3, seed=0))
     names = {"target_modules": ["up", "down"]}
     folded(tensors=dict.fromkeys(second), config={**names, **choice})
     assert "'block.0.up'" in refused(tensors=dict.fromkeys(every), config={**names, **choice}).message
