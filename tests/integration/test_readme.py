@@ -82,7 +82,7 @@ def _run(folder: Path, blocks: list[str], router: str, registry: str) -> str:
         "HOCKET_REGISTRY": registry,
     }
     done = subprocess.run(
-        ["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        ["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr

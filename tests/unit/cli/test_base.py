@@ -127,4 +127,4 @@ def test_up_tells_the_worker_which_base(hocket: Any, monkeypatch: pytest.MonkeyP
     hocket("up", "--base", wanted, "--data", "d")
 
     settings = {"router.data_dir=d", "registry.data_dir=d", "worker.data_dir=d", "worker.bases_dir=d/bases"}
-    assert set(commands[0][5:]) == {"--set", f"worker.base={wanted}", *settings}
+    assert set(commands[0][6:]) == {"--set", f"worker.base={wanted}", *settings}
