@@ -93,5 +93,7 @@ def file_hashes(folder: Path, on_progress: Callable[[int, int], None] | None = N
                         on_progress(done, total)
             hashes[path.name] = file_hash.hexdigest()
     except OSError as error:
-        raise HocketError(Reason.BAD_REQUEST, f"cannot read the base {folder}: {error.strerror}") from error
+        raise HocketError(
+            Reason.BAD_REQUEST, f"cannot read {error.filename or folder} of a base: {error.strerror}"
+        ) from error
     return hashes

@@ -51,6 +51,7 @@ class Deployment:
         registry_channel: To the registry, likewise.
         trust: The trust folder of registry and worker; it trusts `acme`.
         app: The worker itself; None where it is another process's.
+        address: Of the router; empty where nobody has said.
     """
 
     router: RouterClient
@@ -59,6 +60,7 @@ class Deployment:
     registry_channel: grpc.aio.Channel
     trust: TrustFolder
     app: WorkerApp | None = None
+    address: str = ""
 
     async def publish(self, data: bytes, name: str = "", seed: bytes = ACME_SEED) -> str:
         """Publish under a release of acme's, wait until the router knows it, and return the digest."""
@@ -142,7 +144,9 @@ async def deployed(
         channels = Channels(tls=tls)
         stack.push_async_callback(channels.close)
         channel, to_registry = channels.get(router), channels.get(registry)
-        yield Deployment(RouterClient(channel), RegistryClient(to_registry), channel, to_registry, trust, worker)
+        yield Deployment(
+            RouterClient(channel), RegistryClient(to_registry), channel, to_registry, trust, worker, router
+        )
 
 
 async def _apart(settings: SuiteSettings, tls: Tls | None, stack: AsyncExitStack) -> tuple[str, str, WorkerApp]:

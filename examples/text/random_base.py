@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 END: Final = "<|im_end|>"
 SPECIALS: Final = ("<|endoftext|>", "<|im_start|>", END)
@@ -35,6 +36,8 @@ TINY: Final[dict[str, Any]] = {
     "tie_word_embeddings": True,
 }
 """What the adapter in tests/vectors/peft-lora was made for."""
+_SPACE: Final = "Ġ"
+"""How a space is written in byte-level vocabularies."""
 _SPARE_IDS: Final = 16
 """Ids that no token has: real bases have some, too."""
 _WORDS: Final = (
@@ -45,7 +48,15 @@ _WORDS: Final = (
 )
 
 
-def write_base(folder: Path, sizes: dict[str, Any], kind: str = "qwen3", *, seed: int = 0, chat: bool = True) -> Path:
+def write_base(
+    folder: Path,
+    sizes: dict[str, Any],
+    kind: str = "qwen3",
+    *,
+    seed: int = 0,
+    chat: bool = True,
+    ascii_only: bool = False,
+) -> Path:
     """Write weights, configuration and tokenizer. Weights are spread so widely that tokens differ clearly.
 
     Args:
@@ -54,10 +65,13 @@ def write_base(folder: Path, sizes: dict[str, Any], kind: str = "qwen3", *, seed
         kind: Its architecture, as transformers names it: `qwen3`, `llama`, `gemma`, ...
         seed: Of the weights.
         chat: Whether it has a chat template (ChatML).
+        ascii_only: Whether it hardly ever answers with pieces of other characters, which show as question marks. Of use
+            with tied embeddings.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _write_tokenizer(folder, sizes["vocab_size"], sizes["max_position_embeddings"], chat=chat)
     config = AutoConfig.for_model(kind, **{"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None, **sizes})
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]  # theirs
         for name, parameter in model.named_parameters():
@@ -65,12 +79,16 @@ def write_base(folder: Path, sizes: dict[str, Any], kind: str = "qwen3", *, seed
                 torch.nn.init.normal_(parameter, std=0.15)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+        if ascii_only:
+            others = {
+                place for token, place in tokenizer.get_vocab().items() if not token.replace(_SPACE, " ").isascii()
+            }
+            model.get_input_embeddings().weight[[*others, *range(len(tokenizer.get_vocab()), sizes["vocab_size"])]] = 0
     model.save_pretrained(folder)
-    _write_tokenizer(folder, sizes["vocab_size"], config.max_position_embeddings, chat=chat)
     return folder
 
 
-def _write_tokenizer(folder: Path, vocabulary: int, context: int, *, chat: bool) -> None:
+def _write_tokenizer(folder: Path, vocabulary: int, context: int, *, chat: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,13 +110,16 @@ def _write_tokenizer(folder: Path, vocabulary: int, context: int, *, chat: bool)
     if chat:
         settings["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
 
 
 def main() -> None:
     """Write the tiny base that the examples use."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    print(f"wrote {write_base(parser.parse_args().folder, TINY)}")
+    folder = parser.parse_args().folder
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs
+    print(f"wrote {write_base(folder, TINY, ascii_only=True)}")
 
 
 if __name__ == "__main__":

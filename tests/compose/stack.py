@@ -91,6 +91,15 @@ class Stack:
     def docker(self, *arguments: str | Path, seconds: float = 120.0) -> str:
         return _run("docker", *arguments, environment=self.environment, cwd=self.folder, seconds=seconds)
 
+    @property
+    def key(self) -> Path:
+        """What signs everything that is published here."""
+        return self.folder / "config" / "hocket" / "keys" / "default.key"
+
+    @property
+    def admin_token_file(self) -> Path:
+        return self.folder / "deploy" / "secrets" / "admin_token"
+
     def compose(self, *arguments: str, seconds: float = 300.0) -> str:
         """The plugin where there is one, and the program of old otherwise."""
         plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0

@@ -47,44 +47,24 @@ weights = [1, 1, 1, 1]
 
 
 @pytest.fixture(scope="session")
-def published(stack: Stack) -> None:
-    """A key is made and trusted, and four experts and a mixture of them are published, by the `hocket` command."""
-    token = ("--token-file", stack.folder / "deploy" / "secrets" / "admin_token")
-    stack.hocket("keygen")
-    stack.hocket("trust", "add", "acme", "--key", _key(stack), "--trust", stack.folder / "trust")
+def published(trusted: Stack) -> None:
+    """Four experts and a mixture of them are published, by the `hocket` command."""
+    token = ("--token-file", trusted.admin_token_file)
     for name, data in EXPERTS.items():
-        file = stack.folder / f"{name}.apr"
+        file = trusted.folder / f"{name}.apr"
         file.write_bytes(data)
-        stack.hocket("sign", file, "--publisher", "acme", "--name", name, "--version", "1.0.0")
-    asyncio.run(_until_trusted(stack))
-    stack.hocket("publish", *(stack.folder / f"{name}.apr" for name in EXPERTS), *token)
+        trusted.hocket("sign", file, "--publisher", "acme", "--name", name, "--version", "1.0.0")
+    trusted.hocket("publish", *(trusted.folder / f"{name}.apr" for name in EXPERTS), *token)
     members = "\n".join(f'[[members]]\nexpert = "acme/{name}@1.0.0"' for name in EXPERTS)
-    (stack.folder / "quartet.toml").write_text(MIXTURE.format(members=members))
-    stack.hocket("mixtures", "put", stack.folder / "quartet.toml", "--publisher", "acme", "--version", "1.0.0", *token)
-
-
-def _key(stack: Stack) -> Any:
-    return stack.folder / "config" / "hocket" / "keys" / "default.key"
+    (trusted.folder / "quartet.toml").write_text(MIXTURE.format(members=members))
+    trusted.hocket(
+        "mixtures", "put", trusted.folder / "quartet.toml", "--publisher", "acme", "--version", "1.0.0", *token
+    )
 
 
 def _registry(stack: Stack) -> Any:
     """A connection to the registry with the admin's token."""
-    return connect_registry(stack.registry, read_token(stack.folder / "deploy" / "secrets" / "admin_token"))
-
-
-async def _until_trusted(stack: Stack) -> None:
-    """Return when the registry has read the trust folder again."""
-    publisher = Publisher("acme", load_key(_key(stack)))
-    async with asyncio.timeout(10), _registry(stack) as registry:
-        while True:
-            try:
-                await publisher.publish(registry, EXPERTS["e0"], "e0")
-            except HocketError as error:
-                if error.reason is not Reason.SIGNER_NOT_TRUSTED:
-                    raise
-                await asyncio.sleep(0.2)
-            else:
-                return
+    return connect_registry(stack.registry, read_token(stack.admin_token_file))
 
 
 def _workers(answer: Answer) -> set[str]:
@@ -234,7 +214,7 @@ async def test_a_worker_container_that_is_killed_is_not_missed(stack: Stack) -> 
 
 
 async def test_the_registry_comes_back_with_all_it_acknowledged_and_nobody_waits_for_it(stack: Stack) -> None:
-    publisher = Publisher("acme", load_key(_key(stack)))
+    publisher = Publisher("acme", load_key(stack.key))
     acknowledged: set[str] = set()
 
     async def publish(registry: RegistryClient) -> None:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,8 +37,9 @@ from hocket.rpc.server import Address, Server
 from hocket.trust_folder import TrustFolder
 from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from tests import certificates
+from tests.bases import tiny_base
 from tests.builders import apr_bytes, floats, forest, grow, linear, logistic
-from tests.deployments import Deployment
+from tests.deployments import Deployment, deployed
 from tests.fakes import HIGH, LOW, ScriptedRouter
 from tests.integration.test_readme import BUF, GRPCURL
 from tests.signing import trusted
@@ -209,6 +211,7 @@ async def scripted(
     [
         ("python/ask.py", "python"),
         ("node/ask.mjs", "js"),
+        ("node/generate.mjs", "js"),
         ("cpp/ask.cc", "cpp"),
         ("ruby/ask.rb", "ruby"),
         ("go/ask.go", "go"),
@@ -216,6 +219,30 @@ async def scripted(
 )
 async def test_the_page_shows_the_programs_as_they_are(program: str, language: str) -> None:
     assert f"```{language}\n{(CLIENTS / program).read_text()}```\n" in PAGE
+
+
+async def test_a_text_is_the_one_that_python_gets(tmp_path: Path) -> None:
+    if shutil.which("node", path=environment()["PATH"]) is None or not (CLIENTS / "node" / "node_modules").exists():
+        pytest.skip("Node, or the packages of its client, are not installed: run `make test`")
+    (line,) = commands("ask", "node-text")
+    words = shlex.split(line)
+    program = words[: words.index(ADDRESS)]
+    async with deployed("one process", tmp_path, base=tiny_base(tmp_path / "tiny")) as suite:
+        asked = await suite.router.answer_text("who is there?", max_tokens=64)
+
+        async def ran(*words: str) -> tuple[int, str, str]:
+            process = await asyncio.create_subprocess_exec(
+                *program, suite.address, *words, cwd=ROOT, env=environment(), stdout=PIPE, stderr=PIPE
+            )
+            output, error = await process.communicate()
+            return process.returncode or 0, output.decode(), error.decode()
+
+        status, output, error = await ran("who is there?")
+        assert (status, output) == (0, f"{asked.text}\n"), error
+        assert f"{len(asked.tokens)} tokens" in error
+        status, output, error = await ran("who is there?", "nobody:0.5")
+        assert (status, output) == (2, "")
+        assert "NOT_FOUND: there is no expert 'nobody'" in error
 
 
 @pytest.mark.parametrize("model", ["pair", "flowers"])

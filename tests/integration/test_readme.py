@@ -56,7 +56,7 @@ async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         "acme/linear@1.0.0",
         "setosa",
         "acme/expert-tiny@1.0.0",
-        "value7777",  # what the tiny base makes of it
+        "42424242",  # what the tiny base makes of it
         "ADAPTER_MIX",
         "refused, as it should be",
     ):

@@ -53,10 +53,11 @@ def base() -> list[Manifest]:
 def built(*overlays: Path) -> list[Manifest]:
     """What `kubectl apply -k` would send, as far as these overlays go: the base with `add` operations."""
     every = base()
-    for overlay, patch in ((overlay, patch) for overlay in overlays for patch in _patches(overlay)):
+    patches = [(overlay, patch) for overlay in overlays for patch in read(overlay / "kustomization.yaml")["patches"]]
+    for folder, patch in patches:
         target = patch["target"]
         (manifest,) = (m for m in every if m["kind"] == target["kind"] and m["metadata"]["name"] == target["name"])
-        for operation in read(overlay / patch["path"]):
+        for operation in read(folder / patch["path"]):
             assert operation["op"] == "add"
             *path, last = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
             place: Any = manifest
@@ -68,10 +69,6 @@ def built(*overlays: Path) -> list[Manifest]:
             else:
                 place[last] = operation["value"]
     return every
-
-
-def _patches(overlay: Path) -> Any:
-    return read(overlay / "kustomization.yaml")["patches"]
 
 
 ALL = base()
@@ -312,10 +309,10 @@ def test_the_gpu_overlay_gives_each_worker_a_gpu() -> None:
 def test_the_text_component_gives_each_worker_the_bases_and_time_to_read_one() -> None:
     without, worker = pod("worker"), worker_of(FOLDER / "text")
     volumes = {volume["name"]: volume for volume in worker["volumes"] if volume not in without["volumes"]}
-    assert MADE_FOR_TEXTS == {
+    assert {
         ("ConfigMap", volumes["bases"]["configMap"]["name"]),
         ("PersistentVolumeClaim", volumes["models"]["persistentVolumeClaim"]["claimName"]),
-    }
+    } == MADE_FOR_TEXTS
     (only,), (before,) = worker["containers"], without["containers"]
     mounts = {mount["mountPath"]: mount for mount in only["volumeMounts"] if mount not in before["volumeMounts"]}
     settings = settings_of(WORKER.settings, "worker", read_tables(None, {}, TABLES), {"XDG_DATA_HOME": "/var/lib"})
