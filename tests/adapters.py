@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from services.expert_worker.engine.expert import AdapterExpert
 
 NAME = "Toy"
-KINDS = ("lora", "rslora", "dora", "ia3")
+KINDS = ("lora", "rslora", "dora", "ia3", "biased", "biased_dora")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {},
+    "biased": {"lora_bias": True, "bias": "lora_only"},
+    "biased_dora": {"bias": "lora_only"},
+}
+"""Of their configurations, where they are of low rank."""
 SHAPES = {"block.0.up": (24, 40), "block.0.down": (40, 24), "block.1.up": (24, 40), "block.1.down": (40, 24)}
 HEAD = "lm_head"
 _HEAD_SHAPE = (24, 50)
@@ -92,7 +100,11 @@ def tensors_for(
         own = (ranks or {}).get(module, rank)
         tensors[f"{path}.lora_A.weight"] = numbers(own, inputs)
         tensors[f"{path}.lora_B.weight"] = numbers(outputs, own)
-        if kind == "dora":
+        if kind == "biased":
+            tensors[f"{path}.lora_B.bias"] = numbers(outputs)
+        if kind.startswith("biased") and module.endswith("up"):
+            tensors[f"{path}.base_layer.bias"] = numbers(outputs)
+        if kind.endswith("dora"):
             tensors[f"{path}.lora_magnitude_vector"] = np.abs(numbers(outputs, around=1.0))
     return tensors
 
@@ -109,14 +121,14 @@ def toy_package(
     **options: Any,
 ) -> tuple[a.AdapterFacts, a.Adapter]:
     """An adapter as its package is read; `tensors` replace or add some, or (None) drop them."""
-    own: dict[str, Any] = {"use_rslora": kind == "rslora"} if kind in {"lora", "rslora", "dora"} else {}
+    own = dict(_OPTIONS.get(kind, {}))
     if kind != "soft_prompt":
         own["target_modules"] = list(modules)
     if kind == "ia3":
         own["feedforward_modules"] = ["down"]
     changed = {**tensors_for(kind, modules, rank=rank, seed=seed), **(tensors or {})}
     package = expert_package(
-        kind="lora" if kind == "rslora" else kind,
+        kind="dora" if kind.endswith("dora") else "lora" if kind in _OPTIONS else kind,
         rank=rank,
         base=base,
         config={**own, **(config or {})},
@@ -165,6 +177,7 @@ def dense(base: ToyBase, x: Tensor, mixture: Sequence[tuple[Known, float]]) -> T
 def _merge(linear: nn.Linear, name: str, mixture: Sequence[tuple[Known, float]]) -> None:
     weight = linear.weight.clone()
     delta = torch.zeros_like(weight)
+    shift = torch.zeros_like(weight[:, 0])
     inputs, outputs, biases = (torch.ones(n, dtype=torch.float64) for n in (weight.shape[1], *2 * weight.shape[:1]))
     for known, w in mixture:
         mine = {
@@ -185,14 +198,18 @@ def _merge(linear: nn.Linear, name: str, mixture: Sequence[tuple[Known, float]])
         rank = mine["lora_A.weight"].shape[0]
         scale = known.alpha / (math.sqrt(rank) if known.kind == "rslora" else rank)
         own = scale * mine["lora_B.weight"] @ mine["lora_A.weight"]
-        if known.kind == "dora":
+        if "lora_B.bias" in mine:
+            shift += w * scale * mine["lora_B.bias"]
+        if "base_layer.bias" in mine:
+            shift += w * (mine["base_layer.bias"] - linear.bias)
+        if known.kind.endswith("dora"):
             factors = mine["lora_magnitude_vector"] / (weight + own).norm(dim=1)
             outputs += w * (factors - 1)
             own *= factors[:, None]
         delta += w * own
     linear.weight.copy_((outputs[:, None] * weight + delta) * inputs)
-    if linear.bias is not None:
-        linear.bias.mul_(biases)
+    bias: Tensor | None = linear.bias
+    linear.bias = nn.Parameter(shift if bias is None else bias * biases + shift, requires_grad=False)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -15,11 +15,12 @@ from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.folding import fold
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, Pages
-from services.expert_worker.engine.sampling import Sampling
+from services.expert_worker.engine.sampling import Sampling, noise
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.engine.sequence import Delta, Finished, Started, TextRequest
 from tests.bases import HIDDEN, LAYERS, VOCABULARY
 from tests.experts import expert_package, module_path
+from tests.passes import ids_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 
 NAME: Final = "tiny"
 """Of the base that random experts say they are for: its folder's."""
+TOKEN_COUNT: Final = 367
+"""Ids of the tiny base that have a token; those after them are never chosen."""
 SECONDS: Final = 30.0
 HEAD: Final = "lm_head"
+_ROUNDING: Final = 1e-5
 _SHAPES: Final = {  # (in, out), of `tests.bases.tiny_base`
     "q_proj": (HIDDEN, 64),
     "k_proj": (HIDDEN, 32),
@@ -45,6 +49,11 @@ _SHAPES: Final = {  # (in, out), of `tests.bases.tiny_base`
     "down_proj": (96, HIDDEN),
     HEAD: (HIDDEN, VOCABULARY),
 }
+
+
+def prompt_ids(count: int, seed: int = 0) -> list[int]:
+    """Tokens of a prompt."""
+    return [token_id % TOKEN_COUNT for token_id in ids_of(count, seed)]
 
 
 def random_package(
@@ -125,12 +134,14 @@ class Told:
     Attributes:
         ids: Its tokens.
         logprobs: Of each.
+        tops: The most probable tokens at each place, as far as they were asked for.
         text: All of it.
         finish: How it ended; None for one that has not.
     """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list, repr=False)
     text: str = ""
     finish: Finished | None = None
 
@@ -139,8 +150,35 @@ class Told:
             self.text += event.text
             self.ids += [choice.token_id for choice in event.choices]
             self.logprobs += [choice.logprob for choice in event.choices]
+            self.tops += [choice.top for choice in event.choices]
         elif isinstance(event, Finished):
             self.finish = event
+
+
+def first_difference(request: TextRequest, ids: Sequence[int], alone: Told) -> int | None:
+    """The first token of an answer that is not the one of the same request alone; None if there is none.
+
+    Where rounding alone decides on a token, both are right, and what comes after them cannot be compared. Requests are
+    greedy or have a top_k below 20, with `top_logprobs` 20 and no penalties, so that what is drawn from is known.
+    """
+    for place, (mine, wanted) in enumerate(zip(ids, alone.ids, strict=False)):
+        if mine != wanted:
+            position = len(request.token_ids) + place
+            return None if _is_undecided(alone.tops[place], request.sampling, position) else place
+    return None
+
+
+def _is_undecided(top: Sequence[tuple[int, float]], sampling: Sampling, position: int) -> bool:
+    """Whether the draw, or what takes part in it, lies within rounding of another outcome."""
+    count = sampling.top_k if sampling.temperature else 1
+    logprobs = [logprob for _, logprob in top]
+    if logprobs[count - 1] - logprobs[count] < _ROUNDING:
+        return True
+    if not sampling.temperature:
+        return False
+    weights = np.exp(np.array([logprob for _, logprob in sorted(top[:count])]) / sampling.temperature)
+    borders = weights.cumsum() / weights.sum()
+    return bool(np.abs(borders - noise(sampling.seed, position)).min() < _ROUNDING)
 
 
 class WatchedMixer(Mixer):
@@ -279,6 +317,9 @@ async def whole_engine(
         await lab.idle()
     finally:
         await engine.stop()
+        for name, linear in base.projections.items():  # as they were: another mixer may come
+            parent, _, child = name.rpartition(".")
+            setattr(base.causal_lm.get_submodule(parent), child, linear)
 
 
 def opened(folder: Any) -> Base:

@@ -168,11 +168,15 @@ class AdapterConfig:
         alpha_pattern: Alphas of modules that have another, by pattern.
         target_modules: Names of the projections that were to be adapted; the tensors show which were. Empty where a
             regular expression chose them.
-        leaves_out: Whether some modules of those names were left out on purpose (`layers_to_transform`,
-            `exclude_modules`).
+        exclude_modules: Names of modules that were left out. None where a regular expression chose them.
+        layers_to_transform: Numbers of the layers that were to be adapted, where targets are not named in full; empty
+            for all.
+        layers_pattern: Names that the number of a layer follows; empty for any.
         feedforward_modules: Of those, which IA3 scales at their input.
         fan_in_fan_out: Whether the base stores weights as (in, out).
-        bias: `none`, `all` or `lora_only`: which biases of the base were trained as well.
+        bias: Which biases of the base were trained as well: `none`, `all`, or those of adapted projections
+            (`lora_only`).
+        lora_bias: Whether B has a bias.
         token_count: Rows of a soft prompt; 0 for other kinds.
     """
 
@@ -184,10 +188,13 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: tuple[str, ...] = ()
-    leaves_out: bool = False
+    exclude_modules: tuple[str, ...] | None = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
     feedforward_modules: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     bias: str = "none"
+    lora_bias: bool = False
     token_count: int = 0
 
 

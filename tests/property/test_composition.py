@@ -147,7 +147,7 @@ def test_the_arena_never_takes_more_than_its_budget_and_its_places_are_reused_wi
     rows: int, steps: list[list[Mixture]], method: Method | None
 ) -> None:
     mixer = Mixer(BASE.causal_lm, BASE.projections, rows * ROW_BYTES + 5, method=method)
-    allocated = sum(strips.a.nbytes + strips.b.nbytes for strips in mixer._strips.values())
+    allocated = sum(strips.inputs.nbytes + strips.outputs.nbytes for strips in mixer._strips.values())
     assert allocated == rows * ROW_BYTES <= mixer.budget_bytes
     for step in steps:
         if not mixer.fits([known.expert for mixture in step for known, _ in mixture]):

@@ -132,8 +132,6 @@ class Steps:
         taken = [page for sequence in running for page in sequence.pages]
         assert len(taken) == len(set(taken)) == self.pages.count - self.pages.free_count
         assert all(len(each.pages) * PAGE_POSITIONS >= each.prompt_row_count + each.token_count_max for each in running)
-        assert fits({each for sequence in running for each in sequence.experts})
-        assert len(running) <= self.limits.sequences_max
 
     def _check_plan(self, plan: list[tuple[Sequence, int]]) -> None:
         going = [each for each in self.scheduler.running if not self.scheduler.is_paused(each)]
@@ -142,7 +140,11 @@ class Steps:
         planned = [sequence for sequence, _ in plan]
         assert len(planned) == len(set(planned))
         assert set(planned) <= set(going)
-        assert all(each in planned for each in going if each.answer_ids)
+        assert fits({each for sequence in planned for each in sequence.experts})
+        assert len(planned) <= self.limits.sequences_max
+        together = fits({each for sequence in going for each in sequence.experts})
+        if together and len(going) <= min(self.limits.sequences_max, self.limits.step_tokens):
+            assert all(each in planned for each in going if each.answer_ids)
         assert bool(plan) == bool(going)
 
 

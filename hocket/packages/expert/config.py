@@ -21,7 +21,7 @@ from hocket.packages.adapter import AdapterConfig, AdapterKind
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 T = TypeVar("T")
 
@@ -35,16 +35,16 @@ _NEUTRAL_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva")
 _UNDERSTOOD: Final = frozenset(
     {
         # what `read_config` reads
-        "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "feedforward_modules", "lora_alpha",
-        "num_virtual_tokens", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+        "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "feedforward_modules",
+        "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "num_virtual_tokens", "peft_type", "r",
+        "rank_pattern", "target_modules", "use_dora", "use_rslora",
         # what `unsupported` looks at
         "init_lora_weights", "num_transformer_submodules", "task_type",
-        # what says how it was trained, or which modules were chosen: the tensors that are there show them
-        "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-        "init_ia3_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-        "megatron_core", "num_attention_heads", "num_layers", "peft_version", "prompt_tuning_init",
-        "prompt_tuning_init_text", "qalora_group_size", "revision", "runtime_config", "token_dim", "tokenizer_kwargs",
-        "tokenizer_name_or_path",
+        # what says how it was trained
+        "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "init_ia3_weights",
+        "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "num_attention_heads", "num_layers",
+        "peft_version", "prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "revision",
+        "runtime_config", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path",
     }
 )  # fmt: skip
 
@@ -52,7 +52,8 @@ _UNDERSTOOD: Final = frozenset(
 def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
     """The configuration of an adapter. Null is the same as absent.
 
-    Modules that are named by a regular expression are left out: the tensors show which they were.
+    Modules that are named by a regular expression are left out: the tensors show which they were. Keys that PEFT knows
+    for other kinds alone are passed over, as PEFT does.
 
     Args:
         data: The file.
@@ -79,16 +80,19 @@ def read_config(data: bytes, limits: Limits = DEFAULT_LIMITS) -> AdapterConfig:
                 rank_pattern=ranks,
                 alpha_pattern=alphas,
                 target_modules=_modules(document, "target_modules", limits),
-                leaves_out=_leaves_out(document),
+                exclude_modules=_excluded(document, limits),
+                layers_to_transform=_layers(document, limits),
+                layers_pattern=_layers_pattern(document, limits),
                 fan_in_fan_out=_flag(document, "fan_in_fan_out"),
                 bias=_bias(document),
+                lora_bias=_lora_bias(document),
             )
         case "IA3":
             return AdapterConfig(
                 kind=AdapterKind.IA3,
                 base_model_name=base,
                 target_modules=_modules(document, "target_modules", limits),
-                leaves_out=_leaves_out(document),
+                exclude_modules=_excluded(document, limits),
                 feedforward_modules=_modules(document, "feedforward_modules", limits),
                 fan_in_fan_out=_flag(document, "fan_in_fan_out"),
             )
@@ -123,13 +127,11 @@ def _obstacle(key: str, value: Any) -> str | None:  # noqa: ANN401 - a JSON valu
                 "feedforward_modules is a regular expression, and packages must not bring any: "
                 "write the list of names in its place into adapter_config.json, and pack again"
             )
-        case "rank_pattern" | "alpha_pattern" if any(_PLAIN_NAME.fullmatch(name) is None for name in value or ()):
+        case "rank_pattern" | "alpha_pattern" | "layers_pattern" if not _are_plain(value or ()):
             why = (
                 f"{key} names modules by regular expressions, and packages must not bring any: "
                 "write plain names into adapter_config.json, and pack again"
             )
-        case "bias" if value not in (None, "none"):
-            why = "it trained biases of the base as well, which cannot be composed: train with bias none"
         case "init_lora_weights" if value not in _NEUTRAL_STARTS:
             why = (
                 f"init_lora_weights {_short(value)} changed the base it was trained on, so that its tensors belong to "
@@ -190,9 +192,44 @@ def _number(value: object, what: str) -> float:
     return float(value)
 
 
-def _leaves_out(document: Mapping[str, Any]) -> bool:
-    """Whether there are modules of the names it targets that it does not adapt. Layer 0 alone is a choice, too."""
-    return bool(document.get("exclude_modules")) or document.get("layers_to_transform") not in (None, [])
+def _are_plain(names: str | Iterable[str]) -> bool:
+    """Whether none of them is a regular expression."""
+    return all(_PLAIN_NAME.fullmatch(name) for name in ([names] if isinstance(names, str) else names))
+
+
+def _excluded(document: Mapping[str, Any], limits: Limits) -> tuple[str, ...] | None:
+    value = document.get("exclude_modules")
+    return None if value and isinstance(value, str) else _modules(document, "exclude_modules", limits)
+
+
+def _layers(document: Mapping[str, Any], limits: Limits) -> tuple[int, ...]:
+    """Layer 0 alone is a choice, too."""
+    value = document.get("layers_to_transform")
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise _bad("layers_to_transform is neither a whole number nor a list of such")
+    if len(layers) > limits.tensors:
+        raise HocketError(
+            Reason.TOO_LARGE, f"adapter_config.json: layers_to_transform has more than {limits.tensors} numbers"
+        )
+    return tuple(sorted(set(layers)))
+
+
+def _layers_pattern(document: Mapping[str, Any], limits: Limits) -> tuple[str, ...]:
+    """In the order in which they are tried."""
+    value = document.get("layers_pattern") or []
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, list) or not all(isinstance(name, str) and name for name in patterns):
+        raise _bad("layers_pattern is neither a name nor a list of names")
+    _check_names(patterns, "layers_pattern", limits)
+    return tuple(patterns)
+
+
+def _lora_bias(document: Mapping[str, Any]) -> bool:
+    lora_bias = _flag(document, "lora_bias")
+    if lora_bias and _flag(document, "use_dora"):
+        raise _bad("lora_bias and use_dora exclude each other")
+    return lora_bias
 
 
 def _bias(document: Mapping[str, Any]) -> str:

@@ -4,13 +4,16 @@ Names are PEFT's: `base_model.model.`, the path of a module in the base, and wha
 
     <module>.lora_A.weight          [r, in]
     <module>.lora_B.weight          [out, r]
+    <module>.lora_B.bias            [out]               with `lora_bias`
+    <module>.base_layer.bias        [out]               in place of the base's, with `bias` `lora_only` or `all`
+    <module>.bias                   [out]               the same where nothing else is adapted, with `all`
     <module>.lora_magnitude_vector  [out]               DoRA
     <module>.ia3_l                  [1, in] or [out, 1]  feed-forward modules, and others
     prompt_embeddings               [tokens, hidden]
 
 The format's documents shorten some of these names (`.lora_A`, `.lora_magnitude`, `.ia3_scale`, no prefix); they are
-read as PEFT's. Every tensor has to be understood and every module has to have all its tensors, because an adapter with
-a part missing still answers, only wrongly.
+read as PEFT's. Every tensor has to be understood, every module has to have all its tensors and to be among those that
+the configuration chooses, because an adapter with a part missing still answers, only wrongly.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from hocket.packages.adapter import AdapterConfig, AdapterKind
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from hocket.packages.adapter import RawTensor
 
 PROMPT: Final = "prompt_embeddings"
 LORA_A: Final = "lora_A.weight"
 LORA_B: Final = "lora_B.weight"
+LORA_BIAS: Final = "lora_B.bias"
+BASE_BIAS: Final = "base_layer.bias"
+BIAS: Final = "bias"
 MAGNITUDE: Final = "lora_magnitude_vector"
 IA3: Final = "ia3_l"
 
@@ -38,6 +44,7 @@ _PARTS: Final[dict[AdapterKind, tuple[str, ...]]] = {
     AdapterKind.LORA: (LORA_A, LORA_B),
     AdapterKind.DORA: (LORA_A, LORA_B, MAGNITUDE),
     AdapterKind.IA3: (IA3,),
+    AdapterKind.SOFT_PROMPT: (),
 }
 _SHORTENED: Final = {
     ".lora_A": f".{LORA_A}",
@@ -88,21 +95,25 @@ def check_tensors(config: AdapterConfig, tensors: Mapping[str, RawTensor], limit
         _check_prompt(config, tensors)
         return Findings()
     modules: dict[str, dict[str, RawTensor]] = {}
+    parts_known = parts_of(config)
     for name, tensor in tensors.items():
         for beyond, why in _BEYOND.items():
             if name.endswith(f".{beyond}"):
                 return Findings(config.rank, projections_of(config.target_modules, limits), f"tensor {name} {why}")
-        module, part = module_and_part(name, config.kind)
+        module, part = module_and_part(name, parts_known)
         if len(module) > limits.tag_chars:
             raise HocketError(
                 Reason.TOO_LARGE, f"a module's name has {len(module)} characters, more than {limits.tag_chars}"
             )
         modules.setdefault(module, {})[part] = tensor
-    unmatched = _unmatched(config, modules)
-    ranks = values_for(modules, config.rank_pattern, config.rank)
-    for module, parts in modules.items():
-        _check_module(config, module, parts, ranks[module])
-    return Findings(max(ranks.values()), projections_of(modules, limits), unmatched=unmatched)
+    adapted = [module for module, parts in modules.items() if parts.keys() != {BIAS}]
+    if not adapted:
+        raise _bad("the weights adapt no projection, only biases")
+    unmatched = _unmatched(config, adapted)
+    ranks = values_for(adapted, config.rank_pattern, config.rank)
+    for module in adapted:
+        _check_module(config, module, modules[module], ranks[module])
+    return Findings(max(ranks.values()), projections_of(adapted, limits), unmatched=unmatched)
 
 
 def as_peft_names(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
@@ -150,17 +161,75 @@ def values_for(modules: Iterable[str], pattern: Mapping[str, T], default: T) -> 
     return values
 
 
-def module_and_part(name: str, kind: AdapterKind) -> tuple[str, str]:
-    """The path of a tensor's module in the base, and what the tensor does there: one of the names above.
+def parts_of(config: AdapterConfig) -> tuple[str, ...]:
+    """What tensors of an adapter may do to a module: names above, the last the shortest."""
+    return (
+        *_PARTS[config.kind],
+        *([LORA_BIAS] if config.lora_bias else []),
+        *([BASE_BIAS] if config.bias != "none" else []),
+        *([BIAS] if config.bias == "all" else []),
+    )
+
+
+def module_and_part(name: str, parts: tuple[str, ...]) -> tuple[str, str]:
+    """The path of a tensor's module in the base, and what the tensor does there.
+
+    Args:
+        name: Of the tensor.
+        parts: As `parts_of` says.
 
     Raises:
-        HocketError: `BAD_ADAPTER` for a name that PEFT does not give to tensors of this kind of adapter.
+        HocketError: `BAD_ADAPTER` for a name that PEFT does not give to tensors of such an adapter.
     """
     if name.startswith(_PREFIX):
-        for part in _PARTS[kind]:
+        for part in parts:
             if name.endswith(f".{part}") and (module := name[len(_PREFIX) : -len(part) - 1]):
                 return module, part
-    raise _bad(f"tensor {name[:200]!r} is none that PEFT saves for this configuration ({kind})")
+    raise _bad(f"tensor {name[:200]!r} is none that PEFT saves for this configuration")
+
+
+def chosen(config: AdapterConfig, modules: Iterable[str]) -> list[str]:
+    """Which of these modules a configuration chooses, as PEFT 0.21 does (`check_target_module_exists`).
+
+    A name fits a path that is it, or ends with it after a dot. What regular expressions choose is not known here:
+    without names in `target_modules` nothing is chosen, and what `exclude_modules` leaves out is chosen.
+
+    Args:
+        config: With targets by name.
+        modules: Paths in the base.
+    """
+    targets, excluded = set(config.target_modules), set(config.exclude_modules or ())
+    layers = set(config.layers_to_transform)
+    patterns = {name: place for place, name in reversed([*enumerate(config.layers_pattern)])}
+    return [
+        module
+        for module in modules
+        if excluded.isdisjoint(endings(module))
+        and not targets.isdisjoint(endings(module))
+        and (not layers or module in targets or _layer(module, patterns) in layers)
+    ]
+
+
+def _layer(module: str, patterns: Mapping[str, int]) -> int | None:
+    """The number in a path: the first after the first of the names that one comes after; None if there is none.
+
+    Without names it is the first that is neither first nor second in the path. What ends a path is no number.
+
+    Args:
+        module: The path.
+        patterns: Places of the names, which may be of several parts.
+    """
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts[:-1]) if part.isdecimal()]
+    if not patterns:
+        return next((int(parts[place]) for place in numbers if place > 1), None)
+    found = [
+        (patterns[ending], place)
+        for place in numbers
+        for ending in endings(".".join(parts[:place]))
+        if ending in patterns
+    ]
+    return int(parts[min(found)[1]]) if found else None
 
 
 def _peft_name(name: str) -> str:
@@ -171,23 +240,24 @@ def _peft_name(name: str) -> str:
     return full if short is None else f"{full.removesuffix(short)}{_SHORTENED[short]}"
 
 
-def _unmatched(config: AdapterConfig, modules: Mapping[str, object]) -> tuple[str, ...]:
+def _unmatched(config: AdapterConfig, modules: Sequence[str]) -> tuple[str, ...]:
     """Targets without tensors, once every module is known to be a target."""
-    targets = set(config.target_modules)
-    if not targets:
+    if not config.target_modules:
         return ()
-    left = set(targets)
-    for module in modules:
-        fitting = targets.intersection(endings(module))
-        if not fitting:
-            raise _bad(f"tensors adapt {module!r}, which target_modules does not name")
-        left -= fitting
-    return tuple(sorted(left))
+    unwanted = set(modules).difference(chosen(config, modules))
+    if unwanted:
+        raise _bad(
+            f"tensors adapt {min(unwanted)!r}, which target_modules does not name, or exclude_modules or "
+            "layers_to_transform leaves out"
+        )
+    return tuple(sorted(set(config.target_modules).difference(*map(endings, modules))))
 
 
 def _check_module(config: AdapterConfig, module: str, parts: Mapping[str, RawTensor], rank: int) -> None:
     """Whether the tensors of one module are all there and fit each other."""
-    for part in _PARTS[config.kind]:
+    if BIAS in parts:
+        raise _bad(f"{module!r} is adapted, so that PEFT calls its bias {BASE_BIAS}, not {BIAS}")
+    for part in (*_PARTS[config.kind], *([LORA_BIAS] if config.lora_bias else [])):
         if part not in parts:
             raise _bad(f"{module!r} has no {part}: the weights are incomplete")
     if config.kind is AdapterKind.IA3:

@@ -50,6 +50,8 @@ class Step:
         pool: Where keys and values lie.
         row_counts: Rows of each part.
         slots: `[T]`, int64: where each row's keys and values are put.
+        kernel: What attends for all parts at once; None where each is attended to for itself.
+        windows: The window of each layer that has been computed, by its index; None for one that sees everything.
     """
 
     def __init__(self, pool: KvPool, parts: Sequence[Part]) -> None:
@@ -66,6 +68,7 @@ class Step:
             device=pool.device,
         )
         self.kernel = _Kernel(pool, parts) if _has_kernel(pool) else None
+        self.windows: dict[int, int | None] = {}
         self._reads: dict[int | None, list[_Read]] = {}
 
     def reads(self, window: int | None) -> list[_Read]:
@@ -115,6 +118,7 @@ def attend(  # noqa: PLR0913 - transformers' interface
             f"its attention wants {', '.join(unknown) or 'a mask, dropout, or to look ahead'}, and the engine has none",
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention of transformers has it, as an int
+    step.windows[layer] = sliding_window
     step.pool.write(layer, step.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     if step.kernel is not None:
         return step.kernel(layer, query[0].transpose(0, 1), scaling, sliding_window)[None], None

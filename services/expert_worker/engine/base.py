@@ -1,9 +1,11 @@
 """A base language model out of a Hugging Face folder: its identity, its weights, its tokenizer.
 
 The files that count for the digest are hashed first, and nothing but those is then read: the model is loaded from a
-view of the folder that holds them alone. So no pickle, no code and no adapter that lies beside them can come in.
-Before the model serves, its logits through the engine's attention are compared with those through its own: what the
-engine does not understand is refused then, and never answers wrongly.
+view of the folder that holds them alone. So no pickle, no code and no adapter that lies beside them can come in. What
+serves is a copy in memory: files that change while it is made are noticed, and afterwards they do not matter.
+Before the model serves, its logits through the engine's attention are compared with those through its own, and the
+windows that its layers ask for with its configuration: what the engine does not understand is refused then, and never
+answers wrongly.
 """
 
 from __future__ import annotations
@@ -52,8 +54,10 @@ _ROPE_TYPES: Final = {"default", "linear", "llama3", "yarn"}
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 _CHECK_TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Most that the engine's logits may differ from the model's own, as a share of their norm. What rounding does is a
-tenth of it or less; attention to a wrong position, or a window forgotten, is of the order of 1."""
+tenth of it or less; attention to a wrong position is of the order of 1."""
 _CHECK_STRIDE: Final = 7919
+_CHECK_ROWS: Final = 9
+"""Of the short one of the two sequences, and of the long one after its first page."""
 _LISTED_MAX: Final = 3
 _QUOTED_CHARS: Final = 300
 
@@ -113,6 +117,7 @@ def open_base(
             `NOT_SERVABLE` if it is damaged, or something that the engine cannot serve; `DEVICE_MEMORY` if it does not
             fit on the device.
     """
+    before = {path.name: _state(path) for path in folder.glob("*")}
     hashes = file_hashes(folder)
     digest = digest_of_hashes(hashes)
     if expected_digest is not None and digest != expected_digest:
@@ -130,6 +135,7 @@ def open_base(
             for name in hashes:
                 (Path(view) / name).symlink_to((folder / name).resolve())
             base = _load(Path(view), base_name(folder), digest, hashes, device, dtype)
+        _check_unchanged(folder, {name: before.get(name) for name in hashes})
         _check(base)
     except HocketError as error:
         if error.reason is Reason.DEVICE_MEMORY:
@@ -147,6 +153,21 @@ def open_base(
             "is the download complete, and the model known to this release of transformers?",
         ) from error
     return base
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What is another number once a file has been written to or replaced; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _check_unchanged(folder: Path, before: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Refuse files that may not be those whose hashes were taken."""
+    if changed := [name for name, state in before.items() if state is None or state != _state(folder / name)]:
+        raise _refusal(f"{_listed(changed)} changed while it was read: start again once nobody writes there")
 
 
 def _load(
@@ -173,7 +194,8 @@ def _load(
     _check_report(report)
     if causal_lm.dtype not in _DTYPES:
         raise _refusal(f"its weights are {causal_lm.dtype}: float32, bfloat16 and float16 can be served")
-    causal_lm.requires_grad_(requires_grad=False).eval().to(device)
+    causal_lm.requires_grad_(requires_grad=False).eval()
+    _move(causal_lm, device)
     vocabulary_size = causal_lm.get_input_embeddings().num_embeddings
     tokenizer = _tokenizer(view, vocabulary_size)
     weights = [file for file in hashes if file.endswith(_WEIGHTS)]
@@ -195,6 +217,20 @@ def _load(
         projections={name: module for name, module in causal_lm.named_modules() if isinstance(module, torch.nn.Linear)},
         has_chat_template=bool(tokenizer.chat_template),
     )
+
+
+def _move(causal_lm: PreTrainedModel, device: torch.device) -> None:
+    """Put a model on a device, and into memory of its own.
+
+    Where nothing has to be converted, its tensors are maps of the files until then: whoever writes to a file would
+    change the model, and whoever shortens it would end the process. One after the other, so that no more than one
+    tensor is there twice.
+    """
+    if device.type != "cpu":
+        causal_lm.to(device)  # type: ignore[arg-type]  # transformers' own annotation
+        return
+    for tensor in (*causal_lm.parameters(), *causal_lm.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _check_files(view: Path, hashes: Mapping[str, str]) -> None:
@@ -340,32 +376,50 @@ def _defaults(generation: transformers.GenerationConfig) -> Decoding:
 
 
 def _check(base: Base) -> None:
-    """Refuse a model whose logits through the engine are not its own.
+    """Refuse a model whose logits through the engine are not its own, or whose windows are not those it states.
 
-    Two sequences, one of them in three passes and on pages that are not in order.
+    Two sequences; one of them goes beyond a page, in three passes, and its pages are not in order. That is shorter than
+    the windows of most models, so these are compared by their sizes.
     """
-    reference = [_own_logits(base, ids) for ids in (_check_ids(base, 24), _check_ids(base, 9))]
-    base.causal_lm.set_attn_implementation(attention.NAME)
     positions = default_page_positions(base.device)
+    long, short = _check_ids(base, positions + _CHECK_ROWS), _check_ids(base, _CHECK_ROWS)
+    reference = [_own_logits(base, long, [6, len(long) - 2, len(long) - 1]), _own_logits(base, short, [len(short) - 1])]
+    base.causal_lm.set_attn_implementation(attention.NAME)
     pool = KvPool(
         base.kv_shape, page_count=SCRATCH_PAGES + 3, page_positions=positions, dtype=base.dtype, device=base.device
     )
-    run = Runner(base, pool, NoMixer()).run
-    long, short = _check_ids(base, 24), _check_ids(base, 9)
-    first = run([_check_part(0, long[:7], [3, 1]), _check_part(0, short, [2])])
+    runner = Runner(base, pool, NoMixer())
+    first = runner.run([_check_part(0, long[:7], [3, 1]), _check_part(0, short, [2])])
     found = [
         first[0],
-        run([_check_part(7, long[7:23], [3, 1])])[0],
-        run([_check_part(23, long[23:], [3, 1])])[0],
+        runner.run([_check_part(7, long[7:-1], [3, 1])])[0],
+        runner.run([_check_part(len(long) - 1, long[-1:], [3, 1])])[0],
         first[1],
     ]
-    wanted = torch.cat([reference[0][[6, 22, 23]], reference[1][-1:]])
+    wanted = torch.cat(reference)
     error = float((torch.stack(found) - wanted).norm() / wanted.norm())
     if not error <= _CHECK_TOLERANCE[base.dtype]:  # not a number, too
         raise _refusal(
             f"through the engine's attention its logits differ from its own by {error:.2g} of their norm: "
             f"{type(base.causal_lm).__name__} does something there that the engine does not know, or has bad weights"
         )
+    for layer, window in sorted(runner.windows.items()):
+        stated = _window(base.causal_lm.config, layer)
+        if window != stated:
+            raise _refusal(
+                f"its configuration gives layer {layer} a sliding window of {stated} positions, and "
+                f"{type(base.causal_lm).__name__} asks attention for one of {window} (None for all that came before): "
+                "long texts would be answered otherwise than by the model itself"
+            )
+
+
+def _window(config: PreTrainedConfig, layer: int) -> int | None:
+    """How many positions a layer sees, as the configuration has it; None for all."""
+    window: int | None = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return window if kinds[layer] == "sliding_attention" else None
+    return window if getattr(config, "use_sliding_window", True) else None
 
 
 def _check_ids(base: Base, count: int) -> list[int]:
@@ -376,9 +430,12 @@ def _check_part(start: int, ids: list[int], pages: list[int]) -> Part:
     return Part(start=start, embeddings=None, token_ids=ids, pages=pages, mixture=(), sampled=True)
 
 
-@torch.no_grad()
-def _own_logits(base: Base, ids: list[int]) -> Tensor:
-    logits: Tensor = base.causal_lm(torch.tensor([ids], device=base.device), use_cache=False).logits
+def _own_logits(base: Base, ids: list[int], after: list[int]) -> Tensor:
+    """`[len(after), vocabulary]`, after these rows, by the model alone."""
+    given = torch.tensor([ids], device=base.device)
+    logits: Tensor = base.causal_lm(
+        given, use_cache=False, logits_to_keep=torch.tensor(after, device=base.device)
+    ).logits
     return logits[0].float()
 
 

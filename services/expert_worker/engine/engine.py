@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 _log: Final = structlog.get_logger("worker")
 _RATE_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 1.0
+"""How often the thread looks, while nothing can be computed, whether those who wait have waited long enough."""
 _PROBE: Final = Part(start=0, embeddings=None, token_ids=(0,), pages=(0,), mixture=(), sampled=True)
 """One token for the base alone, into the scratch page: a device that fails at this is of no use to anybody."""
 
@@ -92,12 +95,19 @@ class Answer:
     """The events of one answer, as they come: a start, deltas, a finish. Belongs to the event loop.
 
     Whoever has it reads it to its end or closes it. Cancelling whoever waits for the next event closes it, too.
+
+    Attributes:
+        token_count_max: Most tokens that it may have: what was asked for, or as many as the context has room for.
     """
 
-    def __init__(self, batch: int, read: Callable[[int], None], cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, token_count_max: int, batch: int, read: Callable[[int], None], cancel: Callable[[], None]
+    ) -> None:
+        self.token_count_max = token_count_max
         self._batch = batch
-        self._read = read
-        self._cancel = cancel
+        self._calls: tuple[Callable[[int], None], Callable[[], None]] | None = read, cancel
+        """How to tell the engine what has been read, and that the rest is not wanted. None once the engine has let go
+        of the answer: what is left to read of it then holds none of its experts in memory."""
         self._items: asyncio.Queue[Event | _Dropped] = asyncio.Queue()
         self._read_count = 0
         self._over = False
@@ -105,6 +115,8 @@ class Answer:
     def put(self, item: Event | _Dropped) -> None:
         """Have an item read after those that are there. For the engine."""
         self._items.put_nowait(item)
+        if isinstance(item, _Dropped):
+            self._calls = None
 
     def __aiter__(self) -> Self:
         return self
@@ -113,7 +125,8 @@ class Answer:
         """The next event.
 
         Raises:
-            HocketError: Why there will be no more: `DRAINING`, `DEVICE_MEMORY`, `BAD_ANSWER`, `NOT_READY`.
+            HocketError: Why there will be no more: `DRAINING`, `DEVICE_MEMORY`, `BAD_ANSWER`, `NOT_READY`;
+                `DEADLINE` if it was not read for too long while others waited for its memory.
             StopAsyncIteration: The last one was the finish, or the answer is closed.
         """
         if self._over:
@@ -131,14 +144,16 @@ class Answer:
         # Said in batches: whoever has read everything has fewer left to say than let a sequence pause.
         self._read_count += 1
         if self._read_count == self._batch:
-            self._read(self._batch)
             self._read_count = 0
+            if self._calls is not None:
+                self._calls[0](self._batch)
         return item
 
     async def aclose(self) -> None:
         """End the answer here: within one step the engine drops it and gives back what it holds."""
         if not self._over:
-            self._cancel()
+            if self._calls is not None:
+                self._calls[1]()
             self._items.put_nowait(_Dropped(None))  # whoever waits wakes up
             self._over = True
 
@@ -150,7 +165,7 @@ class Engine:
         runner: Computes a step. Only the engine's thread calls it.
         pages: Where KV pages are had. The engine's alone.
         page_positions: Positions of one.
-        context_length: Positions of the base.
+        context_length: Positions of the base; of more than the pages hold, as many as they hold count.
         fits: Whether these experts have room side by side in the memory for computing; a function of them alone.
         tokenizer: The base's.
         limits: What it keeps to.
@@ -158,6 +173,7 @@ class Engine:
 
     Attributes:
         failed: Set when the device fails at the simplest step. From then on everything is refused as `NOT_READY`.
+        context_length: Positions that one answer may take with its prompt.
     """
 
     def __init__(
@@ -176,7 +192,7 @@ class Engine:
         self._runner = runner
         self._pages = pages
         self._page_positions = page_positions
-        self._context_length = context_length
+        self.context_length = min(context_length, pages.count * page_positions)
         self._tokenizer = tokenizer
         self._token_count = 1 + max(tokenizer.get_vocab().values())
         self._limits = limits
@@ -215,9 +231,28 @@ class Engine:
                 it ended; not called if this method raises.
 
         Raises:
-            HocketError: `DRAINING` before `start` and after `stop`; `NOT_READY` if the device has failed; `QUEUE_FULL`;
-                `BAD_REQUEST` for no prompt at all; `TOO_LARGE` if the base's context has no room for an answer;
-                `DEVICE_MEMORY` if it could never run.
+            HocketError: As `check`; `BAD_REQUEST` for no prompt at all; `TOO_LARGE` if the context has no room for an
+                answer; `DEVICE_MEMORY` if its experts could never run.
+        """
+        self.check()
+        detokenizer = Detokenizer(self._tokenizer, request.stops)
+        sequence = Sequence(request, detokenizer, self._page_positions, self.context_length, self._clock())
+        self._scheduler.check(sequence)
+        answer = Answer(
+            sequence.token_count_max,
+            max(1, self._limits.unread_max // 2),
+            partial(self._note_read, sequence),
+            partial(self._cancel, sequence),
+        )
+        self._answers[sequence] = answer, done
+        self._calls.put(partial(self._scheduler.add, sequence))
+        return answer
+
+    def check(self) -> None:
+        """Return if a text could be submitted now.
+
+        Raises:
+            HocketError: `DRAINING` before `start` and after `stop`; `NOT_READY` if the device has failed; `QUEUE_FULL`.
         """
         if self._thread is None:
             raise _draining()
@@ -229,16 +264,6 @@ class Engine:
                 f"{self._limits.queue_max} texts already wait for the engine: try another worker, or again later",
                 retry_after_seconds=_RETRY_SECONDS,
             )
-        detokenizer = Detokenizer(self._tokenizer, request.stops)
-        sequence = Sequence(request, detokenizer, self._page_positions, self._context_length, self._clock())
-        self._check_length(sequence)
-        self._scheduler.check(sequence)
-        answer = Answer(
-            max(1, self._limits.unread_max // 2), partial(self._note_read, sequence), partial(self._cancel, sequence)
-        )
-        self._answers[sequence] = answer, done
-        self._calls.put(partial(self._scheduler.add, sequence))
-        return answer
 
     @property
     def state(self) -> EngineState:
@@ -251,17 +276,6 @@ class Engine:
             page_count=self._pages.count,
             tokens_per_second=sum(count for _, count in self._chosen) / _RATE_SECONDS,
         )
-
-    def _check_length(self, sequence: Sequence) -> None:
-        if not sequence.prompt_row_count:
-            raise HocketError(Reason.BAD_REQUEST, "the prompt is empty: there is nothing to answer", field="input")
-        if sequence.token_count_max < 1:
-            raise HocketError(
-                Reason.TOO_LARGE,
-                f"the prompt has {sequence.prompt_row_count} positions, soft prompts included, and the base holds "
-                f"{self._context_length} with the answer: shorten it",
-                field="input",
-            )
 
     def _note_read(self, sequence: Sequence, count: int) -> None:
         if sequence in self._answers:
@@ -293,24 +307,24 @@ class Engine:
         while self._chosen and self._chosen[0][0] <= now - _RATE_SECONDS:
             self._chosen.popleft()
 
-    def _end(self, error: HocketError) -> None:
+    def _end(self, why: Callable[[], HocketError]) -> None:
         """The thread is over, and with it every answer."""
-        if error.reason is Reason.NOT_READY:
+        if why is _broken:
             self.failed.set()
-        self._tell([(sequence, _Dropped(error)) for sequence in self._answers], self._clock())
+        self._tell([(sequence, _Dropped(why())) for sequence in self._answers], self._clock())
 
     # What follows runs in the engine's thread.
 
     def _work(self) -> None:
         torch.set_num_threads(self._limits.threads)
-        error = _draining()
+        why: Callable[[], HocketError] = _draining
         try:
             with torch.inference_mode():
                 self._serve()
         except Exception:  # noqa: BLE001 - whatever it is, those who wait for the thread must know
             _log.exception("the engine has failed")
-            error = _broken()
-        self._wake(partial(self._end, error))
+            why = _broken
+        self._wake(partial(self._end, why))
 
     def _serve(self) -> None:
         """Step by step, until `stop`."""
@@ -321,13 +335,14 @@ class Engine:
                 computed = self._step()
             except _DeviceError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, those who come after are answered again
+            except Exception:  # noqa: BLE001 - whatever it is, those who come after are answered again
                 _log.exception("bug")
-                self._drop_all(error)
+                self._drop_all(_bug)
                 computed = False
             if self._news:
-                news, self._news = self._news, []
-                self._wake(partial(self._tell, news, self._clock()))
+                # Kept nowhere here: while the thread sleeps it would keep the experts of those that have ended.
+                self._wake(partial(self._tell, self._news, self._clock()))
+                self._news = []
 
     def _wake(self, callback: Callable[[], None]) -> None:
         if self._loop is not None:
@@ -338,15 +353,16 @@ class Engine:
         """Do what the loop has called for; wait for its first call if there is nothing else to do."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._calls.get(block=wait)()
+                self._calls.get(block=wait, timeout=_LOOK_SECONDS if self._scheduler.waiting else None)()
                 wait = False
 
     def _quit(self) -> None:
         self._going_on = False
-        self._drop_all(_draining())
+        self._drop_all(_draining)
 
     def _acknowledge(self, sequence: Sequence, count: int) -> None:
         sequence.unread_count -= count
+        sequence.paused_time = math.inf
 
     def _emit(self, sequence: Sequence, event: Event) -> None:
         sequence.unread_count += 1
@@ -356,14 +372,18 @@ class Engine:
         if self._scheduler.drop(sequence):
             self._news.append((sequence, _Dropped(error)))
 
-    def _drop_all(self, error: Exception) -> None:
+    def _drop_all(self, why: Callable[[], Exception]) -> None:
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            self._drop(sequence, error)
+            self._drop(sequence, why())  # its own each: raising one changes it
 
     def _step(self) -> bool:
-        """Admit, compute, choose; whether there was anything to compute."""
-        for sequence in self._scheduler.admit(self._clock()):
+        """Admit, compute, choose; whether there was anything to do."""
+        now = self._clock()
+        for sequence in self._scheduler.admit(now):
             self._emit(sequence, Started(sequence.start_time - sequence.arrival_time))
+        overdue = self._scheduler.overdue(now)
+        if overdue is not None:
+            self._drop(overdue, _unread(self._limits.unread_seconds))
         plan = self._scheduler.plan()
         for sequence, row_count, choice in self._compute(plan) if plan else ():
             sequence.computed_count += row_count
@@ -372,10 +392,13 @@ class Engine:
                 self._drop(sequence, choice)
             elif choice is not None:
                 self._grow(sequence, choice)
-        return bool(plan)
+        return bool(plan) or overdue is not None
 
     def _compute(self, shares: list[Share]) -> list[_Result]:
         """One pass for all of them; if it fails, each alone, so that only the guilty one's answer ends.
+
+        If it fails for memory nothing is computed, and the next step is smaller: down to one row of one answer, which
+        ends if there is no memory even for that.
 
         A pass may be repeated: it writes keys and values of the same rows to the same places before it reads them, and
         does not touch those of earlier rows. Rows count as computed, and tokens as chosen, only when it has succeeded.
@@ -383,14 +406,21 @@ class Engine:
         try:
             return self._pass(shares)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to one of them
-            exhausted = isinstance(error, torch.OutOfMemoryError)
+            exhausted = _is_exhausted(error)
             _log.warning("a step has failed", sequence_count=len(shares), exhausted=exhausted, exc_info=not exhausted)
-            failure = error.with_traceback(None)  # which would keep the tensors of the failed pass
-        if not exhausted:
+            failure = _bare(error)
+        row_count = sum(share.row_count for share in shares)
+        if exhausted:
+            if row_count > 1:
+                self._scheduler.narrow(row_count)
+                return []
+            self._scheduler.widen()
+            failure = _exhausted()
+        else:
             self._probe()
-        if len(shares) > 1:
-            return [result for share in shares for result in self._compute([share])]
-        self._drop(shares[0].sequence, _refusal(failure))
+            if len(shares) > 1:
+                return [result for share in shares for result in self._compute([share])]
+        self._drop(shares[0].sequence, failure)
         return []
 
     def _pass(self, shares: list[Share]) -> list[_Result]:
@@ -418,7 +448,7 @@ class Engine:
             text, reason = sequence.append(choice.token_id, self._clock())
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this answer's
             _log.exception("bug")
-            self._drop(sequence, error)
+            self._drop(sequence, _bare(error))
             return
         self._emit(sequence, Delta(text, (choice,)))
         if reason is not None:
@@ -438,11 +468,31 @@ def _broken() -> HocketError:
     return HocketError(Reason.NOT_READY, "the device of this worker has failed: try another one")
 
 
-def _refusal(error: Exception) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError):
-        return HocketError(
-            Reason.DEVICE_MEMORY,
-            "the device has no memory left for this text: try another worker, or again later",
-            retry_after_seconds=_RETRY_SECONDS,
-        )
-    return error
+def _bug() -> Exception:
+    return RuntimeError("a step of the engine has failed; why stands in the log before this")
+
+
+def _unread(seconds: float) -> HocketError:
+    return HocketError(
+        Reason.DEADLINE,
+        f"this answer was not read for {seconds:g} seconds while others waited for its memory: read it as it comes",
+    )
+
+
+def _exhausted() -> HocketError:
+    return HocketError(
+        Reason.DEVICE_MEMORY,
+        "the device has no memory left for this text: try another worker, or again later",
+        retry_after_seconds=_RETRY_SECONDS,
+    )
+
+
+def _is_exhausted(error: Exception) -> bool:
+    """Whether a pass has failed for memory. torch has a type of error for a GPU's, and none for a CPU's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _bare(error: Exception) -> Exception:
+    """An error without what led to it, which would keep tensors and experts in memory."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -20,14 +20,15 @@ class Piece:
     With weight w it makes of it
 
         x' = x * (1 + w (u - 1))
-        y' = (W x') * (1 + w (o - 1)) + bias * (1 + w (o - 1) if gates_bias else 1) + w B (A x')
+        y' = (W x') * (1 + w (o - 1)) + bias * (1 + w (o - 1) if gates_bias else 1) + w c + w B (A x')
 
-    and several experts add up what stands behind `1 +`, and their last terms. None stands for a piece that is not
+    and several experts add up what stands behind `1 +`, and their last two terms. None stands for a piece that is not
     there.
 
     Attributes:
         u: `[in]`, factors of the input: IA3 on feed-forward projections.
         o: `[out]`, factors of the output: IA3 elsewhere; DoRA's magnitude over the length of the updated row.
+        c: `[out]`, what is added to the bias, or stands in its place: trained biases.
         a: `[r, in]`.
         b: `[r, out]`: B transposed, its scale and DoRA's factor within.
         gates_bias: Whether `o` scales the bias as well: IA3 does, DoRA does not.
@@ -35,6 +36,7 @@ class Piece:
 
     u: Tensor | None = None
     o: Tensor | None = None
+    c: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
     gates_bias: bool = False

@@ -5,20 +5,21 @@ With rank r, s = alpha / r (rank-stabilised: alpha / sqrt(r)), and the base's W:
     LoRA   a = A          b = (s B)^T
     DoRA   a = A          b = (s g B)^T     o = g = magnitude / |W + s B A|, the length of each row
     IA3    u = factors on feed-forward projections, o = factors on others, and on their bias
+    biases c = s (bias of B), + new bias - bias of the base
 
 Formulas: Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732), Liu et al. 2024 (arXiv:2402.09353),
-Liu et al. 2022 (arXiv:2205.05638). Everything is computed in float32. What is kept is float32 for u and o, and the
+Liu et al. 2022 (arXiv:2205.05638). Everything is computed in float32. What is kept is float32 for u, o and c, and the
 base's dtype for a, b and soft prompts, except that a and b stay float32 on a float16 base: that range is too small for
 what lies between them.
 
 An expert with a part missing still answers, only wrongly. So every tensor has to land on a projection of the base, and
-every projection that the configuration names has to get its tensors.
+every projection that the configuration chooses has to get its tensors. That no others do, the reader has seen to.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -26,7 +27,20 @@ import torch
 from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import AdapterKind
-from hocket.packages.expert.tensors import IA3, LORA_A, LORA_B, MAGNITUDE, endings, module_and_part, values_for
+from hocket.packages.expert.tensors import (
+    BASE_BIAS,
+    BIAS,
+    IA3,
+    LORA_A,
+    LORA_B,
+    LORA_BIAS,
+    MAGNITUDE,
+    chosen,
+    endings,
+    module_and_part,
+    parts_of,
+    values_for,
+)
 from services.expert_worker.engine.expert import AdapterExpert, Piece
 
 if TYPE_CHECKING:
@@ -100,24 +114,26 @@ def fold(adapter: Adapter, facts: AdapterFacts, base: Foldable) -> Folded:
     modules = _modules(adapter)
     _check_places(adapter.config, modules, base.projections)
     flat = _Flat()
-    ranks = values_for(modules, adapter.config.rank_pattern, adapter.config.rank)
     alphas = values_for(modules, adapter.config.alpha_pattern, adapter.config.alpha)
     laid_out: dict[str, tuple[list[_Span | None], bool]] = {}
     for module, parts in modules.items():
         if adapter.config.kind is AdapterKind.IA3:
             piece = _factors(module, parts, base.projections[module], adapter.config)
+        elif LORA_A in parts:
+            rank = parts[LORA_A].shape[0]
+            scale = alphas[module] / (math.sqrt(rank) if adapter.config.use_rslora else rank)
+            piece = replace(_low_rank(module, parts, base, scale), c=_bias(module, parts, base, scale))
         else:
-            root = math.sqrt(ranks[module]) if adapter.config.use_rslora else ranks[module]
-            piece = _low_rank(module, parts, base, alphas[module] / root)
-        spans = [flat.add(tensor) for tensor in (piece.u, piece.o, piece.a, piece.b)]
+            piece = Piece(c=_bias(module, parts, base, 0))
+        spans = [flat.add(tensor) for tensor in (piece.u, piece.o, piece.c, piece.a, piece.b)]
         laid_out[module] = spans, piece.gates_bias
     prompt = flat.add(_prompt(adapter.soft_prompts, base))
 
     def build(moved: Tensor) -> AdapterExpert:
         pieces = {}
         for module, (spans, gates_bias) in laid_out.items():
-            u, o, a, b = (None if span is None else span.of(moved) for span in spans)
-            pieces[module] = Piece(u, o, a, b, gates_bias)
+            u, o, c, a, b = (None if span is None else span.of(moved) for span in spans)
+            pieces[module] = Piece(u, o, c, a, b, gates_bias)
         return AdapterExpert(
             digest=facts.digest,
             pieces=pieces,
@@ -137,25 +153,31 @@ _Parts = dict[str, "RawTensor"]
 def _modules(adapter: Adapter) -> dict[str, _Parts]:
     """The tensors by module, then by what they do there."""
     modules: dict[str, _Parts] = {}
+    known = parts_of(adapter.config)
     for name, tensor in adapter.tensors.items():
-        module, part = module_and_part(name, adapter.config.kind)
+        module, part = module_and_part(name, known)
         modules.setdefault(module, {})[part] = tensor
     return modules
 
 
 def _check_places(config: AdapterConfig, modules: Mapping[str, _Parts], projections: Mapping[str, nn.Linear]) -> None:
-    """Whether tensors and projections go together one to one."""
+    """Whether every tensor has a projection, and every projection that was chosen its tensors."""
     if modules and config.fan_in_fan_out:
         raise _bad("fan_in_fan_out says that its weights are transposed, and the base has no such projections")
     for module, parts in modules.items():
         if module not in projections:
             raise _bad(f"{_named(module, *parts)} has no place in the base, which has no projection {module[:200]!r}")
-    targets = set(config.target_modules)
-    if config.leaves_out:  # then each name has to be met once
-        targets -= {ending for module in modules for ending in endings(module)}
-    for name in projections:
-        if name not in modules and not targets.isdisjoint(endings(name)):
-            raise _bad(f"target_modules names {name!r}, and no tensor adapts it: the weights are incomplete")
+    adapted = {module for module, parts in modules.items() if parts.keys() != {BIAS}}
+    if config.exclude_modules is None:  # by an expression that is not run: then each name has to be met once
+        left = set(config.target_modules).difference(*map(endings, adapted))
+        config = replace(config, target_modules=tuple(left))
+    for name in chosen(config, projections):
+        if name not in adapted:
+            raise _bad(f"its configuration chooses {name!r}, and no tensor adapts it: the weights are incomplete")
+    for name, projection in projections.items():
+        trained = config.bias == "all" or (config.bias == "lora_only" and name in adapted)
+        if trained and _bias_of(projection) is not None and modules.get(name, {}).keys().isdisjoint((BASE_BIAS, BIAS)):
+            raise _bad(f"the bias of {name!r} was trained, and no tensor holds it: the weights are incomplete")
 
 
 def _factors(module: str, parts: _Parts, projection: nn.Linear, config: AdapterConfig) -> Piece:
@@ -183,6 +205,29 @@ def _low_rank(module: str, parts: _Parts, base: Foldable, scale: float) -> Piece
     _check_finite(a, _named(module, LORA_A))
     _check_finite(b, _named(module, LORA_B))
     return Piece(o=o, a=a, b=b)
+
+
+def _bias(module: str, parts: _Parts, base: Foldable, scale: float) -> Tensor | None:
+    """What is added to the bias."""
+    projection = base.projections[module]
+    shape = (projection.out_features,)
+    added = [_read(module, LORA_BIAS, parts, shape) * scale] if LORA_BIAS in parts else []
+    for part in (BASE_BIAS, BIAS):
+        if part in parts:
+            base_bias = _bias_of(projection)
+            if base_bias is None:
+                raise _bad(f"{_named(module, part)} has no place in the base, where {module[:200]!r} has no bias")
+            added.append(_read(module, part, parts, shape) - base_bias.detach().to("cpu", torch.float32))
+    if not added:
+        return None
+    c = torch.stack(added).sum(dim=0)
+    _check_finite(c, _named(module, *(part for part in (LORA_BIAS, BASE_BIAS, BIAS) if part in parts)))
+    return c
+
+
+def _bias_of(projection: nn.Linear) -> Tensor | None:
+    """The base's. torch types it as if there were always one."""
+    return projection.bias
 
 
 def _row_lengths(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Experts side by side: every row of a batch gets its own weighted set, in one pass through the base.
 
 The experts of a step are copied into the *arena*, which has for each projection a matrix of rows of A and one of rows
-of B. An expert takes the same rows in all of them, as many as its largest rank, and a slot at the other end of the
-matrices for its factors, if it has any. Only what it has is written and read, with zeros where a projection needs fewer
-rows. It stays until others need the room, the least recently used leaving first.
+of B. An expert takes the same rows in all of them, as many as its largest rank, and at the other end of the matrices
+one row for its factors, if it has any, and one for its biases. Only what it has is written and read, with zeros where a
+projection needs fewer rows. It stays until others need the room, the least recently used leaving first. All of it is
+float32, also on a base in half precision (see `projection`).
 
 Low-rank updates are computed in one of two ways, both exact:
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from hocket.errors import HocketError, Reason
-from services.expert_worker.engine.projection import Gates, Projection, Strips, Update, Work
+from services.expert_worker.engine.projection import Projection, Strips, Update, Vectors, Work
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -70,19 +71,37 @@ _CUDA: Final = _Costs(update=1_000_000_000, moved=100)
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an expert lies in the arena: rows of A and B, and its slot."""
+    """Where an expert lies in the arena.
+
+    Attributes:
+        start: First row of A and B.
+        stop: After the last.
+        single: First of the rows at the other end.
+        end: After the last of these.
+    """
 
     start: int
     stop: int
-    slot: int | None
+    single: int
+    end: int
+
+    @property
+    def factors(self) -> int:
+        """The row of its factors, if it has any."""
+        return self.single
+
+    @property
+    def biases(self) -> int:
+        """The row of its biases, if it has any."""
+        return self.end - 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What an expert takes: rows of A and B, and whether it has factors."""
+    """What an expert takes: rows of A and B, and rows for factors and for biases."""
 
     rows: int
-    factors: bool
+    singles: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +114,7 @@ class _Task:
         inputs: Experts with factors of the input.
         outputs: With factors of the output, its bias included.
         products: With factors of the output without its bias.
+        biases: With biases.
         updates: With low-rank updates.
     """
 
@@ -103,6 +123,7 @@ class _Task:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     products: tuple[int, ...]
+    biases: tuple[int, ...]
     updates: tuple[int, ...]
 
 
@@ -114,6 +135,7 @@ def _task(base: nn.Linear, pieces: Sequence[tuple[int, Piece]], *, is_head: bool
         inputs=tuple(column for column, piece in pieces if piece.u is not None),
         outputs=tuple(column for column, whole in gated if whole),
         products=tuple(column for column, whole in gated if not whole),
+        biases=tuple(column for column, piece in pieces if piece.c is not None),
         updates=tuple(column for column, piece in pieces if piece.a is not None),
     )
 
@@ -144,17 +166,15 @@ class Mixer:
         method: Method | None = None,
     ) -> None:
         weight = next(iter(projections.values())).weight
-        dtype = torch.float32 if weight.dtype is torch.float16 else weight.dtype
         self.budget_bytes = arena_bytes
         self.used_bytes = 0
         self._device = weight.device
         self._method = method
-        self._slot_rows = torch.float32.itemsize // dtype.itemsize  # factors are float32 in any case
-        self._multiple = 8 if weight.is_cuda else self._slot_rows  # what matrix units like
+        self._multiple = 8 if weight.is_cuda else 1  # what matrix units like
         widths = sum(base.in_features + base.out_features for base in projections.values())
-        self._row_bytes = widths * dtype.itemsize
+        self._row_bytes = widths * torch.float32.itemsize
         self._row_count = arena_bytes // self._row_bytes // self._multiple * self._multiple
-        self._strips = {name: self._strips_for(base, dtype) for name, base in projections.items()}
+        self._strips = {name: self._strips_for(base) for name, base in projections.items()}
         self._works: dict[str, Work] = {}
         self._tasks: tuple[tuple[str, ...], dict[_Task, list[str]]] = ((), {})
         self._places: OrderedDict[str, _Place] = OrderedDict()  # by digest, least recently used first
@@ -231,27 +251,22 @@ class Mixer:
             self._tasks = digests, tasks
         return self._tasks[1]
 
-    def _strips_for(self, base: nn.Linear, dtype: torch.dtype) -> Strips:
-        a = torch.empty(self._row_count, base.in_features, dtype=dtype, device=self._device)
-        b = torch.empty(self._row_count, base.out_features, dtype=dtype, device=self._device)
-        slots = self._row_count // self._slot_rows
-        u, o = (
-            rows.view(slots, self._slot_rows * width).view(torch.float32)
-            for rows, width in ((a, base.in_features), (b, base.out_features))
-        )
-        return Strips(a, b, u, o)
+    def _strips_for(self, base: nn.Linear) -> Strips:
+        widths = base.in_features, base.out_features
+        return Strips(*(torch.empty(self._row_count, n, dtype=torch.float32, device=self._device) for n in widths))
 
     def _need(self, expert: AdapterExpert) -> _Need:
         need = self._needs.get(expert)
         if need is None:
             rows = -(-expert.rank // self._multiple) * self._multiple
             factors = any(piece.u is not None or piece.o is not None for piece in expert.pieces.values())
-            need = self._needs[expert] = _Need(rows, factors)
+            biases = any(piece.c is not None for piece in expert.pieces.values())
+            need = self._needs[expert] = _Need(rows, factors + biases)
         return need
 
     def _rows(self, expert: AdapterExpert) -> int:
         need = self._need(expert)
-        return need.rows + (self._slot_rows if need.factors else 0)
+        return need.rows + need.singles
 
     def _seat(self, experts: Mapping[str, AdapterExpert]) -> None:
         """See to it that all of these are in the arena."""
@@ -270,7 +285,7 @@ class Mixer:
                 continue
             place = self._make_room(self._need(expert), experts)
             if place is None:
-                # There is room, but in pieces. Laid out anew it is whole: rows grow from below, slots from above.
+                # There is room, but in pieces. Laid out anew it is whole: A and B grow from below, the rest from above.
                 self._places.clear()
                 self._seat(experts)
                 return
@@ -288,40 +303,39 @@ class Mixer:
         return place
 
     def _free_place(self, need: _Need) -> _Place | None:
-        """The lowest free rows, and the highest free slot; None if there are none."""
+        """The lowest free rows for A and B, and the highest for the rest; None if there are none."""
         taken = self._taken()
         start = _lowest_gap(taken, need.rows, self._row_count)
-        if start is None or not need.factors:
-            return None if start is None else _Place(start, start + need.rows, None)
-        taken = sorted([*taken, (start, start + need.rows)])
-        from_above = _lowest_gap(
-            [(self._row_count - stop, self._row_count - first) for first, stop in reversed(taken)],
-            self._slot_rows,
-            self._row_count,
-        )
+        if start is None:
+            return None
+        stop = start + need.rows
+        count = self._row_count
+        taken = sorted([*taken, (start, stop)], reverse=True)
+        from_above = _lowest_gap([(count - last, count - first) for first, last in taken], need.singles, count)
         if from_above is None:
             return None
-        return _Place(start, start + need.rows, (self._row_count - from_above) // self._slot_rows - 1)
+        end = count - from_above
+        return _Place(start, stop, end - need.singles, end)
 
     def _taken(self) -> list[tuple[int, int]]:
         """Rows in use: first, and after the last, in order."""
-        taken = []
-        for place in self._places.values():
-            taken.append((place.start, place.stop))
-            if place.slot is not None:
-                taken.append((place.slot * self._slot_rows, (place.slot + 1) * self._slot_rows))
-        return sorted(taken)
+        spans = [
+            span for place in self._places.values() for span in ((place.start, place.stop), (place.single, place.end))
+        ]
+        return sorted((first, stop) for first, stop in spans if first < stop)
 
     def _copy_in(self, expert: AdapterExpert, place: _Place) -> None:
         for name, piece in expert.pieces.items():
             strips = self._strips[name]
-            for strip, rows in ((strips.a, piece.a), (strips.b, piece.b)):
+            for strip, rows in ((strips.inputs, piece.a), (strips.outputs, piece.b)):
                 if rows is not None:
                     strip[place.start : place.start + piece.rank].copy_(rows)
                     strip[place.start + piece.rank : place.stop].zero_()
-            for strip, factors in ((strips.u, piece.u), (strips.o, piece.o)):
+            for strip, factors in ((strips.inputs, piece.u), (strips.outputs, piece.o)):
                 if factors is not None:
-                    torch.sub(factors, 1, out=strip[place.slot])
+                    torch.sub(factors, 1, out=strip[place.factors])
+            if piece.c is not None:
+                strips.outputs[place.biases].copy_(piece.c)
 
 
 class _Rows:
@@ -351,25 +365,30 @@ class _Rows:
         uses = weights[part_of_row] != 0
         self._tokens = [_compact(np.flatnonzero(column)) for column in uses.T]
         self._token_counts = uses.sum(axis=0).tolist()
-        self._gates: dict[tuple[int, ...], Gates] = {}
+        self._vectors: dict[tuple[tuple[int, ...], tuple[int, ...]], Vectors] = {}
         self._updates: dict[tuple[Method, tuple[int, ...]], tuple[Update, ...]] = {}
 
     def work(self, task: _Task, method: Method | None) -> Work:
         """What projections have to do; the method None chooses by cost."""
         return Work(
-            inputs=self._gates_of(task.inputs),
-            outputs=self._gates_of(task.outputs),
-            products=self._gates_of(task.products),
+            inputs=self._factors_of(task.inputs),
+            outputs=self._factors_of(task.outputs),
+            products=self._factors_of(task.products),
+            biases=self._vectors_of(task.biases, [self._places[member].biases for member in task.biases]),
             updates=self._updates_of(task.updates, task.width, method),
         )
 
-    def _gates_of(self, members: tuple[int, ...]) -> Gates | None:
+    def _factors_of(self, members: tuple[int, ...]) -> Vectors | None:
+        return self._vectors_of(members, [self._places[member].factors for member in members])
+
+    def _vectors_of(self, members: tuple[int, ...], rows: list[int]) -> Vectors | None:
         if not members:
             return None
-        if members not in self._gates:
-            slots = torch.tensor([self._places[member].slot for member in members], device=self._device)
-            self._gates[members] = Gates(self._by_row(self._weights[:, members]), slots)
-        return self._gates[members]
+        key = members, tuple(rows)
+        if key not in self._vectors:
+            where = torch.tensor(rows, device=self._device)
+            self._vectors[key] = Vectors(self._by_row(self._weights[:, members]), where)
+        return self._vectors[key]
 
     def _updates_of(self, members: tuple[int, ...], width: int, method: Method | None) -> tuple[Update, ...]:
         if not members:

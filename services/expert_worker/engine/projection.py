@@ -1,10 +1,13 @@
 """A projection of the base, and what experts make of it in one step.
 
     x' = x + x * D_u
-    y  = W x' + bias;  y' = y + y * D_o + (y - bias) * D_g + sum_e w_e B_e (A_e x')
+    y  = W x' + bias;  y' = y + y * D_o + (y - bias) * D_g + sum_e w_e c_e + sum_e w_e B_e (A_e x')
 
 with D = sum_e w_e (factors_e - 1) for each row of the batch, over the experts with factors of the input (D_u), of the
-output with its bias (D_o), and of the output without (D_g).
+output with its bias (D_o), and of the output without (D_g); c_e is what an expert adds to the bias.
+
+x' and y are in the base's dtype, as the base reads and gives them. Everything else is float32, and y' is rounded once,
+at the end: what a row computes would otherwise depend on how the experts of others are put together with its own.
 """
 
 from __future__ import annotations
@@ -23,36 +26,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Strips:
-    """Where experts lie side by side, for one projection.
+    """Where experts lie side by side, for one projection. Both are float32.
 
     Attributes:
-        a: `[rows, in]`: rows of A.
-        b: `[rows, out]`: rows of B transposed.
-        u: float32 `[slots, in]`: factors of the input, less 1.
-        o: float32 `[slots, out]`: factors of the output, less 1.
+        inputs: `[rows, in]`: rows of A, and factors of the input, less 1.
+        outputs: `[rows, out]`: rows of B transposed, factors of the output, less 1, and what is added to the bias.
     """
 
-    a: Tensor
-    b: Tensor
-    u: Tensor
-    o: Tensor
+    inputs: Tensor
+    outputs: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Gates:
-    """The factors of some experts, weighted for each row of the batch.
+class Vectors:
+    """Factors or biases of some experts, weighted for each row of the batch.
 
     Attributes:
         weights: float32 `[T, S]`.
-        slots: int64 `[S]`: where the factors lie.
+        rows: int64 `[S]`: where they lie.
     """
 
     weights: Tensor
-    slots: Tensor
+    rows: Tensor
 
-    def deviation(self, factors: Tensor) -> Tensor:
-        """What is added to 1: float32 `[T, n]` of float32 `[slots, n]`."""
-        return self.weights @ factors.index_select(0, self.slots)
+    def sum_of(self, strip: Tensor) -> Tensor:
+        """`[T, n]`, of `[rows, n]`."""
+        return self.weights @ strip.index_select(0, self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,15 +73,15 @@ class Update:
     absent: Tensor | None = None
 
     def add_to(self, y: Tensor, x: Tensor, strips: Strips) -> None:
-        """Add to `y [T, out]` what `x [T, in]` gives."""
+        """Add to `y [T, out]` what `x [T, in]` gives; both float32."""
+        b = strips.outputs[self.start : self.stop]
         if isinstance(self.tokens, slice):
-            y[self.tokens].addmm_(self._shrunk(x[self.tokens], strips), strips.b[self.start : self.stop])
+            y[self.tokens].addmm_(self._shrunk(x[self.tokens], strips), b)
         else:
-            grown = self._shrunk(x.index_select(0, self.tokens), strips) @ strips.b[self.start : self.stop]
-            y.index_add_(0, self.tokens, grown)
+            y.index_add_(0, self.tokens, self._shrunk(x.index_select(0, self.tokens), strips) @ b)
 
     def _shrunk(self, x: Tensor, strips: Strips) -> Tensor:
-        shrunk = (x @ strips.a[self.start : self.stop].T).mul_(self.weights)
+        shrunk = (x @ strips.inputs[self.start : self.stop].T).mul_(self.weights)
         if self.absent is not None:
             # Not left to a weight of 0: where an expert of another request overflows, 0 times infinity is not 0.
             shrunk.masked_fill_(self.absent, 0)
@@ -97,12 +96,14 @@ class Work:
         inputs: Factors of the input.
         outputs: Factors of the output and its bias.
         products: Factors of the output without its bias.
+        biases: What is added, whatever the input.
         updates: What is added.
     """
 
-    inputs: Gates | None
-    outputs: Gates | None
-    products: Gates | None
+    inputs: Vectors | None
+    outputs: Vectors | None
+    products: Vectors | None
+    biases: Vectors | None
     updates: tuple[Update, ...]
 
 
@@ -133,16 +134,6 @@ class Projection(nn.Module):
         """The base's."""
         return self.base.bias
 
-    @property
-    def in_features(self) -> int:
-        """The base's."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """The base's."""
-        return self.base.out_features
-
     def forward(self, x: Tensor) -> Tensor:
         """`[..., out]` of `[..., in]`: rows of the batch, in the order for which the step was made."""
         work = self._works.get(self._name)
@@ -151,18 +142,19 @@ class Projection(nn.Module):
         strips = self._strips
         if work.inputs is not None:
             rows = x.reshape(-1, x.shape[-1])
-            x = torch.addcmul(rows, rows, work.inputs.deviation(strips.u)).to(x.dtype).view(x.shape)
+            x = torch.addcmul(rows, rows, work.inputs.sum_of(strips.inputs)).to(x.dtype).view(x.shape)
         y: Tensor = self.base(x)
-        # What follows is in the dtype of A and B, which on a float16 base is wider; otherwise nothing is copied.
-        plain = y.view(-1, y.shape[-1]).to(strips.a.dtype)
+        plain = y.view(-1, y.shape[-1]).to(torch.float32)
         total = plain
         if work.outputs is not None:
-            total = torch.addcmul(total, plain, work.outputs.deviation(strips.o)).to(plain.dtype)
+            total = torch.addcmul(total, plain, work.outputs.sum_of(strips.outputs))
         if work.products is not None:
             product = plain if self.bias is None else plain - self.bias
-            total = torch.addcmul(total, product, work.products.deviation(strips.o)).to(plain.dtype)
+            total = torch.addcmul(total, product, work.products.sum_of(strips.outputs))
+        if work.biases is not None:
+            total = total + work.biases.sum_of(strips.outputs)
         if work.updates:
-            rows = x.reshape(-1, x.shape[-1]).to(strips.a.dtype)
+            rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
             for update in work.updates:
                 update.add_to(total, rows, strips)
         return total.to(y.dtype).view(y.shape)

@@ -6,12 +6,14 @@ With more turns, each is put the same way, one after the other; where a template
 tools, a system text stands where its family of models has it, and a tool speaks as the user does.
 
 Nobody speaks in another role by writing markers. What would be a token of its own (`<|im_start|>`), or a marker of the
-template, is spelled letter by letter where it stands in somebody's text: the same text, but not the same tokens.
+template, is spelled letter by letter where it stands in somebody's text: the same text, but not the same tokens. What a
+chat template puts together into a marker from pieces of what was said is refused.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -20,16 +22,13 @@ import jinja2
 from tokenizers import AddedToken, Tokenizer, models
 
 from hocket.errors import HocketError, Reason
+from hocket.text_limits import LAST_ROLES, MESSAGES_MAX, ROLES, TEXT_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
-TEXT_BYTES_MAX: Final = 2**20
-"""All text of an input, in UTF-8."""
-TURNS_MAX: Final = 1024
-ROLES: Final = ("system", "user", "assistant", "tool")
 BASE: Final = "base"
 """Name of the base's own chat template."""
 NONE: Final = "none"
@@ -38,6 +37,8 @@ _WORDS_MAX: Final = 200
 """Characters of others' words in a refusal."""
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """What stands around a marker that somebody wrote, until it is spelled: Unicode keeps them for such inner uses."""
+_MARKS: Final = re.compile(f"({_OPEN}[^{_OPEN}{_CLOSE}]*{_CLOSE})")
+_WORD: Final = re.compile(r"\S+")
 _MARKED: Final = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
 
@@ -130,7 +131,7 @@ def render(
     """Turn an input into tokens.
 
     A token with which the tokenizer begins every text comes first, unless the base's chat template decides that, or a
-    raw text has it already. A megabyte takes a second or two: not for an event loop.
+    raw text has it already. A megabyte takes up to a second, most of it without Python's lock: not for an event loop.
 
     Args:
         given: What a request says.
@@ -142,19 +143,23 @@ def render(
 
     Raises:
         HocketError: BAD_REQUEST with the field (`input.conversation.messages[2].role`) for what the contract does not
-            allow, what the chat template refuses, what gives no token, and for a conversation where there is no
-            template; TOO_LARGE for more than `TEXT_BYTES_MAX`.
+            allow, what the chat template refuses or makes a marker of, what gives no token, and for a conversation
+            where there is no template; TOO_LARGE for more than `TEXT_BYTES_MAX`.
     """
-    field = _check(given)
+    field, _ = _check(given)
     begin = tokenizer.bos_token_id if tokenizer.encode("")[:1] == [tokenizer.bos_token_id] else None
     if isinstance(given, RawText):
         form = _Form(NONE, lambda turns: turns[0].content)
-        ids = tokenizer.encode(given.text, add_special_tokens=False, verbose=False)
+        (ids,) = _encode(tokenizer, [given.text])
     else:
         turns = given.turns if isinstance(given, Conversation) else (Turn("user", given.text),)
         form = _form(given, tokenizer, template, capabilities, begin)
         guard = _Guard(tokenizer, form)
-        ids = guard.encode(form.write([Turn(turn.role, guard.mark(turn.content)) for turn in turns]), field)
+        said = [Turn(turn.role, guard.mark(turn.content)) for turn in turns]
+        written = form.write(said)
+        if form.name == BASE:  # the others put nothing said beside anything else said, and leave nothing out
+            guard.check(written, form.write([Turn(turn.role, _neutral(turn.content)) for turn in said]), field)
+        ids = guard.encode(written, field)
     if begin is not None and not form.has_begin and ids[:1] != [begin]:
         ids = [begin, *ids]
     if not ids:
@@ -162,8 +167,46 @@ def render(
     return Prompt(tuple(ids), form.name, form.stops)
 
 
-def _check(given: Input) -> str:
-    """The field that an input came in, if it is as the contract says."""
+def check_size(given: Input, tokenizer: PreTrainedTokenizerFast, context_length: int) -> None:
+    """Return unless an input is longer than the context in any case, however few tokens it takes. Quick.
+
+    Args:
+        given: What a request says.
+        tokenizer: The base's.
+        context_length: Positions that prompt and answer may take.
+
+    Raises:
+        HocketError: TOO_LARGE; as `render` for what the contract does not allow.
+    """
+    field, size_bytes = _check(given)
+    token_count = -(-size_bytes // longest_token_bytes(tokenizer))
+    if token_count >= context_length:
+        raise HocketError(
+            Reason.TOO_LARGE,
+            f"{size_bytes} bytes of text are at least {token_count} tokens; the context has {context_length} with the "
+            "answer: shorten it",
+            field=field,
+        )
+
+
+@lru_cache(maxsize=8)
+def longest_token_bytes(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Bytes of text that one token stands for at most: not fewer, where tokens are written otherwise than text."""
+    return max(len(token.encode()) for token in tokenizer.get_vocab())
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text. Without Python's lock, so that other threads go on, and without places in the text."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:  # as its file may say
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _check(given: Input) -> tuple[str, int]:
+    """The field that an input came in, and the bytes of its text, if it is as the contract says."""
     if isinstance(given, Conversation):
         field, texts = "input.conversation.messages", [turn.content for turn in given.turns]
         _check_turns(given.turns, field)
@@ -177,13 +220,13 @@ def _check(given: Input) -> str:
         ) from error
     if size_bytes > TEXT_BYTES_MAX:
         raise HocketError(Reason.TOO_LARGE, f"{size_bytes} bytes of text: send at most {TEXT_BYTES_MAX}", field=field)
-    return field
+    return field, size_bytes
 
 
 def _check_turns(turns: Sequence[Turn], field: str) -> None:
-    if not 0 < len(turns) <= TURNS_MAX:
+    if not 0 < len(turns) <= MESSAGES_MAX:
         raise HocketError(
-            Reason.BAD_REQUEST, f"a conversation of {len(turns)} messages: send 1 to {TURNS_MAX}", field=field
+            Reason.BAD_REQUEST, f"a conversation of {len(turns)} messages: send 1 to {MESSAGES_MAX}", field=field
         )
     for index, turn in enumerate(turns):
         if turn.role not in ROLES:
@@ -192,7 +235,7 @@ def _check_turns(turns: Sequence[Turn], field: str) -> None:
                 f"no role {turn.role[:_WORDS_MAX]!r}: use one of {', '.join(ROLES)}",
                 field=f"{field}[{index}].role",
             )
-    if turns[-1].role not in {"user", "tool"}:
+    if turns[-1].role not in LAST_ROLES:
         raise HocketError(
             Reason.BAD_REQUEST,
             f"the last message is the {turns[-1].role}'s: let it be a user's or a tool's",
@@ -212,7 +255,7 @@ def _form(
     if name in _MARKERS:
         border = (tokenizer.eos_token or "") + (tokenizer.bos_token if begin is not None else "")
         write = {
-            "qwen3": lambda turns: _qwen3(turns, _dialect(capabilities)),
+            "qwen3": lambda turns: _qwen3(turns, _dialect(capabilities), alone=isinstance(given, UserPrompt)),
             "chatml": lambda turns: _chatml(turns, _dialect(capabilities)),
             "llama": lambda turns: _llama(turns, border),
             "alpaca": _alpaca,
@@ -293,17 +336,20 @@ def _led(turns: Sequence[Turn], dialect: str | None) -> list[Turn]:
     return [_system(None, dialect), *heard]
 
 
-def _qwen3(turns: Sequence[Turn], dialect: str | None) -> str:
-    """ChatML. Where a user begins, what they say before their first blank line is the system's context."""
-    first = turns[0]
-    context, _, question = first.content.partition("\n\n")
+def _qwen3(turns: Sequence[Turn], dialect: str | None, *, alone: bool) -> str:
+    """ChatML. Of a prompt that stands alone, what comes before the first blank line is the system's context.
+
+    That is how packages' data was made, from one text each. The turns of a conversation say who speaks themselves.
+    """
+    said = turns[0].content
+    context, _, question = said.partition("\n\n")
     led = _led(turns, dialect)
-    if first.role == "user" and context.strip() and question.strip():
-        led[:2] = [_system(context, dialect), Turn("user", question)]
-    elif first.role == "user" and first.content.startswith(_DIALECT):
-        led[0] = Turn("system", first.content)
-    said = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in led)
-    return f"{said}<|im_start|>assistant\n"
+    if alone and context.strip() and question.strip():
+        led = [_system(context, dialect), Turn("user", question)]
+    elif alone and said.startswith(_DIALECT):
+        led[0] = Turn("system", said)
+    written = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in led)
+    return f"{written}<|im_start|>assistant\n"
 
 
 def _chatml(turns: Sequence[Turn], dialect: str | None) -> str:
@@ -348,13 +394,12 @@ class _Guard:
         self._tokenizer = tokenizer
         self._scanner, self._control_ids = _scanner(tokenizer, form.source, form.stops)
         self._found: set[str] = set()
-        self._memory: dict[str, list[int]] = {}
-        self._newline = self._ids("\n")
+        self._inner: dict[str, list[int]] = {}
 
     def mark(self, said: str) -> str:
         """What somebody says, with its markers marked. What marks them is no text, and left out."""
         said = _unmarked(said)
-        seen = self._scanner.encode(said)
+        (seen,) = self._scanner.encode_batch([said])  # unlike `encode` without Python's lock
         pieces, end = [], 0
         for number, (start, stop) in zip(seen.ids, seen.offsets, strict=True):
             if number:
@@ -363,6 +408,32 @@ class _Guard:
                 end = stop
         return "".join([*pieces, said[end:]])
 
+    def check(self, written: str, neutral: str, field: str) -> None:
+        """Return unless what was said adds markers to a written form.
+
+        Marking finds what is a marker in one text. A form can make others: from the end of one text and the beginning
+        of the next, or by leaving something out between.
+
+        Args:
+            written: The form.
+            neutral: The same of what says nothing.
+            field: Where it came from.
+
+        Raises:
+            HocketError: BAD_REQUEST.
+        """
+        if self._markers(written) - self._markers(neutral):
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                "the template makes a marker of its own from pieces of what is said: leave out what looks like one",
+                field=field,
+            )
+
+    def _markers(self, written: str) -> Counter[int]:
+        """How often each marker stands in a written form, but for those that are going to be spelled."""
+        pieces = [piece for piece in _MARKED.split(written) if piece and piece not in self._found]
+        return Counter(number for seen in self._scanner.encode_batch(pieces) for number in seen.ids if number)
+
     def encode(self, written: str, field: str) -> list[int]:
         """The tokens of a written form.
 
@@ -370,10 +441,14 @@ class _Guard:
             HocketError: BAD_REQUEST if the tokenizer makes a marker even of single letters.
         """
         first, *pieces = _MARKED.split(written)  # every other one stood between marks, or is None for a lone mark
-        ids = self._ids(first)
+        (ids,) = _encode(self._tokenizer, [first])
+        inner: set[str] = set()
+        for index, piece in enumerate(pieces):
+            inner.update(piece if index % 2 == 0 and piece in self._found else [piece] if piece else ())
+        self._prepare(sorted(inner))
         for index, piece in enumerate(pieces):
             if index % 2 == 0 and piece in self._found:
-                spelled = [token_id for letter in piece for token_id in self._inner(letter)]
+                spelled = [token_id for letter in piece for token_id in self._inner[letter]]
                 if not self._control_ids.isdisjoint(spelled):
                     raise HocketError(
                         Reason.BAD_REQUEST,
@@ -382,23 +457,18 @@ class _Guard:
                     )
                 ids += spelled
             elif piece:
-                ids += self._inner(piece)
+                ids += self._inner[piece]
         return ids
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return ids
-
-    def _inner(self, text: str) -> list[int]:
-        """The tokens of a text that others come before.
+    def _prepare(self, texts: list[str]) -> None:
+        """Work out the tokens of texts that others come before.
 
         Some tokenizers put a space before the first word of every text: it does not get one after a line feed.
         """
-        if text not in self._memory:
-            ids = self._ids(f"\n{text}")
-            count = len(self._newline)
-            self._memory[text] = ids[count:] if ids[:count] == self._newline else self._ids(text)
-        return self._memory[text]
+        newline, *after = _encode(self._tokenizer, ["\n", *(f"\n{text}" for text in texts)])
+        alone = [text for text, ids in zip(texts, after, strict=True) if ids[: len(newline)] != newline]
+        self._inner = {text: ids[len(newline) :] for text, ids in zip(texts, after, strict=True)}
+        self._inner |= dict(zip(alone, _encode(self._tokenizer, alone), strict=True))
 
 
 @lru_cache(maxsize=16)
@@ -422,6 +492,13 @@ def _scanner(
         scanner.normalizer = tokenizer.backend_tokenizer.normalizer
     scanner.add_tokens([*tokens.values(), *(AddedToken(marker, normalized=False) for marker in markers)])
     return scanner, frozenset(tokens)
+
+
+def _neutral(marked: str) -> str:
+    """A text that says nothing; white space and markers stay as they are, since templates look for some."""
+    pieces = _MARKS.split(marked)
+    pieces[::2] = [_WORD.sub("a", piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def _unmarked(text: str) -> str:

@@ -27,7 +27,7 @@ class Mixer(Protocol):
 
         Args:
             counts: The rows of each part, in packed order, and who computes them.
-            kept: `[n]`, int64, ascending: the rows that reach `lm_head`.
+            kept: `[n]`, int64, ascending, on the host: the rows that reach `lm_head`.
         """
 
     def end(self) -> None:
@@ -51,9 +51,13 @@ class Runner:
         base: The model.
         pool: Where keys and values of its sequences lie.
         mixer: Composes experts.
+
+    Attributes:
+        windows: The sliding window that each layer asked for in the last pass, by its index; None for one without.
     """
 
     def __init__(self, base: Base, pool: KvPool, mixer: Mixer) -> None:
+        self.windows: dict[int, int | None] = {}
         self._base = base
         self._pool = pool
         self._mixer = mixer
@@ -67,7 +71,7 @@ class Runner:
                 positions within the context.
 
         Returns:
-            `[sampled parts, vocabulary]`, float32, in the order of the parts.
+            `[sampled parts, vocabulary]`, float32, in the order of the parts; a tensor of inference mode.
         """
         kept = []
         row = 0
@@ -76,7 +80,7 @@ class Runner:
             if part.sampled:
                 kept.append(row - 1)
         positions = [position for part in parts for position in range(part.start, part.start + part.row_count)]
-        kept_rows = self._int64(kept)
+        kept_rows = torch.tensor(kept, dtype=torch.int64)
         step = Step(self._pool, parts)
         self._mixer.begin([(part.row_count, part.mixture) for part in parts], kept_rows)
         try:
@@ -85,15 +89,14 @@ class Runner:
                     **self._inputs(parts),
                     position_ids=self._int64(positions)[None],
                     use_cache=False,
-                    logits_to_keep=kept_rows,
+                    logits_to_keep=kept_rows.to(self._base.device),
                     return_dict=True,
                     step=step,
                 )
+                logits: Tensor = answer.logits[0].float()
         finally:
             self._mixer.end()
-        logits: Tensor = answer.logits[0].to(
-            torch.float32, copy=True
-        )  # a copy is free of inference mode's restrictions
+        self.windows = step.windows
         return logits
 
     def _inputs(self, parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.expert import prompts_of
 from services.expert_worker.engine.part import Part
 from services.expert_worker.engine.sampling import SamplingRow
@@ -27,7 +29,7 @@ class TextRequest:
         mixture: The experts that answer, with their weights.
         sampling: How tokens are chosen.
         stops: Texts that end the answer and are no part of it.
-        max_tokens: Most tokens of the answer, at least 1; fewer if the base's context has no room for them.
+        max_tokens: Most tokens of the answer, at least 1; fewer if the context has no room for them.
         eos_ids: Tokens by which the model says that it has ended; empty to go on whatever it says.
     """
 
@@ -47,7 +49,7 @@ class FinishReason(StrEnum):
     STOP = auto()
     """One of the stop texts came."""
     LENGTH = auto()
-    """It has as many tokens as were allowed, or as the base's context holds."""
+    """It has as many tokens as were allowed, or as the context holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +109,18 @@ Event: TypeAlias = "Started | Delta | Finished"
 class Sequence:
     """One answer on its way. The engine thread's own from its submission on.
 
-    Its rows are those of soft prompts, then the tokens of the prompt, then those of the answer.
+    Its rows are those of soft prompts, then the tokens of the prompt, then those of the answer. It is the one place
+    where they are held against the context.
 
     Args:
         request: What it is computed from.
         detokenizer: Of its own.
         page_positions: Positions of a KV page.
-        context_length: Positions of the base.
+        context_length: Positions that one answer may take with its prompt.
         arrival_time: When it was submitted.
+
+    Raises:
+        HocketError: `BAD_REQUEST` for no prompt at all; `TOO_LARGE` if the context has no room for an answer.
     """
 
     request: TextRequest
@@ -128,7 +134,7 @@ class Sequence:
     prompt_row_count: int = field(init=False)
     """Rows of soft prompts and prompt."""
     token_count_max: int = field(init=False)
-    """Most tokens of its answer, the base's context considered."""
+    """Most tokens of its answer, the context considered."""
     page_count: int = field(init=False)
     """KV pages that it takes while it runs: enough for its longest answer."""
     row: SamplingRow = field(init=False)
@@ -140,6 +146,10 @@ class Sequence:
     """Rows whose keys and values are in its pages."""
     unread_count: int = 0
     """Events that its reader has not said to have read."""
+    paused_time: float = math.inf
+    """When it was first seen paused since its reader last read."""
+    turn: int = 0
+    """Number of the last step that it took part in."""
     start_time: float = 0.0
     first_token_time: float = 0.0
     last_token_time: float = 0.0
@@ -150,9 +160,23 @@ class Sequence:
         self.soft_prompts = prompts_of(self.request.mixture)
         self.soft_row_count = sum(map(len, self.soft_prompts))
         self.prompt_row_count = self.soft_row_count + len(self.request.token_ids)
-        self.token_count_max = min(self.request.max_tokens, self.context_length - self.prompt_row_count)
+        self.token_count_max = min(self.request.max_tokens, self._room())
         self.row = SamplingRow(self.request.sampling, self.request.token_ids)
         self.page_count = -(-(self.prompt_row_count + self.token_count_max) // self.page_positions)
+
+    def _room(self) -> int:
+        """Positions that prompt and soft prompts leave to the answer."""
+        if not self.prompt_row_count:
+            raise HocketError(Reason.BAD_REQUEST, "the prompt is empty: there is nothing to answer", field="input")
+        room = self.context_length - self.prompt_row_count
+        if room < 1:
+            raise HocketError(
+                Reason.TOO_LARGE,
+                f"the prompt has {self.prompt_row_count} tokens, {self.soft_row_count} of them of soft prompts; the "
+                f"context has {self.context_length} with the answer: shorten it",
+                field="input",
+            )
+        return room
 
     @property
     def rows_left(self) -> int:

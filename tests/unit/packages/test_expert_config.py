@@ -43,6 +43,10 @@ PEFT_PROMPT: dict[str, Any] = {
 }  # fmt: skip
 
 
+MODULES = ("q_proj", "down_proj")
+"""What `adapter_tensors` adapts."""
+
+
 def encoded(document: Any) -> bytes:
     return json.dumps(document).encode()
 
@@ -74,13 +78,18 @@ class TestReading:
             alpha_pattern={"q_proj": 3.5},
             fan_in_fan_out=True,
             lora_alpha=5.5,
-            layers_to_transform=[0],
+            layers_to_transform=[3, 0, 3],
+            layers_pattern=["layers", "h"],
             exclude_modules=["lm_head"],
+            bias="lora_only",
         )
         assert config == AdapterConfig(
             AdapterKind.DORA,
             base_model_name="Qwen/Qwen3-0.6B",
-            leaves_out=True,
+            exclude_modules=("lm_head",),
+            layers_to_transform=(0, 3),
+            layers_pattern=("layers", "h"),
+            bias="lora_only",
             rank=4,
             alpha=5.5,
             use_rslora=True,
@@ -89,6 +98,19 @@ class TestReading:
             target_modules=("q_proj", "v_proj"),
             fan_in_fan_out=True,
         )
+
+    def test_a_layer_and_its_pattern_may_stand_alone_and_layer_0_is_one(self) -> None:
+        config = config_of(PEFT_LORA, layers_to_transform=0, layers_pattern="layers", lora_bias=True)
+        assert (config.layers_to_transform, config.layers_pattern, config.lora_bias) == ((0,), ("layers",), True)
+        empty = config_of(PEFT_LORA, layers_to_transform=[], layers_pattern="", exclude_modules="")
+        assert empty == config_of(PEFT_LORA)
+
+    def test_modules_that_a_regular_expression_leaves_out_are_not_known(self) -> None:
+        assert config_of(PEFT_LORA, exclude_modules=r".*\.1\..*").exclude_modules is None
+        assert config_of(PEFT_IA3, exclude_modules=["v_proj"]).exclude_modules == ("v_proj",)
+
+    def test_what_peft_knows_for_low_rank_alone_is_passed_over_elsewhere(self) -> None:
+        assert config_of(PEFT_IA3, layers_to_transform=[0], lora_bias=True, bias="all") == config_of(PEFT_IA3)
 
     def test_an_ia3_as_peft_writes_it(self) -> None:
         assert config_of(PEFT_IA3) == AdapterConfig(
@@ -117,6 +139,15 @@ class TestReading:
             {"fan_in_fan_out": 0},
             {"bias": "some"},
             {"bias": 5},
+            {"lora_bias": 1},
+            {"lora_bias": True, "use_dora": True},
+            {"layers_to_transform": "0"},
+            {"layers_to_transform": [True]},
+            {"layers_to_transform": [0.0]},
+            {"layers_pattern": 5},
+            {"layers_pattern": ["layers", ""]},
+            {"exclude_modules": 5},
+            {"exclude_modules": [""]},
             {"target_modules": {"q_proj": 1}},
             {"target_modules": ["q_proj", 5]},
             {"target_modules": [""]},
@@ -167,6 +198,9 @@ class TestReading:
             (PEFT_PROMPT, {"num_virtual_tokens": 5}, Limits(soft_prompt_tokens=4)),
             (PEFT_LORA, {"target_modules": ["a", "b"]}, Limits(tensors=1)),
             (PEFT_LORA, {"target_modules": ["a" * 9]}, Limits(tag_chars=8)),
+            (PEFT_LORA, {"target_modules": [], "exclude_modules": ["a", "b"]}, Limits(tensors=1)),
+            (PEFT_LORA, {"target_modules": [], "layers_pattern": ["a", "b"]}, Limits(tensors=1)),
+            (PEFT_LORA, {"target_modules": [], "layers_to_transform": [1, 1]}, Limits(tensors=1)),
             (PEFT_LORA, {}, Limits(manifest_bytes=100)),
         ],
     )
@@ -186,15 +220,13 @@ class TestSupport:
             ({"task_type": "SEQ_CLS"}, "CAUSAL_LM alone"),
             ({"rank_pattern": {"^model.layers.0": 2}}, "write plain names"),
             ({"alpha_pattern": {".*q_proj": 2}}, "write plain names"),
-            ({"bias": "lora_only"}, "train with bias none"),
-            ({"bias": "all"}, "train with bias none"),
+            ({"layers_pattern": ["layers", "h(a|b)"], "layers_to_transform": [0]}, "write plain names"),
             ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
             ({"init_lora_weights": "olora"}, "plain LoRA"),
             ({"init_lora_weights": "loftq"}, "train it again"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
             ({"layer_replication": [[0, 2]]}, "layer_replication"),
             ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-            ({"lora_bias": True}, "lora_bias"),
             ({"megatron_config": {"a": 1}}, "megatron_config"),
             ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
             ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
@@ -217,9 +249,10 @@ class TestSupport:
             {"init_lora_weights": False},
             {"of_tomorrow": None, "of_next_week": False, "later": {}, "never": []},
             {"layers_to_transform": 3, "layers_pattern": "layers", "exclude_modules": r".*\.1\..*"},
+            {"lora_bias": True, "bias": "all"},
         ],
     )
-    def test_what_changes_nothing_is_passed_over(self, change: dict[str, Any]) -> None:
+    def test_what_can_be_done_is_no_obstacle(self, change: dict[str, Any]) -> None:
         assert obstacle(PEFT_LORA, **change) is None
 
     def test_feedforward_modules_by_regular_expression_are_not_supported(self) -> None:
@@ -247,6 +280,7 @@ RAW = RawTensor("F32", (1,), bytes(4))
 def full(short: str) -> str:
     module, _, part = short.partition("_")
     parts = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector", "l": "ia3_l"}
+    parts |= {"s": "lora_B.bias", "c": "base_layer.bias", "b": "bias"}
     if part not in parts:
         return short
     return f"{module_path(0, {'q': 'q_proj', 'd': 'down_proj', 'k': 'k_proj'}[module])}.{parts[part]}"
@@ -303,6 +337,65 @@ class TestTensors:
             findings(kind, **changes)
         assert refusal.value.reason is Reason.BAD_ADAPTER
         assert blamed in refusal.value.message
+
+    @pytest.mark.parametrize(
+        ("config", "changes"),
+        [
+            ({"lora_bias": True}, {"q_s": 8, "d_s": 8, **{f"{module_path(1, m)}.lora_B.bias": 8 for m in MODULES}}),
+            ({"bias": "lora_only"}, {"q_c": 8}),
+            ({"bias": "all"}, {"q_c": 8, "k_b": 4}),
+        ],
+    )
+    def test_biases_belong_to_a_configuration_that_trains_them(
+        self, config: dict[str, Any], changes: dict[str, int]
+    ) -> None:
+        tensors = {name: numbers(count) for name, count in changes.items()}
+        assert findings("lora", config, **tensors) == Findings(2, ("down_proj", "q_proj"))
+        with pytest.raises(HocketError, match="none that PEFT saves"):
+            findings("lora", **tensors)
+
+    @pytest.mark.parametrize(
+        ("config", "changes", "blamed"),
+        [
+            ({"lora_bias": True}, {"q_s": 8}, "no lora_B.bias"),
+            ({"bias": "lora_only"}, {"q_b": 8}, "q_proj.bias"),
+            ({"bias": "lora_only"}, {"k_c": 4}, "k_proj"),
+            ({"bias": "all"}, {"q_b": 8}, "base_layer.bias"),
+            ({"bias": "all"}, {"k_c": 4}, "k_proj"),
+        ],
+    )
+    def test_a_bias_that_peft_would_call_otherwise_is_refused(
+        self, config: dict[str, Any], changes: dict[str, int], blamed: str
+    ) -> None:
+        with pytest.raises(HocketError, match=blamed) as refusal:
+            findings("lora", config, **{name: numbers(count) for name, count in changes.items()})
+        assert refusal.value.reason is Reason.BAD_ADAPTER
+
+    def test_biases_alone_are_no_adapter(self) -> None:
+        tensors = {"base_model.model.model.layers.0.self_attn.k_proj.bias": RAW}
+        with pytest.raises(HocketError, match="only biases") as refusal:
+            check_tensors(config_of(PEFT_LORA, bias="all"), tensors)
+        assert refusal.value.reason is Reason.BAD_ADAPTER
+
+    @pytest.mark.parametrize(
+        ("wrong", "right"),
+        [
+            ({"layers_to_transform": [0]}, {"layers_to_transform": [0, 1]}),
+            (
+                {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+                {"layers_to_transform": 1, "layers_pattern": None},
+            ),
+            ({"exclude_modules": ["layers.1.mlp.down_proj"]}, {"exclude_modules": ["layers.2.mlp.down_proj"]}),
+        ],
+    )
+    def test_tensors_of_a_module_that_was_left_out_are_refused_by_name(
+        self, wrong: dict[str, Any], right: dict[str, Any]
+    ) -> None:
+        with pytest.raises(HocketError, match=r"'model\.layers\.\d\.\w+\.(down|q)_proj'.*leaves out") as refusal:
+            findings("lora", wrong)
+        assert refusal.value.reason is Reason.BAD_ADAPTER
+        second = {full_name: None for full_name in adapter_tensors() if ".layers.0." in full_name}
+        findings("lora", right, **(second if right.get("layers_to_transform") == 1 else {}))
 
     def test_a_module_that_is_named_but_has_no_tensors_is_told(self) -> None:
         found = findings("lora", {"target_modules": ["q_proj", "down_proj", "k_proj"]})

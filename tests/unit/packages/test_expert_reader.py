@@ -190,7 +190,7 @@ class TestConfiguration:
         assert reason_of(**package, files={"adapter_config.json": None}) is Reason.UNSUPPORTED_TYPE
 
     @pytest.mark.parametrize(
-        "config", [{"modules_to_save": ["lm_head"]}, {"rank_pattern": {".*_proj": 2}}, {"bias": "all"}]
+        "config", [{"modules_to_save": ["lm_head"]}, {"rank_pattern": {".*_proj": 2}}, {"use_qalora": True}]
     )
     def test_what_the_suite_cannot_do_is_read_but_cannot_serve(self, config: dict[str, Any]) -> None:
         facts = facts_of(config=config)

@@ -105,6 +105,49 @@ def test_projections_are_the_linear_layers_by_name(tmp_path: Path) -> None:
     assert not base.has_chat_template
 
 
+def test_a_base_does_not_change_with_its_files(folder: Path) -> None:
+    base = opened(folder)
+    before = Passes(base).logits(ids_of(5), 5)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as weights:
+        weights.write(b"\0" * file.stat().st_size)
+        weights.truncate(4096)
+    assert torch.equal(Passes(base).logits(ids_of(5), 5), before)
+    assert base.projections["lm_head"].weight is base.causal_lm.get_input_embeddings().weight
+
+
+def _touch(folder: Path) -> None:
+    (folder / "model.safetensors").touch()
+
+
+def _swap(folder: Path) -> None:
+    shutil.copy2(folder / "config.json", folder / "another")
+    (folder / "another").replace(folder / "config.json")
+
+
+def _uncounted(folder: Path) -> None:
+    (folder / "README.md").write_text("does not count")
+
+
+@pytest.mark.parametrize(("change", "word"), [(_touch, "model.safetensors changed"), (_swap, "config.json changed")])
+def test_files_that_change_while_they_are_read_are_refused(
+    folder: Path, change: Callable[[Path], None], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.expert_worker.engine import base  # noqa: PLC0415 - imports transformers
+
+    inner = base._move
+    happens: list[Callable[[Path], None]] = [_uncounted]
+
+    def moved(*arguments: Any) -> None:
+        inner(*arguments)
+        happens[0](folder)
+
+    monkeypatch.setattr(base, "_move", moved)
+    opened(folder)
+    happens[0] = change
+    assert "start again" in refused(folder, word).message
+
+
 def test_the_folder_must_be_the_one_that_is_meant(folder: Path) -> None:
     digest = base_digest(folder)
     rewrite(folder / "generation_config.json", do_sample=True)
@@ -320,6 +363,61 @@ def test_a_model_that_sees_is_refused(folder: Path) -> None:
     refused(folder, "more than text")
 
 
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOW = 200
+"""More than the logits are compared over."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "twin"),
+    [
+        ("qwen2_moe", {**MIXTURE, "layer_types": ["sliding_attention"] * 2}, {"layer_types": ["full_attention"] * 2}),
+        ("phimoe", MIXTURE, {"sliding_window": None}),
+        ("llama", {}, {"sliding_window": None}),
+    ],
+)
+def test_models_that_do_not_tell_attention_of_their_windows_are_refused(
+    tmp_path: Path, kind: str, settings: dict[str, Any], twin: dict[str, Any]
+) -> None:
+    settings = {"sliding_window": WINDOW, "use_sliding_window": True, **settings}
+    refused(tiny_base(tmp_path / "window", kind, **settings), f"sliding window of {WINDOW} ")
+    opened(tiny_base(tmp_path / "whole", kind, **settings | twin))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": False}),
+        ("qwen3_moe", {**MIXTURE, "use_sliding_window": False}),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ],
+)
+def test_models_that_do_are_not(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    opened(tiny_base(tmp_path, kind, **settings, sliding_window=WINDOW))
+
+
+@pytest.mark.parametrize("page_positions", [16, 256])
+def test_what_a_model_answers_beyond_a_page_is_compared(
+    folder: Path, page_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.expert_worker.engine import base  # noqa: PLC0415 - imports transformers
+    from services.expert_worker.engine.runner import Runner  # noqa: PLC0415 - as above
+
+    ends: list[int] = []
+    inner = Runner.run
+
+    def watched(runner: Runner, parts: Any) -> torch.Tensor:
+        ends.extend(part.start + part.row_count for part in parts)
+        return inner(runner, parts)
+
+    monkeypatch.setattr(base, "default_page_positions", lambda _: page_positions)
+    monkeypatch.setattr(Runner, "run", watched)
+    opened(folder)
+    assert max(ends) > page_positions
+
+
 def test_a_model_that_answers_otherwise_through_the_engine_is_refused(folder: Path) -> None:
     from transformers import AttentionInterface  # noqa: PLC0415 - as below
 
@@ -344,7 +442,7 @@ def test_a_base_that_does_not_fit_on_the_device_is_refused_as_that(
 
     from services.expert_worker.engine import base  # noqa: PLC0415 - imports transformers
 
-    monkeypatch.setattr(torch.nn.Module, "to", full)
+    monkeypatch.setattr(base, "_move", full)
     refused(folder, "no room", Reason.DEVICE_MEMORY)
     monkeypatch.undo()
     monkeypatch.setattr(base, "KvPool", lambda *_, **__: _raise(HocketError(Reason.DEVICE_MEMORY, "no room for pages")))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import weakref
 from contextlib import aclosing
@@ -265,7 +266,6 @@ class TestRefusals:
                 asking(range(CONTEXT - 2), mixture=((expert("p", prompt=[0.5, 0.5]), 0.0),)),
                 Reason.TOO_LARGE,
             ),
-            (asking(range(20), max_tokens=21), asking(range(20), max_tokens=20), Reason.DEVICE_MEMORY),
             (
                 asking([1], mixture=((expert("a", size_bytes=8), 1.0),)),
                 asking([1], mixture=((expert("a", size_bytes=7), 1.0),)),
@@ -276,9 +276,8 @@ class TestRefusals:
     async def test_what_could_never_run_is_refused(
         self, request_: TextRequest, twin: TextRequest, reason: Reason
     ) -> None:
-        page_count = 10 if len(request_.token_ids) == 20 else 16
         async with running_engine(
-            ScriptedRunner(), page_count=page_count, fits=lambda experts: sum(each.size_bytes for each in experts) < 8
+            ScriptedRunner(), page_count=16, fits=lambda experts: sum(each.size_bytes for each in experts) < 8
         ) as engine:
             ending = Ending()
             with pytest.raises(HocketError) as refusal:
@@ -288,6 +287,62 @@ class TestRefusals:
             assert told(await read(engine.submit(twin, nothing))) == alone(twin)
             assert ending.count == 0
             assert engine.state.waiting_count == 0
+
+    async def test_the_context_is_no_longer_than_the_pages_hold(self) -> None:
+        async with running_engine(ScriptedRunner(), page_count=5) as engine:
+            assert engine.context_length == 20
+            answer = engine.submit(lasting(range(1, 11), 2**32 - 1), nothing)
+            assert answer.token_count_max == 10
+            text, token_ids, reason, _ = told(await read(answer))
+            assert (len(token_ids), reason) == (10, FinishReason.LENGTH)
+            assert (text, token_ids) == alone(lasting(range(1, 11), 10))[:2]
+            assert engine.submit(lasting(range(1, 11), 3), nothing).token_count_max == 3
+            engine.submit(asking(range(19)), nothing)
+            with pytest.raises(HocketError, match="20 tokens") as refusal:
+                engine.submit(asking(range(20)), nothing)
+            assert refusal.value.reason is Reason.TOO_LARGE
+
+
+class TestMemory:
+    async def test_an_answer_that_has_ended_keeps_no_experts_whether_it_is_read_or_not(self) -> None:
+        async with running_engine(ScriptedRunner()) as engine:
+            runner = engine._runner
+            assert isinstance(runner, ScriptedRunner)
+            lone = expert("lone")
+            known = weakref.ref(lone)
+            request = asking([1, 2], mixture=((lone, 1.0),), max_tokens=3)
+            del lone
+            done = Ending()
+            answer = engine.submit(request, done)
+            del request
+            await done.arrival()
+            runner.passes.clear()
+            await asyncio.sleep(0.02)
+            gc.collect()
+            assert known() is None
+            assert len(await read(answer)) > 2
+            assert answer._calls is None
+
+    async def test_one_whose_next_token_fails_keeps_none_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Broken(Detokenizer):
+            def push(self, token_id: int) -> str:
+                raise LookupError(token_id)
+
+        monkeypatch.setattr(engine_module, "Detokenizer", Broken)
+        async with running_engine(ScriptedRunner()) as engine:
+            lone = expert("lone")
+            known = weakref.ref(lone)
+            done = Ending()
+            answer = engine.submit(asking([1], mixture=((lone, 1.0),)), done)
+            del lone
+            await done.arrival()
+            runner: Any = engine._runner
+            runner.passes.clear()
+            await asyncio.sleep(0.02)
+            gc.collect()
+            assert known() is None
+            with pytest.raises(LookupError):
+                await read(answer)
 
 
 class TestCancellation:
@@ -413,6 +468,42 @@ class TestSlowReaders:
             monkeypatch.undo()
             assert told(await read(answer)) == alone(lasting([1], 20))
 
+    async def test_unread_answers_take_nobody_s_turn(self) -> None:
+        limits = replace(LIMITS, unread_max=2, sequences_max=2)
+        async with running_engine(ScriptedRunner(), limits=limits) as engine:
+            slow = [engine.submit(lasting([place, 2], 20), nothing) for place in (1, 2, 3, 4)]
+            await until(lambda: all(answer._items.qsize() == 2 for answer in slow))
+            assert told(await read(engine.submit(lasting([3], 20), nothing))) == alone(lasting([3], 20))
+            results = await asyncio.gather(*map(read, slow))
+            assert [told(events) for events in results] == [alone(lasting([place, 2], 20)) for place in (1, 2, 3, 4)]
+
+    @pytest.mark.parametrize("seconds", [59.0, 61.0])
+    async def test_one_that_nobody_reads_ends_after_a_while_if_somebody_waits_for_its_pages(
+        self, seconds: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine_module, "_LOOK_SECONDS", 0.01)
+        clock = Clock()
+        async with running_engine(
+            ScriptedRunner(), page_count=6, limits=replace(LIMITS, unread_max=2), clock=clock
+        ) as engine:
+            done = Ending()
+            slow = engine.submit(lasting([1], 20), done)
+            await until(lambda: slow._items.qsize() == 2)
+            waits = engine.submit(lasting([2], 3), nothing)
+            await asyncio.sleep(0.03)
+            clock.now += seconds
+            await asyncio.sleep(0.05)
+            assert done.count == (seconds > 60)
+            if seconds < 60:
+                assert told(await read(slow)) == alone(lasting([1], 20))
+            else:
+                await anext(slow)
+                await anext(slow)
+                refusal = await refused(slow)
+                assert refusal.reason is Reason.DEADLINE
+                assert "60 seconds" in refusal.message
+            assert told(await read(waits)) == alone(lasting([2], 3))
+
 
 class TestFailures:
     @pytest.mark.parametrize("error", [ValueError("unlucky"), RuntimeError("of the device")])
@@ -476,6 +567,31 @@ class TestFailures:
             answers = [engine.submit(request, nothing) for request in requests]
             assert [told(events) for events in await asyncio.gather(*map(read, answers))] == list(map(alone, requests))
 
+    async def test_a_batch_that_is_too_large_again_and_again_is_not_tried_each_step(self) -> None:
+        def exhaust(parts: list[Part]) -> None:
+            if len(parts) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        runner = ScriptedRunner(exhaust)
+        async with running_engine(runner) as engine:
+            answers = [engine.submit(lasting([place], 16), nothing) for place in range(1, 5)]
+            await asyncio.gather(*map(read, answers))
+        assert sum(len(parts) > 1 for parts in runner.passes) <= 6
+        assert len(runner.passes) <= 4 * 16 + 6
+
+    async def test_a_cpu_without_memory_is_out_of_memory(self) -> None:
+        def exhaust(parts: list[Part]) -> None:
+            if any(part.mixture is BAD for part in parts):
+                torch.empty(2**55)
+
+        runner = ScriptedRunner(exhaust)
+        async with running_engine(runner) as engine:
+            good = engine.submit(lasting([4], 9), nothing)
+            refusal = await refused(engine.submit(asking([1], mixture=BAD), nothing))
+            assert (refusal.reason, bool(refusal.retry_after_seconds)) == (Reason.DEVICE_MEMORY, True)
+            assert told(await read(good)) == alone(lasting([4], 9))
+            assert not engine.failed.is_set()
+
     async def test_a_pass_that_failed_holds_no_memory_when_it_is_repeated(self) -> None:
         held: list[weakref.ref[torch.Tensor]] = []
 
@@ -536,8 +652,9 @@ class TestFailures:
             with monkeypatch.context() as patch:
                 patch.setattr(engine._scheduler, "plan", lambda: 1 / 0)
                 gate.open()
-                with pytest.raises(ZeroDivisionError):
+                with pytest.raises(RuntimeError, match="a step of the engine has failed") as bug:
                     await read(answer)
+                assert bug.value.__cause__ is bug.value.__context__ is None
                 assert (done.count, engine._pages.free_count) == (1, PAGES)
                 await asyncio.sleep(0.02)
             assert [entry["event"] for entry in logs] == ["bug"]  # it waits for others then
@@ -587,7 +704,9 @@ class TestStopping:
             await stopping
             assert len(runner.passes) == 1
             assert [ending.count for ending in endings] == [1, 1]
-            assert [(await refused(answer)).reason for answer in answers] == [Reason.DRAINING] * 2
+            refusals = [await refused(answer) for answer in answers]
+            assert [refusal.reason for refusal in refusals] == [Reason.DRAINING] * 2
+            assert refusals[0] is not refusals[1]
             assert not engine.failed.is_set()
             await engine.stop()
 

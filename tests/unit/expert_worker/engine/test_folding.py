@@ -14,15 +14,17 @@ from safetensors.numpy import load_file, save
 
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import BaseModel, Decoding
+from hocket.packages.expert.config import read_config
 from hocket.packages.expert.reader import decode
+from hocket.packages.expert.tensors import chosen
 from services.expert_worker.engine.folding import Folded, fold
 from services.expert_worker.engine.mixing import Mixer
 from tests.adapters import HEAD, SHAPES, ToyBase, assert_close, tensors_for, toy_package
 from tests.bases import HIDDEN, tiny_base
-from tests.experts import expert_package, soft_prompt
+from tests.experts import adapter_config, expert_package, soft_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from services.expert_worker.engine.expert import AdapterExpert
@@ -115,6 +117,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "rank-stabilised dora": {**LORA, "use_dora": True, "use_rslora": True},
     "head": {**LORA, "target_modules": ["q_proj", "lm_head"]},
     "head dora": {**LORA, "use_dora": True, "target_modules": ["lm_head"]},
+    "biases of b": {**LORA, "lora_bias": True, "use_rslora": True},
+    "biases of adapted projections": {**LORA, "bias": "lora_only", "use_dora": True},
+    "biases of all": {**LORA, "bias": "all", "lora_bias": True, "target_modules": ["q_proj", "down_proj"]},
+    "one layer": {**LORA, "layers_to_transform": 1},
+    "one layer, by its pattern": {**LORA, "layers_to_transform": [0, 5], "layers_pattern": "layers"},
+    "some left out": {**LORA, "exclude_modules": ["1.self_attn.q_proj", "down_proj"]},
+    "some left out by a regular expression": {**LORA, "exclude_modules": r".*\.1\..*"},
     "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "ia3 on outputs": {"target_modules": [*ATTENTION, "up_proj"], "feedforward_modules": []},
     "ia3 on inputs": {"target_modules": ATTENTION + MLP, "feedforward_modules": ATTENTION + MLP},
@@ -133,7 +142,7 @@ def test_an_expert_at_weight_1_computes_what_peft_does(
     adapted: Any = get_peft_model(loaded(bases[kind]), make(task_type="CAUSAL_LM", **ADAPTERS[name])).eval()
     generator = torch.Generator().manual_seed(1)
     for path, tensor in adapted.named_parameters():
-        if any(part in path for part in ("lora_B", "magnitude", "ia3_l")):
+        if tensor.requires_grad and "lora_A" not in path:
             tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
     facts, adapter = saved(adapted, tmp_path)
     causal_lm = loaded(bases[kind])
@@ -283,22 +292,141 @@ def test_a_tensor_without_a_place_in_the_base_is_refused_by_name() -> None:
 
 
 def test_a_projection_that_is_named_and_gets_nothing_is_refused_by_name() -> None:
-    without = {f"base_model.model.block.1.up.lora_{part}.weight": None for part in "AB"}
-    refusal = refused(tensors=without, config={"target_modules": ["up", "down"]})
+    absent = {f"base_model.model.block.1.up.lora_{part}.weight": None for part in "AB"}
+    refusal = refused(tensors=absent, config={"target_modules": ["up", "down"]})
     assert refusal.reason is Reason.BAD_ADAPTER
     assert "'block.1.up'" in refusal.message
-    folded(tensors=without, config={"target_modules": ["block.0.up", "down"]})
+    folded(tensors=absent, config={"target_modules": ["block.0.up", "down"]})
+
+
+def without(*modules: str) -> dict[str, None]:
+    return dict.fromkeys(tensors_for("lora", modules, rank=3, seed=0))
+
+
+NAMES = {"target_modules": ["up", "down"]}
+SECOND = ("block.1.up", "block.1.down")
 
 
 @pytest.mark.parametrize(
-    "choice", [{"layers_to_transform": [0]}, {"layers_to_transform": 0}, {"exclude_modules": ["1.up"]}]
+    ("choice", "absent", "missed"),
+    [
+        ({"layers_to_transform": [0], "layers_pattern": "block"}, SECOND, "block.0.up"),
+        ({"layers_to_transform": 0, "layers_pattern": ["h", "block"]}, SECOND, "block.0.down"),
+        ({"exclude_modules": ["1.up"]}, ["block.1.up"], "block.1.down"),
+        ({"exclude_modules": ["block.1.up"]}, ["block.1.up"], "block.0.up"),
+    ],
 )
-def test_modules_may_be_left_out_on_purpose_but_no_name_altogether(choice: dict[str, Any]) -> None:
-    second = list(tensors_for("lora", ["block.1.up"], rank=3, seed=0))
-    every = list(tensors_for("lora", ["block.0.up", "block.1.up"], rank=3, seed=0))
-    names = {"target_modules": ["up", "down"]}
-    folded(tensors=dict.fromkeys(second), config={**names, **choice})
-    assert "'block.0.up'" in refused(tensors=dict.fromkeys(every), config={**names, **choice}).message
+def test_modules_may_be_left_out_on_purpose_and_no_others(
+    choice: dict[str, Any], absent: Sequence[str], missed: str
+) -> None:
+    folded(tensors=without(*absent), config={**NAMES, **choice})
+    refusal = refused(tensors=without(*absent, missed), config={**NAMES, **choice})
+    assert refusal.reason is Reason.BAD_ADAPTER
+    assert f"{missed!r}" in refusal.message
+    assert f"{absent[0]!r}" in refused(tensors=without(*absent), config=NAMES).message
+
+
+def test_where_a_regular_expression_leaves_modules_out_each_name_has_to_be_met_once() -> None:
+    config = {**NAMES, "exclude_modules": r".*\.1\..*"}
+    folded(tensors=without(*SECOND), config=config)
+    assert "'block.0.up'" in refused(tensors=without(*SECOND, "block.0.up"), config=config).message
+
+
+PATHS = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.12.mlp.down_proj",
+    "model.layers.1.mlp.experts.0.down_proj",
+    "model.h.2.down_proj",
+    "block.1.q_proj",
+    "layers.0.q_proj",
+    "model.layers.q_proj.0",
+    "a.b.0.q_proj",
+    "q_proj",
+    "xq_proj",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize("exclude", [None, ["lm_head"], ["1.self_attn.q_proj", "proj"], ["a.b.0.q_proj"]])
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        (None, None),
+        (0, None),
+        ([], None),
+        ([0, 12], None),
+        ([0, 1, 2], []),
+        (1, "layers"),
+        ([0, 1], ["layers", "block"]),
+        ([0, 2], ["experts", "h", "layers"]),
+        ([0], "model.layers"),
+        ([0], "ayers"),
+    ],
+)
+def test_the_modules_that_are_chosen_are_those_that_peft_chooses(exclude: Any, layers: Any, pattern: Any) -> None:
+    from peft import LoraConfig  # noqa: PLC0415 - seconds
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists  # noqa: PLC0415 - seconds
+
+    options = {"exclude_modules": exclude, "layers_to_transform": layers, "layers_pattern": pattern}
+    for targets in (["q_proj", "down_proj"], ["q_proj", "lm_head", "model.layers.1.self_attn.q_proj"]):
+        theirs = LoraConfig(target_modules=targets, **options)
+        found = [check_target_module_exists(theirs, path) for path in PATHS]
+        expected = [
+            path for path, one in zip(PATHS, found, strict=True) if one and not isinstance(one, _ExcludedModule)
+        ]
+        document = adapter_config(target_modules=targets, **options)
+        assert chosen(read_config(json.dumps(document).encode()), PATHS) == expected
+
+
+# --- trained biases
+
+DOWN = "base_model.model.block.0.down"
+
+
+def test_biases_become_what_is_added_to_those_of_the_base() -> None:
+    added, new = (np.random.default_rng(seed).random(40, np.float32) for seed in (1, 2))
+    tensors = {
+        f"{UP}.lora_B.bias": added,
+        f"{UP}.base_layer.bias": new,
+        "base_model.model.block.1.up.bias": new,
+    }
+    modules = ["block.0.up"]
+    expert = built(modules=modules, tensors=tensors, config={"lora_bias": True, "bias": "all"})
+    base = [BASE.projections[f"block.{n}.up"].bias.numpy() for n in (0, 1)]
+    first, second = expert.pieces["block.0.up"], expert.pieces["block.1.up"]
+    assert first.c is not None
+    assert second.c is not None
+    np.testing.assert_allclose(first.c.numpy(), 2 * added + new - base[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(second.c.numpy(), new - base[1], rtol=1e-6, atol=1e-6)
+    assert (second.a, second.b, second.o, second.u, second.rank) == (None, None, None, None, 0)
+
+
+TRAINED = {f"{UP}.base_layer.bias": np.ones(40, np.float32)}
+EVERY = {**TRAINED, "base_model.model.block.1.up.bias": np.ones(40, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "blamed"),
+    [
+        ({"bias": "lora_only"}, {}, "the bias of 'block.0.up' was trained"),
+        ({"bias": "all"}, TRAINED, "the bias of 'block.1.up' was trained"),
+        ({"bias": "lora_only"}, {f"{UP}.base_layer.bias": np.ones(41, np.float32)}, "block.0.up.base_layer.bias"),
+        ({"bias": "lora_only"}, {f"{UP}.base_layer.bias": np.ones((40, 1), np.float32)}, "block.0.up.base_layer.bias"),
+        ({"lora_bias": True}, {f"{UP}.lora_B.bias": np.ones(41, np.float32)}, "block.0.up.lora_B.bias"),
+        ({"lora_bias": True}, {f"{UP}.lora_B.bias": np.full(40, 3e38, np.float32)}, "not finite"),
+        ({"bias": "all"}, {**EVERY, "base_model.model.norm.bias": np.ones(4, np.float32)}, "no projection 'norm'"),
+        ({"bias": "all"}, {**EVERY, f"{DOWN}.bias": np.ones(24, np.float32)}, "block.0.down' has no bias"),
+    ],
+)
+def test_biases_that_are_missing_or_belong_nowhere_are_refused_by_name(
+    config: dict[str, Any], tensors: dict[str, Any], blamed: str
+) -> None:
+    refusal = refused(modules=["block.0.up"], config=config, tensors=tensors)
+    assert refusal.reason is Reason.BAD_ADAPTER
+    assert blamed in refusal.message
+    folded(modules=["block.0.up"], config={"bias": "lora_only"}, tensors=TRAINED)
+    folded(modules=["block.0.up"], config={"bias": "all"}, tensors=EVERY)
 
 
 def test_a_name_that_no_projection_of_the_base_has_needs_no_tensors() -> None:

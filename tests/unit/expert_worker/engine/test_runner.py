@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.expert_worker.engine.pages import KvPool
 from tests.bases import LAYERS, VOCABULARY, tiny_base
 from tests.passes import KINDS, Passes, ids_of, oracle, part
 
@@ -162,11 +163,6 @@ def test_only_sampled_parts_have_logits_in_their_order(base: Base) -> None:
     assert passes.run([part(0, ids_of(6), passes.take(6), sampled=False)]).shape == (0, VOCABULARY)
 
 
-def test_logits_can_be_changed_in_place(base: Base) -> None:
-    passes = Passes(base)
-    passes.logits(ids_of(3), 3).div_(2.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_answers_in_float32_close_to_the_whole(
     dtype: torch.dtype, base: Base, folder_of: Callable[[str], Path]
@@ -188,6 +184,7 @@ class RecordingMixer:
         self.told: list[Any] = []
 
     def begin(self, counts: list[tuple[int, Mixture]], kept: Tensor) -> None:
+        assert kept.device == CPU  # reading it must not wait for a device
         self.told.append((counts, kept.tolist()))
 
     def end(self) -> None:
@@ -215,3 +212,16 @@ def test_the_mixer_learns_of_the_end_of_a_pass_that_fails(base: Base) -> None:
         passes.run([part(0, [VOCABULARY], passes.take(1))])
     assert mixer.told[1:] == ["end"]
     assert len(base.causal_lm.model.layers) == LAYERS
+
+
+@pytest.mark.parametrize(("kind", "windows"), [("gemma3_text", {0: 8, 1: None}), ("qwen3", {0: None, 1: None})])
+def test_a_runner_knows_which_windows_the_layers_asked_for(
+    kind: str, windows: dict[int, int | None], base_of: Callable[[str], Base]
+) -> None:
+    from services.expert_worker.engine.runner import NoMixer, Runner  # noqa: PLC0415 - imports transformers
+
+    base = base_of(kind)
+    pool = KvPool(base.kv_shape, page_count=2, page_positions=16, dtype=base.dtype, device=CPU)
+    runner = Runner(base, pool, NoMixer())
+    runner.run([part(0, ids_of(3), [1])])
+    assert runner.windows == windows

@@ -57,6 +57,16 @@ class TestSequence:
         assert waiting(60, 5).token_count_max == 4
         assert waiting(60, 5).page_count == CONTEXT // PAGE_POSITIONS
 
+    def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_the_numbers(self) -> None:
+        assert waiting(63, 9).token_count_max == 1
+        with pytest.raises(HocketError, match="64 tokens, 0 of them of soft prompts; the context has 64") as refusal:
+            waiting(64)
+        assert (refusal.value.reason, refusal.value.field) == (Reason.TOO_LARGE, "input")
+        soft = expert("soft", prompt=[0.5, 0.5])
+        assert waiting(61, 9, soft).token_count_max == 1
+        with pytest.raises(HocketError, match="64 tokens, 2 of them of soft prompts"):
+            waiting(62, 9, soft)
+
     def test_parts_are_soft_prompts_then_prompt_then_answer_wherever_they_are_cut(self) -> None:
         soft = expert("b", prompt=[0.1, 0.2]), expert("a", prompt=[0.3])
         absent = expert("c", prompt=[0.9])
@@ -150,6 +160,69 @@ class TestAdmission:
         scheduler.drop(large)
         assert scheduler.admit(4.0) == [late]
 
+    def test_paused_ones_take_nobody_s_place_but_keep_their_pages(self) -> None:
+        scheduler, pages = scheduling(page_count=8, limits=replace(LIMITS, sequences_max=2))
+        slow = [waiting(4, 4, expert(name, size_bytes=ARENA_BYTES // 2)) for name in "ab"]
+        other, large = waiting(4, 4, expert("c", size_bytes=ARENA_BYTES)), waiting(9)
+        for each in slow:
+            scheduler.add(each)
+        scheduler.admit(0.0)
+        scheduler.add(other)
+        assert scheduler.admit(0.0) == []
+        for each in slow:
+            each.unread_count = LIMITS.unread_max
+        scheduler.add(large)
+        assert scheduler.admit(0.0) == [other]
+        assert (pages.free_count, planned(scheduler)) == (2, [(other, 4)])
+
+    def test_paused_ones_that_go_on_take_turns_where_they_are_too_many_together(self) -> None:
+        scheduler, _ = scheduling(limits=replace(LIMITS, sequences_max=2))
+        every = [waiting(1, 60) for _ in range(3)] + [waiting(1, 60, expert("e", size_bytes=ARENA_BYTES))]
+        for each in every:
+            scheduler.add(each)
+            scheduler.admit(0.0)
+            compute(each, each.rows_left)
+            each.unread_count = LIMITS.unread_max
+        assert (len(scheduler.running), planned(scheduler)) == (4, [])
+        for each in every:
+            each.unread_count = 0
+        turns = [[sequence for sequence, _ in planned(scheduler)] for _ in range(8)]
+        assert all(len(turn) == 2 for turn in turns)
+        assert all(sum(each in turn for turn in turns) == 4 for each in every)
+
+    def test_ones_whose_experts_do_not_fit_together_any_more_take_turns(self) -> None:
+        scheduler, _ = scheduling()
+        every = [waiting(1, 60, expert(name, size_bytes=ARENA_BYTES)) for name in "abc"]
+        for each in every:
+            scheduler.add(each)
+            scheduler.admit(0.0)
+            each.unread_count = LIMITS.unread_max
+        for each in every:
+            each.unread_count = 0
+        turns = [planned(scheduler) for _ in range(6)]
+        assert [turn[0][0] for turn in turns] == every * 2
+
+    def test_whoever_is_not_read_for_too_long_is_overdue_when_somebody_waits_for_its_pages(self) -> None:
+        limits = replace(LIMITS, unread_seconds=60.0)
+        scheduler, _ = scheduling(page_count=4, limits=limits)
+        late, later, waits = waiting(4, 4), waiting(4, 4), waiting(4)
+        for each in (late, later):
+            scheduler.add(each)
+        scheduler.admit(0.0)
+        late.unread_count = limits.unread_max
+        assert scheduler.overdue(0.0) is None
+        later.unread_count = limits.unread_max
+        assert scheduler.overdue(1.0) is None
+        assert scheduler.overdue(100.0) is None  # nobody wants their pages
+        scheduler.add(waits)
+        assert scheduler.admit(100.0) == []
+        late.paused_time, later.paused_time = 41.0, 42.0
+        assert scheduler.overdue(100.9) is None
+        assert scheduler.overdue(102.0) is late
+        scheduler.drop(late)
+        assert scheduler.admit(102.0) == [waits]
+        assert scheduler.overdue(102.0) is None
+
     @pytest.mark.parametrize("paused", [False, True])
     def test_nobody_is_held_up_for_one_that_waits_for_a_slow_reader(self, *, paused: bool) -> None:
         scheduler, _ = scheduling(page_count=4)
@@ -177,14 +250,6 @@ class TestAdmission:
 
 
 class TestCheck:
-    def test_what_could_never_have_its_pages_is_refused(self) -> None:
-        scheduler, _ = scheduling(page_count=4)
-        scheduler.check(waiting(12, 4))
-        with pytest.raises(HocketError, match="5 KV pages, this worker has 4") as refusal:
-            scheduler.check(waiting(12, 5))
-        assert refusal.value.reason is Reason.DEVICE_MEMORY
-        assert refusal.value.retry_after_seconds is None
-
     def test_what_could_never_have_its_experts_side_by_side_is_refused(self) -> None:
         scheduler, _ = scheduling()
         scheduler.check(waiting(4, 1, expert("a", size_bytes=4), expert("b", size_bytes=6)))
@@ -223,3 +288,20 @@ class TestPlan:
         assert pages.free_count == free
         slow.unread_count -= 1
         assert planned(scheduler) == [(slow, 3)]
+
+    def test_after_a_step_that_was_too_large_steps_are_smaller_for_a_while(self) -> None:
+        scheduler, _ = scheduling(limits=EngineLimits(step_tokens=8, sequences_max=8, queue_max=9))
+        every = [waiting(1, 40) for _ in range(8)]
+        for each in every:
+            scheduler.add(each)
+        scheduler.admit(0.0)
+        assert len(planned(scheduler)) == 8
+        scheduler.narrow(8)
+        steps = [[sequence for sequence, _ in planned(scheduler)] for _ in range(33)]
+        assert [len(step) for step in steps] == [4] * 32 + [8]
+        assert all(sum(each in step for step in steps[:32]) == 16 for each in every)
+        for row_count in (8, 4, 2, 1):
+            scheduler.narrow(row_count)
+        assert [count for _, count in planned(scheduler)] == [1]
+        scheduler.widen()
+        assert len(planned(scheduler)) == 8

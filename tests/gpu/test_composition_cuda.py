@@ -1,0 +1,61 @@
+"""Composed experts on a CUDA device, from the package to the text: the checks that the CPU passes as well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests import composition
+from tests.adapters import KINDS
+from tests.bases import tiny_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from services.expert_worker.engine.mixing import Method
+
+DEVICE = torch.device("cuda:0")
+DTYPES = composition.TOLERANCE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("bases") / "tiny", "qwen2")  # it has biases
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", composition.METHODS)
+def test_batches_of_every_kind_of_expert_compose(dtype: torch.dtype, method: Method | None) -> None:
+    composition.assert_batches_compose(DEVICE, dtype, method)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_folded_against_the_weights_of_the_device(dtype: torch.dtype, kind: str) -> None:
+    composition.assert_folds(DEVICE, dtype, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_are_placed_as_they_were_prepared(folder: Path, dtype: torch.dtype) -> None:
+    composition.assert_places(folder, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_composed_experts(folder: Path, dtype: torch.dtype) -> None:
+    composition.assert_logits_compose(folder, DEVICE, dtype)
+
+
+def test_tokens_are_chosen_alike() -> None:
+    composition.assert_chooses(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+async def test_the_whole_engine_with_several_mixtures(folder: Path, dtype: torch.dtype) -> None:
+    await composition.assert_engine_answers(folder, DEVICE, dtype)
