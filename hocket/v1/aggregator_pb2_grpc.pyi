@@ -55,8 +55,10 @@ class AggregatorServiceStub:
     A PASS plan otherwise fails with the status of its one expert.
 
     A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
-    is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
-    the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
+    is away, busy or too small is followed by the plan's next replica as long as nothing has been delivered.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base. UNAVAILABLE: `NO_REPLICA` as
+    above. ABORTED: `STREAM_BROKEN` when the worker, or this aggregator, went away in the middle of an answer; `tokens`
+    in the error info counts those that were delivered. Otherwise it fails with the status of RunText.
     """
 
 @_typing.type_check_only
@@ -86,8 +88,10 @@ class AggregatorServiceAsyncStub(AggregatorServiceStub):
     A PASS plan otherwise fails with the status of its one expert.
 
     A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
-    is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
-    the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
+    is away, busy or too small is followed by the plan's next replica as long as nothing has been delivered.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base. UNAVAILABLE: `NO_REPLICA` as
+    above. ABORTED: `STREAM_BROKEN` when the worker, or this aggregator, went away in the middle of an answer; `tokens`
+    in the error info counts those that were delivered. Otherwise it fails with the status of RunText.
     """
 
 class AggregatorServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -120,8 +124,10 @@ class AggregatorServiceServicer(metaclass=_abc_1.ABCMeta):
         A PASS plan otherwise fails with the status of its one expert.
 
         A text job is relayed from one worker that runs the whole plan: `text` events, the last one a finish. A worker that
-        is away, or busy, is followed by the plan's next replica as long as nothing has been delivered. It fails with
-        the status of RunText; ABORTED `STREAM_BROKEN` when the worker went away in the middle of an answer.
+        is away, busy or too small is followed by the plan's next replica as long as nothing has been delivered.
+        RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base. UNAVAILABLE: `NO_REPLICA` as
+        above. ABORTED: `STREAM_BROKEN` when the worker, or this aggregator, went away in the middle of an answer; `tokens`
+        in the error info counts those that were delivered. Otherwise it fails with the status of RunText.
         """
 
 def add_AggregatorServiceServicer_to_server(servicer: AggregatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -98,12 +98,19 @@ class ExpertWorkerServiceServicer(object):
         A caller that reads slowly pauses its own answer and nobody else's. The trailing metadata `hocket-load-bin`
         carries a serialized WorkerLoad.
 
-        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for.
+        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
+        an expert that does not fit the base; it names the tensor.
+        NOT_FOUND: `UNKNOWN_PACKAGE`.
         FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
-        another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` for experts that do not go together,
-        and as RunTensor for each expert. INVALID_ARGUMENT `BAD_ADAPTER`: an expert does not fit the base; names the tensor.
-        NOT_FOUND, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE, DATA_LOSS: as RunTensor; `DEVICE_MEMORY` also for
-        an answer that needs more KV pages than there are.
+        another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS`, `REQUIREMENT_CYCLE`,
+        `RESOLUTION_TOO_HARD` for experts that do not go together; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
+        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED`, as of RunTensor.
+        DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading the experts or waiting for memory took too long.
+        RESOURCE_EXHAUSTED: `DEVICE_MEMORY` for experts that exceed the whole budget, alone or together, or the room in
+        which they are computed side by side, and for an answer that needs more KV pages than there are; `QUEUE_FULL` also
+        when too many texts wait for the engine.
+        UNAVAILABLE: `UNREACHABLE` when an expert must be fetched and the registry does not answer, `NOT_READY` when the
+        device has failed. DATA_LOSS: `BLOB_CORRUPT` when the registry's bytes fail their digest.
         ABORTED: `BAD_ANSWER` when the composed model answers NaN or infinity.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -173,8 +173,9 @@ class ChosenExpert(_message.Message):
     EXPERT_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     expert: _builtins.str
-    """A digest, `publisher/name@version`, `publisher/name` for its newest version, or `name` where one publisher has it;
-    `name` also finds `expert-name`, as the format's own experts are called, where nobody has a plain `name`.
+    """A digest, or `[publisher/]name[@version]`: without a version the newest one, without a publisher the only expert of
+    that name. `name` stands for `expert-name` too, as the format's own experts are called: under a publisher where that
+    one has no plain `name`, otherwise always. A name of several experts is refused, and the message lists them.
     """
     weight: _builtins.float
     """A factor of what it adds to the base, -100 to 100; absent for 1. Weights need not sum to 1."""

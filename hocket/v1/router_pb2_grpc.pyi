@@ -56,16 +56,19 @@ class RouterServiceStub:
     """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
     exactly one finish.
 
-    A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+    A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
+    own answer.
 
-    INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
-    an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+    INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
+    may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
     FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
-    for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
-    `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
-    RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
-    `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-    ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
+    for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
+    experts together are larger than the budget of every worker that has the base.
+    UNAVAILABLE: `NO_REPLICA` when no worker that has the base can run it now, `UNREACHABLE` when no aggregator is there.
+    ABORTED: `STREAM_BROKEN` when the worker, or what lies between, went away in the middle of an answer; `tokens` in the
+    error info counts those that were delivered.
+    Otherwise it fails with the status of RunText.
     """
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]
     """Decides without running anything: the plan, and every score behind it.
@@ -113,16 +116,19 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
     exactly one finish.
 
-    A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+    A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
+    own answer.
 
-    INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
-    an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+    INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
+    may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
     FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
-    for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
-    `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
-    RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
-    `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-    ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
+    for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
+    RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
+    experts together are larger than the budget of every worker that has the base.
+    UNAVAILABLE: `NO_REPLICA` when no worker that has the base can run it now, `UNREACHABLE` when no aggregator is there.
+    ABORTED: `STREAM_BROKEN` when the worker, or what lies between, went away in the middle of an answer; `tokens` in the
+    error info counts those that were delivered.
+    Otherwise it fails with the status of RunText.
     """
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides without running anything: the plan, and every score behind it.
@@ -179,16 +185,19 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
         exactly one finish.
 
-        A missing deadline becomes ten minutes (a setting). A caller that reads slowly pauses its own answer.
+        A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
+        own answer.
 
-        INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
-        an expert that does not fit the base. NOT_FOUND: `UNKNOWN_EXPERT`, `UNKNOWN_BASE` when no live worker has that base.
+        INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
+        may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
         FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
-        for one that is no adapter; `BASE_MISMATCH` when no live worker has a base that all of them ride on;
-        `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS` when they do not go together.
-        RESOURCE_EXHAUSTED: `QUEUE_FULL`, `DEVICE_MEMORY`. UNAVAILABLE: `NO_REPLICA` when no worker can run it now,
-        `UNREACHABLE` when no aggregator is there. DEADLINE_EXCEEDED: `EXPERT_LOADING`, `DEADLINE`.
-        ABORTED: `STREAM_BROKEN` when the worker, or the aggregator, went away in the middle of an answer, `BAD_ANSWER`.
+        for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
+        RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
+        experts together are larger than the budget of every worker that has the base.
+        UNAVAILABLE: `NO_REPLICA` when no worker that has the base can run it now, `UNREACHABLE` when no aggregator is there.
+        ABORTED: `STREAM_BROKEN` when the worker, or what lies between, went away in the middle of an answer; `tokens` in the
+        error info counts those that were delivered.
+        Otherwise it fails with the status of RunText.
         """
 
     @_abc_1.abstractmethod

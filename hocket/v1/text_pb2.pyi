@@ -59,13 +59,18 @@ class TextInput(_message.Message):
     CONVERSATION_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """One turn of a user. It is put into the template, as a conversation of that one message would be."""
+    """One turn of a user. It is put into the template, as a conversation of that one message would be; the template
+    `qwen3` takes what stands before a first blank line as the system's context.
+    """
     raw: _builtins.str
     """Text that the model reads as it is, markers of templates included."""
     @_builtins.property
     def conversation(self) -> Global___Conversation:
         """A conversation, put into the template: the heaviest expert's `prompt_template` if it names one, else the
         base's chat template. At least one message; the last one is the user's or a tool's.
+
+        The heaviest expert is the one whose weight has the largest magnitude, of equals the one that the request names
+        first; never one of weight 0: where there is no other, the base decides alone.
         """
 
     def __init__(
@@ -137,8 +142,8 @@ Global___Message: _TypeAlias = Message  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How tokens are chosen. What is absent is decided by the heaviest expert's package, then by the base's
-    `generation_config.json`, then by the value named here.
+    """How tokens are chosen. What is absent is decided by the package of the heaviest expert (as in TextInput), then by the
+    base's `generation_config.json`, then by the value named here.
 
     Applied in this order: repetition penalty, presence and frequency penalties, temperature, top_k, top_p, min_p. The
     noise of a token is a function of the seed and its position alone, so that another replica draws the same.
@@ -175,15 +180,17 @@ class Sampling(_message.Message):
     seed: _builtins.int
     """What draws are made from. Absent: a seed that the plan then names."""
     max_tokens: _builtins.int
-    """Most tokens of the answer; at least 1. Default 512, or as many as the base's context has room for."""
+    """Most tokens of the answer; at least 1. Default 512. Cut to what the worker's context has
+    room for; the start says how many it became.
+    """
     top_logprobs: _builtins.int
     """How many of the most probable tokens to report with each token: 0 to 20. 0 reports the token's own probability alone."""
     ignore_eos: _builtins.bool
     """Whether to go on when the model says that it has ended."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end the answer and are no part of it: at most 16, each 1 to 256 characters. Those of the package count
-        as well.
+        """Texts that end the answer and are no part of it: at most 16, each 1 to 256 characters. Those of the heaviest
+        expert's package count as well.
         """
 
     def __init__(

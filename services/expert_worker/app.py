@@ -184,6 +184,8 @@ class WorkerApp:
         self._tasks = []
         if self._text is not None:
             await self._text.engine.stop()
+        if self._servicer.texts is not None:
+            self._servicer.texts.stop()
         await self.residency.stop()
         await self._batcher.stop()
         self._journal.close()
@@ -230,6 +232,7 @@ class WorkerApp:
             )
             return
         # transformers takes seconds to import: only who has a base pays for it.
+        _log.info("loading the text libraries, which takes some seconds")
         from services.expert_worker.text import Texts  # noqa: PLC0415
         from services.expert_worker.text_engine import open_text_engine  # noqa: PLC0415
 

@@ -71,6 +71,11 @@ def shares(free_bytes: int, kv_useful_bytes: int, *, experts_bytes: int, arena_b
     return Shares(experts_bytes, arena_bytes or experts_bytes // 4, kv_bytes)
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory of a device that this process may still take."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_host_bytes()
+
+
 def budget_bytes(device: torch.device, workers: int = 1, base_bytes: int = 0) -> int:
     """A sensible budget on a device that nobody but these workers is filling.
 
@@ -116,6 +121,17 @@ def _available_bytes(meminfo: Path) -> int | None:
 def _cgroup_bytes(cgroup: Path) -> int | None:
     try:
         limit = (cgroup / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((cgroup / "memory.current").read_text()))
+        if limit == "max":
+            return None
+        return max(0, int(limit) - int((cgroup / "memory.current").read_text()) + _cached_bytes(cgroup))
     except (OSError, ValueError):
         return None
+
+
+def _cached_bytes(cgroup: Path) -> int:
+    """What a container's memory holds of files, a base's weights not least, and gives up when it is asked for more."""
+    try:
+        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return int(counts["active_file"]) + int(counts["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0

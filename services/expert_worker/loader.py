@@ -155,9 +155,11 @@ def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
     """
     if device.type == "cpu":
         return prepared.assemble(prepared.tensors)
+    # Its event, not the stream: what the engine starts after the copy is not waited for. The thread sleeps meanwhile.
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
     try:
         moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in prepared.tensors]
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.current_stream(device).record_event(copied).synchronize()
     except torch.OutOfMemoryError as error:
         raise HocketError(
             Reason.DEVICE_MEMORY,

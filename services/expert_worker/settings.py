@@ -50,12 +50,12 @@ class WorkerSettings:
         preload: Digests of packages to load at start.
         queue_max: Requests waiting for the device; the next one is refused as `QUEUE_FULL`.
         step_tokens: Most tokens that one step of the text engine computes: a long prompt holds up others no longer.
-        sequences_max: Texts that run at once; others wait.
+        sequences_max: Texts that run at once; others wait. Those that wait for a slow reader do not count.
         text_queue_max: Texts that wait for the engine; the next one is refused as `QUEUE_FULL`.
         loading_max: Packages being loaded; the next one is refused as `QUEUE_FULL`.
         in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
         default_deadline_seconds: Deadline of a call that brings none.
-        text_deadline_seconds: The same for a text.
+        text_deadline_seconds: Longest deadline of a text, and that of one that brings none.
         drain_notice_seconds: At shutdown, time in which calls are still taken, so that callers learn to go elsewhere.
         drain_grace_seconds: Time for running calls to end after that.
     """

@@ -14,13 +14,23 @@ from hocket.identity import is_digest
 from hocket.rpc.convert import duration
 from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry import metrics
+from hocket.text_limits import WEIGHT_MAX, is_weight
 from hocket.v1 import text_pb2
 from services.expert_worker.composing import check_count, check_together
+from services.expert_worker.engine.defaults import Requested, complete
 from services.expert_worker.engine.expert import AdapterExpert, prompts_of
-from services.expert_worker.engine.prompts import Conversation, RawText, Turn, UserPrompt, render
-from services.expert_worker.engine.sampling import Requested, complete
+from services.expert_worker.engine.prompts import (
+    Conversation,
+    RawText,
+    Turn,
+    UserPrompt,
+    check_size,
+    longest_token_bytes,
+    render,
+)
 from services.expert_worker.engine.sequence import Delta, Finished, FinishReason, Started, TextRequest
 from services.expert_worker.residency import loading_seconds
+from services.expert_worker.tokenising import SmallestFirst
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -30,14 +40,12 @@ if TYPE_CHECKING:
     from services.expert_worker.engine.engine import Answer
     from services.expert_worker.engine.expert import Mixture
     from services.expert_worker.engine.prompts import Input, Prompt
-    from services.expert_worker.engine.sampling import Choice, Sampling
+    from services.expert_worker.engine.sampling import Choice
     from services.expert_worker.residency import Residency, ResidentPackage
     from services.expert_worker.text_engine import TextEngine
 
-WEIGHT_MAX: Final = 100.0
-"""Largest weight of an expert, either way."""
-_INLINE_BYTES_MAX: Final = 4096
-"""Text that becomes tokens in the event loop, within a millisecond; more of it in a thread."""
+_INLINE_BYTES_MAX: Final = 256
+"""An input that becomes tokens in the event loop, within half a millisecond; a larger one in a thread."""
 _NUMBERS: Final = (
     "temperature",
     "top_k",
@@ -55,22 +63,26 @@ _REASONS: Final = {
     FinishReason.STOP: text_pb2.TEXT_FINISH_REASON_STOP,
     FinishReason.LENGTH: text_pb2.TEXT_FINISH_REASON_LENGTH,
 }
+_UNSIGNED: Final = "UNSIGNED_EXPERT"
+"""Degradation of an answer with an expert that only this worker's policy admits."""
 _UNSIGNED_USES: Final = metrics.UNSIGNED_USES.labels("expert_worker")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    """A job, ready to be computed.
+class _Begun:
+    """A job that the engine has. It keeps no experts: they stay in memory for the engine, and not for a slow reader.
 
     Args:
-        request: For the engine.
-        prompt: Its tokens, and what they were put into.
-        sampling: How tokens are chosen, as a message.
+        answer: Its events.
+        start: The first event, but for the wait.
+        degradations: For the last event.
+        load_seconds: From the request's arrival until the engine had it.
     """
 
-    request: TextRequest
-    prompt: Prompt
-    sampling: text_pb2.Sampling
+    answer: Answer
+    start: text_pb2.TextStart
+    degradations: tuple[str, ...]
+    load_seconds: float
 
 
 class Texts:
@@ -80,14 +92,20 @@ class Texts:
         worker: The worker's own name.
         text: Its base, and what computes with it.
         residency: Where its experts are.
-        default_deadline_seconds: Deadline of a call that brings none.
+        deadline_seconds: Longest deadline of a call, and that of a call that brings none.
     """
 
-    def __init__(self, worker: str, text: TextEngine, residency: Residency, default_deadline_seconds: float) -> None:
+    def __init__(self, worker: str, text: TextEngine, residency: Residency, deadline_seconds: float) -> None:
         self._worker = worker
         self._text = text
         self._residency = residency
-        self._default_deadline_seconds = default_deadline_seconds
+        self._deadline_seconds = deadline_seconds
+        self._tokenising = SmallestFirst("tokens")
+        longest_token_bytes(text.base.tokenizer)  # now, and not when somebody waits: it looks at every token
+
+    def stop(self) -> None:
+        """End its thread."""
+        self._tokenising.stop()
 
     def report(self) -> TextEngineMessage:
         """What the engine has, and how busy it is."""
@@ -101,42 +119,60 @@ class Texts:
         Raises:
             HocketError: As the contract of RunText says.
         """
-        arrival = time.perf_counter()
-        deadline = asyncio.get_running_loop().time() + remaining_seconds(context, self._default_deadline_seconds)
-        self._check_plan(job.plan)
-        packages = await self._packages(job.plan, deadline)
-        release = partial(self._release, packages)
-        try:
-            check_together((package.facts, package.proofs) for package in packages if package.facts is not None)
-            asked = await self._read(job, packages)
-            loaded = time.perf_counter()
-            answer = self._text.engine.submit(asked.request, partial(self._end, release))
-        except BaseException:
-            release()
-            raise
-        self._text.observe()
-        for package in packages:
-            if package.unsigned_by_policy:
-                _UNSIGNED_USES.inc()
+        seconds = min(remaining_seconds(context, self._deadline_seconds), self._deadline_seconds)
+        deadline = asyncio.get_running_loop().time() + seconds
+        begun = await self._begin(job, deadline)
         weights = [expert.weight for expert in job.plan.experts]
         finished = False
-        ending = asyncio.create_task(_close_at(deadline, answer))
+        ending = asyncio.create_task(_close_at(deadline, begun.answer))
         try:
-            async with aclosing(answer):
+            async with aclosing(begun.answer) as answer:
                 async for event in answer:
                     finished = isinstance(event, Finished)
                     match event:
                         case Started():
                             self._text.observe()
-                            yield self._start(asked, loaded - arrival + event.wait_seconds)
+                            yield _start(begun, event)
                         case Delta():
-                            yield _delta(event, weights, logprobs_wanted=asked.request.sampling.top_logprobs > 0)
+                            yield _delta(event, weights, logprobs_wanted=begun.start.sampling.top_logprobs > 0)
                         case Finished():
-                            yield _finish(event, len(asked.prompt.token_ids), loaded - arrival)
+                            yield _finish(begun, event)
         finally:
             ending.cancel()
         if not finished:
-            raise HocketError(Reason.DEADLINE, "the answer was not complete by this server's own deadline")
+            raise _late()
+
+    async def _begin(self, job: text_pb2.TextJob, deadline: float) -> _Begun:
+        """Bring a job's experts and make its text tokens; then the engine has it."""
+        arrival = time.perf_counter()
+        self._check_plan(job.plan)
+        self._text.engine.check()
+        given = _input(job.input)
+        check_size(given, self._text.base.tokenizer, self._text.engine.context_length)
+        packages = await self._packages(job.plan, deadline)
+        release = partial(self._release, packages)
+        try:
+            check_together((package.facts, package.proofs) for package in packages if package.facts is not None)
+            mixture = _mixture(job.plan, packages)
+            leader = _leader(packages, mixture)
+            prompt = await self._prompt(given, job.input.ByteSize(), leader, deadline)
+            request = self._request(job, prompt, mixture, leader)
+            load_seconds = time.perf_counter() - arrival
+            answer = self._text.engine.submit(request, partial(self._end, release))
+        except BaseException:
+            release()
+            raise
+        self._text.observe()
+        unsigned_count = sum(package.unsigned_by_policy for package in packages)
+        _UNSIGNED_USES.inc(unsigned_count)
+        start = text_pb2.TextStart(
+            worker=self._worker,
+            prompt_token_count=len(prompt.token_ids),
+            soft_prompt_token_count=sum(map(len, prompts_of(mixture))),
+            prompt_template=prompt.template,
+            sampling=_sampling(request, answer.token_count_max, ignore_eos=job.sampling.ignore_eos),
+        )
+        return _Begun(answer, start, (_UNSIGNED,) if unsigned_count else (), load_seconds)
 
     def _check_plan(self, plan: text_pb2.TextPlan) -> None:
         """Return if the plan is one, and for this base."""
@@ -158,7 +194,7 @@ class Texts:
                     f"{expert.digest[:100]!r} is not a digest (sha256:<64 hex digits>), or stands there twice",
                     field=f"{field}.digest",
                 )
-            if not abs(expert.weight) <= WEIGHT_MAX:  # not a number, too
+            if not is_weight(expert.weight):
                 raise HocketError(
                     Reason.BAD_REQUEST,
                     f"the weight {expert.weight:g} is not a number from -{WEIGHT_MAX:g} to {WEIGHT_MAX:g}",
@@ -180,55 +216,61 @@ class Texts:
         release()
         self._text.observe()
 
-    async def _read(self, job: text_pb2.TextJob, packages: Sequence[ResidentPackage]) -> _Asked:
-        """What a job comes to with these experts, all of which there are."""
-        base = self._text.base
-        mixture: Mixture = tuple(
-            (_adapter(package), planned.weight) for package, planned in zip(packages, job.plan.experts, strict=True)
-        )
-        heaviest = max(range(len(mixture)), key=lambda place: abs(mixture[place][1]), default=None)
-        expert = None if heaviest is None else mixture[heaviest][0]
-        facts = None if heaviest is None else packages[heaviest].facts
+    async def _prompt(
+        self, given: Input, size_bytes: int, leader: tuple[ResidentPackage, AdapterExpert] | None, deadline: float
+    ) -> Prompt:
+        """The tokens of an input."""
         to_tokens = partial(
             render,
-            _input(job.input),
-            base.tokenizer,
-            None if expert is None else expert.prompt_template,
-            () if facts is None else facts.capabilities,
+            given,
+            self._text.base.tokenizer,
+            None if leader is None else leader[1].prompt_template,
+            () if leader is None or leader[0].facts is None else leader[0].facts.capabilities,
         )
-        prompt = to_tokens() if job.input.ByteSize() <= _INLINE_BYTES_MAX else await asyncio.to_thread(to_tokens)
-        soft_count = sum(map(len, prompts_of(mixture)))
-        sampling, max_tokens, stops = complete(
-            _requested(job.sampling),
-            None if expert is None else expert.decoding,
-            base.defaults,
-            job.plan.seed,
-            base.context_length - soft_count - len(prompt.token_ids),
-        )
+        if size_bytes <= _INLINE_BYTES_MAX:
+            return to_tokens()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._tokenising.run(size_bytes, to_tokens)
+        except TimeoutError:
+            raise _late() from None
+
+    def _request(
+        self,
+        job: text_pb2.TextJob,
+        prompt: Prompt,
+        mixture: Mixture,
+        leader: tuple[ResidentPackage, AdapterExpert] | None,
+    ) -> TextRequest:
+        """What the engine is asked for."""
+        base = self._text.base
+        decoding = None if leader is None else leader[1].decoding
+        sampling, max_tokens, stops = complete(_requested(job.sampling), decoding, base.defaults, job.plan.seed)
         every_stop = tuple(dict.fromkeys([*stops, *prompt.stops]))
         eos_ids = frozenset[int]() if job.sampling.ignore_eos else base.eos_ids
-        request = TextRequest(prompt.token_ids, mixture, sampling, every_stop, max_tokens, eos_ids)
-        return _Asked(request, prompt, _sampling(request, sampling, ignore_eos=job.sampling.ignore_eos))
-
-    def _start(self, asked: _Asked, wait_seconds: float) -> text_pb2.TextEvent:
-        token_count = len(asked.prompt.token_ids)
-        metrics.TEXT_PROMPT_TOKENS.inc(token_count)
-        return text_pb2.TextEvent(
-            start=text_pb2.TextStart(
-                worker=self._worker,
-                prompt_token_count=token_count,
-                soft_prompt_token_count=sum(map(len, prompts_of(asked.request.mixture))),
-                prompt_template=asked.prompt.template,
-                sampling=asked.sampling,
-                wait=duration(wait_seconds),
-            )
-        )
+        return TextRequest(prompt.token_ids, mixture, sampling, every_stop, max_tokens, eos_ids)
 
 
 async def _close_at(deadline: float, answer: Answer) -> None:
     """End an answer at its deadline, even if its reader has stopped reading."""
     await asyncio.sleep(deadline - asyncio.get_running_loop().time())
     await answer.aclose()
+
+
+def _late() -> HocketError:
+    return HocketError(Reason.DEADLINE, "the answer was not complete by this server's own deadline")
+
+
+def _mixture(plan: text_pb2.TextPlan, packages: Sequence[ResidentPackage]) -> Mixture:
+    return tuple((_adapter(package), planned.weight) for package, planned in zip(packages, plan.experts, strict=True))
+
+
+def _leader(packages: Sequence[ResidentPackage], mixture: Mixture) -> tuple[ResidentPackage, AdapterExpert] | None:
+    """Whose template and defaults count: the first of those with the largest weight. None if nobody weighs anything."""
+    place = max(range(len(mixture)), key=lambda place: abs(mixture[place][1]), default=None)
+    if place is None or mixture[place][1] == 0:
+        return None
+    return packages[place], mixture[place][0]
 
 
 def _adapter(package: ResidentPackage) -> AdapterExpert:
@@ -261,9 +303,17 @@ def _requested(sampling: text_pb2.Sampling) -> Requested:
     return Requested(**numbers, stop=tuple(sampling.stop))
 
 
-def _sampling(request: TextRequest, sampling: Sampling, *, ignore_eos: bool) -> text_pb2.Sampling:
+def _sampling(request: TextRequest, max_tokens: int, *, ignore_eos: bool) -> text_pb2.Sampling:
+    sampling = request.sampling
     numbers = {name: getattr(sampling, name) for name in (*_NUMBERS, "seed") if name != "max_tokens"}
-    return text_pb2.Sampling(**numbers, max_tokens=request.max_tokens, stop=request.stops, ignore_eos=ignore_eos)
+    return text_pb2.Sampling(**numbers, max_tokens=max_tokens, stop=request.stops, ignore_eos=ignore_eos)
+
+
+def _start(begun: _Begun, started: Started) -> text_pb2.TextEvent:
+    metrics.TEXT_PROMPT_TOKENS.inc(begun.start.prompt_token_count)
+    event = text_pb2.TextEvent(start=begun.start)
+    event.start.wait.CopyFrom(duration(begun.load_seconds + started.wait_seconds))
+    return event
 
 
 def _delta(delta: Delta, weights: Sequence[float], *, logprobs_wanted: bool) -> text_pb2.TextEvent:
@@ -284,16 +334,10 @@ def _token(choice: Choice, *, logprobs_wanted: bool) -> text_pb2.Token:
     return token
 
 
-def _finish(finished: Finished, prompt_token_count: int, load_seconds: float) -> text_pb2.TextEvent:
-    """The last event.
-
-    Args:
-        finished: As the engine says.
-        prompt_token_count: Tokens of the prompt.
-        load_seconds: From the request's arrival until the engine had it.
-    """
+def _finish(begun: _Begun, finished: Finished) -> text_pb2.TextEvent:
     steps = finished.token_count - 1
-    wait_seconds = load_seconds + finished.wait_seconds
+    prompt_token_count = begun.start.prompt_token_count
+    wait_seconds = begun.load_seconds + finished.wait_seconds
     metrics.TEXT_FIRST_TOKEN_SECONDS.observe(wait_seconds + finished.prefill_seconds)
     if steps > 0:
         metrics.TEXT_TOKEN_SECONDS.observe(finished.decode_seconds / steps)
@@ -314,6 +358,7 @@ def _finish(finished: Finished, prompt_token_count: int, load_seconds: float) ->
                 step_mean=duration(finished.decode_seconds / steps if steps > 0 else 0.0),
                 step_max=duration(finished.step_seconds_max),
             ),
+            degradations=begun.degradations,
         )
     )
 

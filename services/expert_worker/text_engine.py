@@ -12,7 +12,7 @@ from hocket.errors import HocketError, Reason
 from hocket.telemetry import metrics
 from hocket.v1.expert_worker_pb2 import TextEngine as TextEngineMessage
 from hocket.v1.package_pb2 import BaseModel as BaseModelMessage
-from services.expert_worker.device import budget_bytes, compute_threads, shares
+from services.expert_worker.device import available_bytes, budget_bytes, compute_threads, shares
 from services.expert_worker.engine.base import open_base
 from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.mixing import Mixer
@@ -22,11 +22,16 @@ from services.expert_worker.engine.scheduler import EngineLimits
 
 if TYPE_CHECKING:
     from hocket.known_bases import KnownBase
+    from services.expert_worker.device import Shares
     from services.expert_worker.engine.base import Base
     from services.expert_worker.settings import WorkerSettings
 
 _log: Final = structlog.get_logger("worker")
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PAGES_MIN: Final = 4
+"""Fewer hold no conversation; a base whose context is shorter than that needs as many as it has."""
+_ARENA_ROWS: Final = 64 + 8
+"""Every arena has room for one expert of rank 64, with its factors and with what rounding rows up takes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +44,7 @@ class TextEngine:
         mixer: Where running experts lie.
         pool: Where keys and values lie.
         experts_bytes: What experts in memory may take.
+        context_length: Most positions of a text: those of the base, or of all KV pages if they are fewer.
     """
 
     base: Base
@@ -46,6 +52,7 @@ class TextEngine:
     mixer: Mixer
     pool: KvPool
     experts_bytes: int
+    context_length: int
 
     def observe(self) -> None:
         """Put into the metrics how busy it is. In the event loop: it has its state from there."""
@@ -68,7 +75,7 @@ class TextEngine:
             base=self.base_message,
             vocabulary_sha256=self.base.vocabulary_sha256,
             dtype=str(self.base.dtype).removeprefix("torch."),
-            context_length=self.base.context_length,
+            context_length=self.context_length,
             base_bytes=self.base.size_bytes,
             kv_used_page_count=state.used_page_count,
             kv_page_count=state.page_count,
@@ -90,7 +97,8 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         device: Where to compute.
 
     Raises:
-        HocketError: The refusals of `open_base`; `DEVICE_MEMORY` if what is left, or was chosen, is too little to work.
+        HocketError: The refusals of `open_base`; `DEVICE_MEMORY` if what is left, or was chosen, is too little to work,
+            or more than there is.
     """
     base = _base(known, _DTYPES.get(settings.base_dtype), device)
     page_positions = default_page_positions(device)
@@ -104,13 +112,10 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         arena_bytes=settings.arena_bytes,
         kv_bytes=settings.kv_bytes,
     )
+    pages_min = SCRATCH_PAGES + min(_PAGES_MIN, pages_per_text)
+    _check_shares(share, base, pages_min * page_bytes, device)
     page_count = share.kv_bytes // page_bytes
-    if page_count <= SCRATCH_PAGES:
-        raise HocketError(
-            Reason.DEVICE_MEMORY,
-            f"{share.kv_bytes} bytes for keys and values are less than two pages of {page_bytes}: raise "
-            "worker.kv_bytes, or use a device with more memory",
-        )
+    context_length = min(base.context_length, (page_count - SCRATCH_PAGES) * page_positions)
     pool = KvPool(base.kv_shape, page_count=page_count, page_positions=page_positions, dtype=base.dtype, device=device)
     mixer = _mixer(base, share.arena_bytes, device)
     pages = Pages(page_count)
@@ -118,7 +123,7 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         Runner(base, pool, mixer),
         pages,
         page_positions=page_positions,
-        context_length=base.context_length,
+        context_length=context_length,
         fits=mixer.fits,
         tokenizer=base.tokenizer,
         limits=EngineLimits(
@@ -137,8 +142,35 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         experts_bytes=share.experts_bytes,
         arena_bytes=share.arena_bytes,
         kv_bytes=pool.size_bytes,
+        context_length=context_length,
     )
-    return TextEngine(base, engine, mixer, pool, share.experts_bytes)
+    return TextEngine(base, engine, mixer, pool, share.experts_bytes, context_length)
+
+
+def _check_shares(share: Shares, base: Base, kv_bytes_min: int, device: torch.device) -> None:
+    """Return if every share is enough to work with, and all together are there."""
+    # Of one rank in every projection; experts on a float16 base are float32.
+    widths = sum(linear.in_features + linear.out_features for linear in base.projections.values())
+    rank_bytes = widths * (torch.float32 if base.dtype is torch.float16 else base.dtype).itemsize
+    for setting, size_bytes, least_bytes, what in (
+        ("kv_bytes", share.kv_bytes, kv_bytes_min, "keys and values of texts"),
+        ("arena_bytes", share.arena_bytes, _ARENA_ROWS * rank_bytes, "running experts"),
+        ("budget_bytes", share.experts_bytes, rank_bytes, "experts in memory"),
+    ):
+        if size_bytes < least_bytes:
+            raise HocketError(
+                Reason.DEVICE_MEMORY,
+                f"{size_bytes} bytes for {what} are too few for this base, which needs {least_bytes}: raise "
+                f"worker.{setting}, or use a device with more memory, or a smaller base",
+            )
+    total_bytes = share.kv_bytes + share.arena_bytes + share.experts_bytes
+    if total_bytes > (left_bytes := available_bytes(device)):
+        raise HocketError(
+            Reason.DEVICE_MEMORY,
+            f"worker.budget_bytes ({share.experts_bytes}), kv_bytes ({share.kv_bytes}) and arena_bytes "
+            f"({share.arena_bytes}) are more than the {left_bytes} bytes that {device} has left beside the base: set "
+            "them lower, or use a device with more memory",
+        )
 
 
 def _base(known: KnownBase, dtype: torch.dtype | None, device: torch.device) -> Base:

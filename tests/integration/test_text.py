@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,6 +392,11 @@ async def test_the_heaviest_expert_says_how_its_prompts_look_and_how_it_is_sampl
     assert text.start.prompt_template == "alpaca"
     assert (text.start.sampling.temperature, text.start.sampling.max_tokens) == (0.25, 5)
     assert "halt" in text.start.sampling.stop
+    text = await setting.answer({"my-lora": 0.0, "templated": 0.1}, max_tokens=None)
+    assert text.start.prompt_template == "alpaca"
+    text = await setting.answer({"templated": 0.0}, count=3)
+    assert (text.start.prompt_template, text.start.sampling.temperature) == ("base", 0.0)
+    assert not text.start.sampling.stop
     text = await setting.answer({"my-lora": 0.5, "templated": 0.5}, count=3)
     assert (text.start.prompt_template, text.start.sampling.temperature) == ("base", 0.0)
 
@@ -496,6 +503,8 @@ class TestExperts:
             assert text.ids == lab.greedy({"lora": 1.0}, 24)
             assert counted("hocket_unsigned_uses_total", service="expert_worker") == before + 1
             assert sorted(text.finish.degradations) == ["BASE_BY_NAME", "UNSIGNED_EXPERT"]
+            assert list((await setting.run(setting.job((digest, 1.0)))).finish.degradations) == ["UNSIGNED_EXPERT"]
+            assert not (await setting.run(setting.job())).finish.degradations
 
 
 class TestReaders:
@@ -558,6 +567,32 @@ class TestReaders:
             with pytest.raises(Exception, match="own deadline"):
                 _ = [response async for response in call]
 
+    async def test_a_deadline_is_no_longer_than_the_server_s_own(self, lab: Lab, tmp_path: Path) -> None:
+        async with serving(lab, tmp_path, worker={"text_deadline_seconds": 0.3}) as setting:
+            stream = setting.worker.run_text(setting.job(max_tokens=400, ignore_eos=True), SECONDS, print)
+            await anext(stream)
+            await setting.until_idle()
+            with pytest.raises(HocketError, match="own deadline") as refusal:
+                _ = [event async for event in stream]
+            assert refusal.value.reason is Reason.DEADLINE
+
+    async def test_one_who_does_not_read_keeps_no_expert_in_memory_after_the_last_token(self, setting: Setting) -> None:
+        digest = setting.lab.digest("lora")
+        stream = setting.worker.run_text(setting.job((digest, 1.0), max_tokens=8, ignore_eos=True), SECONDS, print)
+        text = Text()
+        text.take(await anext(stream))
+        await setting.until_idle()
+        (package,) = setting.app.residency.packages
+        assert setting.app.residency.drop(digest) == 0
+        kind, known = type(package), id(package)
+        assert known in {id(each) for each in gc.get_objects() if type(each) is kind}
+        del package
+        gc.collect()
+        assert known not in {id(each) for each in gc.get_objects() if type(each) is kind}
+        async for event in stream:
+            text.take(event)
+        assert text.ids == (await setting.answer({"lora": 1.0}, 8, ignore_eos=True)).ids
+
 
 class TestRefusals:
     async def test_a_job_that_makes_no_sense_is_refused_with_the_field(self, setting: Setting) -> None:
@@ -591,17 +626,55 @@ class TestRefusals:
         self, lab: Lab, tmp_path: Path
     ) -> None:
         sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in lab.tensors.items()}
-        small = {"budget_bytes": sizes["lora"] + sizes["ia3"] // 2, "kv_bytes": 3 * 16 * 512, "arena_bytes": 2**20}
+        small = {"budget_bytes": sizes["lora"] + sizes["ia3"] // 2, "kv_bytes": 5 * 16 * 512, "arena_bytes": 2**20}
         async with serving(lab, tmp_path, worker=small) as setting:
             await setting.publish("lora", "ia3")
             lora, ia3 = lab.digest("lora"), lab.digest("ia3")
             refusal = await setting.run_refused(setting.job((lora, 1.0), (ia3, 1.0)))
             assert refusal.reason is Reason.DEVICE_MEMORY
             assert "together" in refusal.message
-            refusal = await setting.run_refused(setting.job(max_tokens=100))
-            assert (refusal.reason, "KV pages" in refusal.message) == (Reason.DEVICE_MEMORY, True)
+            text = await setting.run(setting.job(max_tokens=100, ignore_eos=True))
+            room = 64 - text.start.prompt_token_count  # positions of the pages
+            assert text.start.sampling.max_tokens == len(text.ids) == room > 0
+            long = setting.job()
+            long.input.prompt = "7#" * 40
+            refusal = await setting.run_refused(long)
+            assert (refusal.reason, "the context has 64" in refusal.message) == (Reason.TOO_LARGE, True)
+            long.input.prompt = "a b " * CONTEXT
+            refusal = await setting.run_refused(long)
+            assert refusal.reason is Reason.TOO_LARGE
+            assert f"{4 * CONTEXT} bytes of text are at least" in refusal.message
             await asyncio.gather(*(setting.run(setting.job((digest, 1.0))) for digest in (lora, ia3) * 3))
             await setting.until_idle()
+
+    async def test_nothing_becomes_tokens_while_too_many_texts_wait(
+        self, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = setting.job()
+        job.input.prompt = "a " * 200
+        assert setting.app._text is not None
+        engine = setting.app._text.engine
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_limits", replace(engine._limits, queue_max=0))
+            patch.setattr(text_module(), "render", lambda *_: pytest.fail("it became tokens"))
+            assert (await setting.run_refused(job)).reason is Reason.QUEUE_FULL
+        await setting.run(job)
+
+    async def test_a_deadline_counts_while_a_text_becomes_tokens(
+        self, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job, small = setting.job(), setting.job()
+        job.input.prompt = "a " * 200
+        go_on = threading.Event()
+        render = text_module().render
+        with monkeypatch.context() as patch:
+            patch.setattr(text_module(), "render", lambda *how: (go_on.wait(SECONDS), render(*how))[1])
+            with pytest.raises(HocketError) as refusal:
+                await setting.run(job, 0.2)
+            assert refusal.value.reason is Reason.DEADLINE
+        await setting.run(small)  # in the event loop
+        go_on.set()
+        await setting.run(job)
 
     async def test_a_worker_without_a_base_answers_no_texts(self, lab: Lab, tmp_path: Path) -> None:
         async with deployed("one process", tmp_path) as deployment:
@@ -654,6 +727,12 @@ class TestWorker:
         assert (await refused_start(tmp_path / "data", base="nobody")).reason is Reason.UNKNOWN_BASE
         refusal = await refused_start(tmp_path / "data", base=BASE, kv_bytes=100)
         assert (refusal.reason, "worker.kv_bytes" in refusal.message) == (Reason.DEVICE_MEMORY, True)
+
+
+def text_module() -> Any:
+    from services.expert_worker import text  # noqa: PLC0415 - imports transformers
+
+    return text
 
 
 async def refused_start(folder: Path, **worker: Any) -> HocketError:

@@ -12,6 +12,7 @@ from hocket.errors import HocketError, Reason
 from hocket.settings import build
 from services.expert_worker.device import (
     Shares,
+    available_bytes,
     available_host_bytes,
     budget_bytes,
     choose_device,
@@ -118,6 +119,7 @@ class TestDevice:
         assert budget_bytes(torch.device("cuda:0"), 1, 500) == 800  # of what the base has left
         assert budget_bytes(torch.device("cuda:0"), 2, 500) == 300  # of all, since others may not have theirs yet
         assert budget_bytes(torch.device("cuda:0"), 4, 500) == 0
+        assert available_bytes(torch.device("cuda:0")) == 1000
         assert 0 < budget_bytes(torch.device("cpu")) <= available_host_bytes()
 
     def test_the_container_limits_what_the_machine_has(self, tmp_path: Path) -> None:
@@ -128,6 +130,15 @@ class TestDevice:
         assert available_host_bytes(tmp_path, tmp_path) == 3072
         (tmp_path / "memory.max").write_text("1100\n")
         assert available_host_bytes(tmp_path, tmp_path) == 1000
+
+    def test_files_that_a_container_has_read_do_not_count(self, tmp_path: Path) -> None:
+        for name, text in (("meminfo", "MemAvailable: 3 kB"), ("memory.max", "1100"), ("memory.current", "900")):
+            (tmp_path / name).write_text(text)
+        assert available_host_bytes(tmp_path, tmp_path) == 200
+        (tmp_path / "memory.stat").write_text("anon 100\nactive_file 300\ninactive_file 50\nshmem 40\n")
+        assert available_host_bytes(tmp_path, tmp_path) == 550
+        (tmp_path / "memory.stat").write_text("anon 100\n")
+        assert available_host_bytes(tmp_path, tmp_path) == 200
 
     @pytest.mark.parametrize("meminfo", ["", "MemTotal: 4 kB", "MemAvailable: lots", "MemAvailable:"])
     def test_a_machine_that_does_not_say_gets_a_modest_budget(self, tmp_path: Path, meminfo: str) -> None:

@@ -1,0 +1,111 @@
+"""A worker's text engine starts with memory that it can work with, or says which setting to change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from hocket import known_bases
+from hocket.errors import HocketError, Reason
+from services.expert_worker import device as devices
+from services.expert_worker.settings import WorkerSettings
+from tests.bases import CONTEXT, tiny_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hocket.known_bases import KnownBase
+    from services.expert_worker.text_engine import TextEngine
+
+CPU = torch.device("cpu")
+PAGE_BYTES = 16 * 512
+"""Of the tiny base: 16 positions of 2 layers with 2 heads of 16 float32, keys and values."""
+ROW_BYTES = 4 * (2 * (2 * 128 + 2 * 96 + 3 * 160) + 64 + 384)
+"""Of one rank in all its projections."""
+SMALL = {"kv_bytes": 5 * PAGE_BYTES, "arena_bytes": 72 * ROW_BYTES, "budget_bytes": ROW_BYTES}
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> KnownBase:
+    folder = tmp_path_factory.mktemp("bases")
+    return known_bases.add(folder / "known", tiny_base(folder / "tiny"))
+
+
+def opened(known: KnownBase, **memory: Any) -> TextEngine:
+    from services.expert_worker.text_engine import open_text_engine  # noqa: PLC0415 - imports transformers
+
+    folders = {"data_dir": known.path, "trust_dir": known.path}
+    return open_text_engine(known, WorkerSettings(**{**folders, **memory}), CPU)
+
+
+def refused(known: KnownBase, **memory: Any) -> str:
+    with pytest.raises(HocketError) as refusal:
+        opened(known, **memory)
+    assert refusal.value.reason is Reason.DEVICE_MEMORY
+    return refusal.value.message
+
+
+@pytest.mark.parametrize("setting", SMALL)
+def test_a_share_that_is_too_small_to_work_with_is_refused_by_its_name(setting: str, known: KnownBase) -> None:
+    message = refused(known, **{**SMALL, setting: SMALL[setting] - 1})
+    assert f"needs {SMALL[setting]}: raise worker.{setting}" in message
+    opened(known, **SMALL)
+
+
+def test_a_base_with_a_short_context_needs_as_few_pages_as_it_has(tmp_path: Path) -> None:
+    short = known_bases.add(tmp_path / "known", tiny_base(tmp_path / "short", max_position_embeddings=24))
+    text = opened(short, **{**SMALL, "kv_bytes": 3 * PAGE_BYTES})
+    assert text.context_length == 24
+    assert "kv_bytes" in refused(short, **{**SMALL, "kv_bytes": 3 * PAGE_BYTES - 1})
+
+
+def test_an_arena_of_the_least_size_has_room_for_an_expert_of_rank_64(known: KnownBase) -> None:
+    from tests.engines import expert_of, random_package  # noqa: PLC0415 - imports the engine
+
+    text = opened(known, **SMALL)
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    assert text.mixer.fits([expert_of(random_package("dora", projections, rank=64), text.base)])
+    assert not text.mixer.fits([expert_of(random_package("dora", projections, rank=73), text.base)])
+
+
+def test_a_device_without_free_memory_is_refused(known: KnownBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_host_bytes", lambda: 100)
+    assert "worker.kv_bytes" in refused(known)
+
+
+def test_more_than_the_device_has_left_is_refused(known: KnownBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_host_bytes", lambda: sum(SMALL.values()))
+    opened(known, **SMALL)
+    message = refused(known, **{**SMALL, "budget_bytes": ROW_BYTES + 1})
+    assert all(f"{setting} (" in message for setting in SMALL)
+
+
+def test_what_is_divided_by_the_worker_itself_is_there(known: KnownBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_host_bytes", lambda: 2**26)
+    opened(known)
+
+
+@pytest.mark.parametrize(("pages", "length"), [(4, 64), (31, 496), (32, CONTEXT), (40, CONTEXT)])
+def test_the_context_is_as_long_as_the_pages_allow(pages: int, length: int, known: KnownBase) -> None:
+    text = opened(known, **{**SMALL, "kv_bytes": (pages + 1) * PAGE_BYTES})
+    assert text.context_length == text.report().context_length == length
+    assert text.report().kv_page_count == pages
+
+
+async def test_an_answer_is_no_longer_than_the_pages_allow(known: KnownBase) -> None:
+    from services.expert_worker.engine.sequence import FinishReason  # noqa: PLC0415 - imports the engine
+    from tests.engines import Told, asking, prompt_ids  # noqa: PLC0415 - as above
+
+    text = opened(known, **SMALL)
+    text.engine.start()
+    try:
+        told = Told()
+        async for event in text.engine.submit(asking(prompt_ids(60), max_tokens=100), lambda: None):
+            told.take(event)
+    finally:
+        await text.engine.stop()
+    assert told.finish is not None
+    assert told.finish.reason is FinishReason.LENGTH
+    assert len(told.ids) in {64 - 60, 64 - 60 + 1}  # the last token need not be kept
