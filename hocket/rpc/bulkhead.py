@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _RETRY_SECONDS: Final = 0.1
 
@@ -14,7 +18,7 @@ class Bulkhead:
 
     Args:
         limit: Calls in flight per compartment.
-        what: What a compartment is for, as messages call it: `model`, `expert`.
+        what: What a compartment is for, as messages call it: `this model`, `texts`.
     """
 
     def __init__(self, limit: int, what: str) -> None:
@@ -32,7 +36,7 @@ class Bulkhead:
         if count >= self._limit:
             raise HocketError(
                 Reason.QUEUE_FULL,
-                f"{count} calls already wait for this {self._what}: try again soon",
+                f"{count} calls already wait for {self._what}: try again soon",
                 retry_after_seconds=_RETRY_SECONDS,
             )
         self._in_flight[name] = count + 1
@@ -44,3 +48,16 @@ class Bulkhead:
             self._in_flight[name] = count
         else:
             del self._in_flight[name]
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Count one call in while the context lasts.
+
+        Raises:
+            HocketError: As `enter`.
+        """
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave(name)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import time
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
 
 import grpc
 import structlog
@@ -101,13 +102,19 @@ class Handlers:
         tokens: Which methods need which credentials.
         in_flight_max: Calls admitted at once; the next one is refused as `QUEUE_FULL`.
         unlimited: Methods that do not count: feeds and leases, which last as long as their peer.
+        deadlines: Seconds after which calls of these methods end whose callers have set no deadline, even if nobody
+            reads their answers.
+        texts: Methods that answer in text, each with what tells how many tokens a response brings; None for one that
+            no worker has made. What ends as unavailable when a worker's part has been delivered is `STREAM_BROKEN`.
     """
 
     tokens: Tokens = field(default_factory=Tokens)
     in_flight_max: int = 1024
     unlimited: frozenset[str] = frozenset()
+    deadlines: Mapping[str, float] = field(default_factory=dict)
+    texts: Mapping[str, Callable[[Any], int | None]] = field(default_factory=dict)
     services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = field(default_factory=dict)
-    in_flight: int = 0
+    running: set[_Call] = field(default_factory=set)
     draining: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -126,21 +133,27 @@ class Handlers:
             method: _wrap(handler, _Method(self, service, method, handler)) for method, handler in handlers.items()
         }
 
-    def enter(self) -> None:
-        """Count one call in."""
-        self.in_flight += 1
+    @property
+    def in_flight(self) -> int:
+        """Counted calls that run."""
+        return len(self.running)
 
-    def leave(self) -> None:
+    def leave(self, call: _Call) -> None:
         """Count one call out."""
-        self.in_flight -= 1
-        if not self.in_flight:
+        self.running.discard(call)
+        if not self.running:
             self.idle.set()
+
+    def end_running(self) -> None:
+        """End every counted call that runs, as `DRAINING`."""
+        for call in tuple(self.running):
+            call.stop(_draining("this server has shut down before the call was answered: try again"))
 
     async def wait_idle(self, seconds: float) -> None:
         """Return when no counted call runs, or after `seconds`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.in_flight:
+                while self.running:
                     self.idle.clear()
                     await self.idle.wait()
 
@@ -180,12 +193,17 @@ class _Method:
 class _Call:
     """One call in progress: counted from its construction to `end`."""
 
-    __slots__ = ("_begin", "_context", "_id", "_method")
+    __slots__ = ("_begin", "_context", "_id", "_is_cut", "_method", "_stopped_by", "_task", "_timer", "_token_count")
 
     def __init__(self, method: _Method, context: Context) -> None:
         self._begin = time.perf_counter()
         self._method = method
         self._context = context
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped_by: HocketError | None = None
+        self._is_cut = False
+        self._token_count: int | None = None
         sent = None
         for key, value in context.invocation_metadata() or ():
             if key == REQUEST_ID_KEY:
@@ -195,46 +213,103 @@ class _Call:
         context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
         method.counts.started += 1
         if method.counted:
-            method.handlers.enter()
+            method.handlers.running.add(self)
 
     def admit(self) -> None:
-        """Pass if this call may run now.
+        """Pass if this call may run now. From then on its deadline counts.
 
         Raises:
             HocketError: `DRAINING`, `QUEUE_FULL`, or a token's reason.
         """
-        handlers = self._method.handlers
+        method, handlers = self._method, self._method.handlers
         if handlers.draining:
-            raise HocketError(
-                Reason.DRAINING,
-                "this server is shutting down: try another one",
-                retry_after_seconds=_DRAINING_RETRY_SECONDS,
-            )
-        if self._method.counted and handlers.in_flight > handlers.in_flight_max:
+            raise _draining("this server is shutting down: try another one")
+        if method.counted and handlers.in_flight > handlers.in_flight_max:
             raise HocketError(
                 Reason.QUEUE_FULL,
                 f"this server already runs {handlers.in_flight_max} calls",
                 retry_after_seconds=_QUEUE_FULL_RETRY_SECONDS,
             )
-        handlers.tokens.check(self._method.name, self._context)
+        handlers.tokens.check(method.name, self._context)
+        seconds = handlers.deadlines.get(method.name)
+        if seconds is not None and remaining_seconds(self._context, math.inf) == math.inf:
+            late = HocketError(Reason.DEADLINE, "the answer was not complete by this server's own deadline")
+            self._timer = asyncio.get_running_loop().call_later(seconds, self.stop, late)
+
+    async def write(self, response: Any) -> None:  # noqa: ANN401 - any message
+        """Send one response of several."""
+        try:
+            await self._context.write(response)
+        except Exception:
+            self._is_cut = True  # nobody is there to be told anything
+            raise
+        self.note(response)
+
+    def note(self, response: Any) -> None:  # noqa: ANN401 - any message
+        """Take note of a response that has been delivered."""
+        self._method.counts.sent += 1
+        count_tokens = self._method.handlers.texts.get(self._method.name)
+        if count_tokens is not None and (count := count_tokens(response)) is not None:
+            self._token_count = (self._token_count or 0) + count
+
+    def stop(self, error: HocketError) -> None:
+        """End the call as `error` says, also while it waits for its caller to read."""
+        if self._stopped_by is None and self._task is not None:
+            self._stopped_by = error
+            self._task.cancel()
 
     def end(self, code: str) -> None:
         """Count the end."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._method.counted:
-            self._method.handlers.leave()
+            self._method.handlers.leave(self)
         self._method.counts.end(code, time.perf_counter() - self._begin)
 
-    def code_of(self, error: BaseException) -> str:
+    async def fail(self, raised: BaseException) -> NoReturn:
+        """Count the end, then end the call as what was raised says. Always raises.
+
+        The status is the last thing: it waits until the caller has read what was sent before.
+        """
+        error = self._told(raised)
+        self.end(self._code_of(error))
+        if isinstance(error, Exception) and not (self._is_cut or isinstance(error, AbortError)):
+            await self._abort(error)
+        raise raised
+
+    def _told(self, error: BaseException) -> BaseException:
+        """What a caller is told of.
+
+        Work that was cancelled on this side, not by the caller, is a refusal: a transport would leave the caller
+        waiting for its deadline instead.
+        """
+        if isinstance(error, asyncio.CancelledError) and self._task is not None:
+            if self._stopped_by is not None:
+                self._task.uncancel()
+                error = self._stopped_by
+            elif not self._task.cancelling():
+                error = _draining("this server has stopped working on the call: try again")
+        if (
+            self._token_count is not None
+            and isinstance(error, HocketError)
+            and error.situation is Situation.UNAVAILABLE
+        ):
+            facts: dict[str, Any] = {**error.metadata, "tokens": str(self._token_count)}
+            said = f"the answer broke off after {self._token_count} tokens: {error.message}"
+            return HocketError(Reason.STREAM_BROKEN, said, **facts)
+        return error
+
+    def _code_of(self, error: BaseException) -> str:
         """Name of the status that `error` becomes."""
         if isinstance(error, HocketError):
             return CODES[error.situation].name
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            return grpc.StatusCode.CANCELLED.name
         if isinstance(error, AbortError):
             return str(self._context.code().name)
+        if self._is_cut or isinstance(error, asyncio.CancelledError | GeneratorExit):
+            return grpc.StatusCode.CANCELLED.name
         return grpc.StatusCode.INTERNAL.name
 
-    async def abort(self, error: Exception) -> None:
+    async def _abort(self, error: Exception) -> None:
         """End the call with the status of `error`. Always raises."""
         if isinstance(error, HocketError) and error.situation is not Situation.BUG:
             refusal = error
@@ -283,57 +358,40 @@ def _readable(request: Any) -> Any:  # noqa: ANN401 - any message
 def _answering(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., Awaitable[Any]]:
     async def answer(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
         call = _Call(method, context)
-        code = "OK"
         try:
             call.admit()
             response = await behaviour(_received(request, method, counting=counting), context)
-            method.counts.sent += 1
-            return response
-        except BaseException as raised:
-            error = _told(raised)
-            code = call.code_of(error)
-            if isinstance(error, Exception) and not isinstance(error, AbortError):
-                await call.abort(error)  # raises: the one place where every bug ends
-            raise
-        finally:
-            call.end(code)
+        except BaseException as raised:  # noqa: BLE001 - the one place where every bug ends
+            await call.fail(raised)
+        call.note(response)
+        call.end("OK")
+        return response
 
     return answer
 
 
-def _streaming(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., AsyncIterator[Any]]:
-    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
+def _streaming(behaviour: Callable[..., Any], method: _Method, *, counting: bool) -> Callable[..., Awaitable[None]]:
+    """A handler that writes what the behaviour yields.
+
+    It writes, and does not yield in its turn: so a call that waits for its reader can be ended like any other.
+    """
+
+    async def stream(request: Any, context: Context) -> None:  # noqa: ANN401 - any message
         call = _Call(method, context)
-        code = "OK"
         try:
             call.admit()
             async with aclosing(behaviour(_received(request, method, counting=counting), context)) as responses:
                 async for response in responses:
-                    method.counts.sent += 1
-                    yield response
-        except BaseException as raised:
-            error = _told(raised)
-            code = call.code_of(error)
-            if isinstance(error, Exception) and not isinstance(error, AbortError):
-                await call.abort(error)  # raises: the one place where every bug ends
-            raise
-        finally:
-            call.end(code)
+                    await call.write(response)
+        except BaseException as raised:  # noqa: BLE001 - the one place where every bug ends
+            await call.fail(raised)
+        call.end("OK")
 
     return stream
 
 
-def _told(error: BaseException) -> BaseException:
-    """What a caller is told of: work that was cancelled on this side, not by the caller, is a refusal.
-
-    A transport would leave the caller waiting for its deadline instead.
-    """
-    task = asyncio.current_task()
-    if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
-        return HocketError(
-            Reason.DRAINING, "this server has stopped working on the call: try again", retry_after_seconds=0.1
-        )
-    return error
+def _draining(message: str) -> HocketError:
+    return HocketError(Reason.DRAINING, message, retry_after_seconds=_DRAINING_RETRY_SECONDS)
 
 
 def _received(request: Any, method: _Method, *, counting: bool) -> Any:  # noqa: ANN401 - any message

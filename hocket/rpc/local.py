@@ -16,7 +16,7 @@ from grpc.aio import AbortError, AioRpcError, Metadata
 from hocket.rpc.convert import MESSAGE_BYTES_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable
 
     from hocket.rpc.handlers import Handlers
 
@@ -81,7 +81,13 @@ class LocalChannel(grpc.aio.Channel):
 class _Context:
     """The server's side of a local call: what `grpc.aio.ServicerContext` offers."""
 
-    def __init__(self, metadata: Iterable[tuple[str, str | bytes]], deadline: float | None) -> None:
+    def __init__(
+        self,
+        metadata: Iterable[tuple[str, str | bytes]],
+        deadline: float | None,
+        write: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        self.write = write
         self._metadata = tuple(metadata)
         self._deadline = deadline
         self._trailing: tuple[tuple[str, str | bytes], ...] = ()
@@ -162,7 +168,7 @@ class _Call:
     ) -> None:
         loop = asyncio.get_running_loop()
         self._deadline = None if timeout is None else loop.time() + timeout
-        self._context = _Context(metadata or (), self._deadline)
+        self._context = _Context(metadata or (), self._deadline, self._put)
         self._code: grpc.StatusCode | None = None
         self._details = ""
         self._responses: deque[Any] = deque()
@@ -211,12 +217,7 @@ class _Call:
             await self._check_size(response)
             return response
         streaming: Callable[..., Any] = handler.stream_stream if handler.request_streaming else handler.unary_stream  # type: ignore[assignment]  # grpc types handlers as synchronous
-        responses = streaming(requests, self._context)
-        try:
-            async for response in responses:
-                await self._put(response)
-        finally:
-            await responses.aclose()
+        await streaming(requests, self._context)
         return None
 
     async def _check_size(self, message: Any) -> None:  # noqa: ANN401 - any message

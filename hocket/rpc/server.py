@@ -192,6 +192,8 @@ class Server:
         self.health.set_all(serving=False)
         self.handlers.draining = True
         await self.handlers.wait_idle(grace_seconds)
+        # Before the transport is closed, which would tell their callers nothing.
+        self.handlers.end_running()
         # What is left are feeds, leases and health watches, which last as long as their peer.
         await self._server.stop(_LEFTOVER_GRACE_SECONDS)
         if self._probes is not None:

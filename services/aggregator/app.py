@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hocket.rpc.handlers import Handlers
 from hocket.v1 import aggregator_pb2_grpc
-from services.aggregator.service import AggregatorServicer
+from services.aggregator.service import AggregatorServicer, tokens_of
 
 if TYPE_CHECKING:
     from hocket.rpc.channel import Channels
@@ -19,7 +19,11 @@ class AggregatorApp:
 
     def __init__(self, settings: AggregatorSettings, channels: Channels) -> None:
         self.failed = asyncio.Event()
-        self.handlers = Handlers(in_flight_max=settings.in_flight_max)
+        self.handlers = Handlers(
+            in_flight_max=settings.in_flight_max,
+            deadlines={"Combine": settings.default_deadline_seconds},
+            texts={"Combine": tokens_of},
+        )
         self.handlers.add(
             aggregator_pb2_grpc.add_AggregatorServiceServicer_to_server, AggregatorServicer(settings, channels)
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from hocket.errors import HocketError, Reason, Situation
 from hocket.identity import is_digest
 from hocket.telemetry import metrics
+from hocket.text_limits import REPLICAS_MAX, WEIGHT_MAX, is_weight
 from hocket.v1 import plan_pb2
 from services.aggregator.question import no_replica
 
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
     from services.aggregator.question import Safeguards
     from services.aggregator.workers import Workers
 
-REPLICAS_MAX: Final = 3
-"""Replicas of a text plan, by contract."""
-WEIGHT_MAX: Final = 100.0
-"""Magnitude of an expert's weight, by contract."""
-_ELSEWHERE: Final = frozenset({Reason.BASE_MISMATCH, Reason.NO_BASE, Reason.QUARANTINED, Reason.QUEUE_FULL})
-"""Refusals of one worker that another one may not share: it serves another base by now, fears an expert, or is busy."""
+_ELSEWHERE: Final = frozenset(
+    {Reason.BASE_MISMATCH, Reason.DEVICE_MEMORY, Reason.NO_BASE, Reason.QUARANTINED, Reason.QUEUE_FULL}
+)
+"""Refusals of one worker that another one may not share: it serves another base by now, is too small, fears an expert,
+or is busy."""
 _FAULTY: Final = frozenset({Situation.UNAVAILABLE, Situation.BUG})
 """What speaks against a worker and its base. A bad answer or a quarantine speaks against an expert of the plan."""
 _FOLLOWING: Final[dict[str | None, tuple[str, ...]]] = {
@@ -50,7 +50,7 @@ def check_plan(plan: TextPlan) -> None:
     for place, expert in enumerate(experts):
         if not is_digest(expert.digest):
             raise _bad("an expert must be a digest, sha256:<64 hex digits>", f"experts[{place}].digest")
-        if not abs(expert.weight) <= WEIGHT_MAX:  # NaN is not
+        if not is_weight(expert.weight):
             raise _bad(f"a weight must be from -{WEIGHT_MAX:g} to {WEIGHT_MAX:g}", f"experts[{place}].weight")
     if len(plan.replicas) > REPLICAS_MAX:
         raise _bad(f"a plan has at most {REPLICAS_MAX} replicas", "replicas")
@@ -69,9 +69,9 @@ async def relay(
     """The answer of the first worker of the plan that gives one, event by event.
 
     A replica that is out of reach, or whose breaker is open, is asked after the others. The next one is asked in
-    place of one that is unavailable or busy, serves another base by now, or keeps an expert in quarantine. From its
-    first event on an answer is that worker's alone. Nobody is asked beside one that is silent: it may be loading
-    experts or have others to answer first, and a text is too dear to be computed twice.
+    place of one that is unavailable, busy or too small, serves another base by now, or keeps an expert in quarantine.
+    From its first event on an answer is that worker's alone. Nobody is asked beside one that is silent: it may be
+    loading experts or have others to answer first, and a text is too dear to be computed twice.
 
     Nothing is read ahead, so whoever reads slowly holds back the worker. Closing the generator cancels the call.
 
@@ -84,14 +84,13 @@ async def relay(
 
     Raises:
         HocketError: As the worker refuses; `NO_REPLICA` if all are away, `QUEUE_FULL` if those that are not are busy
-            or too many wait for the base, `STREAM_BROKEN` if the worker went away in mid-answer, `BAD_ANSWER` if its
+            or too many wait for the base, `UNREACHABLE` if the worker went away in mid-answer, `BAD_ANSWER` if its
             events are out of order.
     """
     base = job.plan.base
     untried = [*job.plan.replicas]
     refusals: list[HocketError] = []
-    safeguards.bulkhead.enter(base)
-    try:
+    with safeguards.bulkhead.holding(base):
         safeguards.budget.earn()
         while untried and (not refusals or safeguards.budget.spend()):
             if refusals:
@@ -121,8 +120,6 @@ async def relay(
                 return
             finally:
                 safeguards.breakers.leave((replica.worker, base), probe, healthy=healthy)
-    finally:
-        safeguards.bulkhead.leave(base)
     raise _outcome(refusals)
 
 
@@ -133,12 +130,10 @@ class _Progress:
     Attributes:
         worker: Its name.
         last: Which event came last.
-        token_count: Tokens that have come.
     """
 
     worker: str
     last: str | None = None
-    token_count: int = 0
 
     def note(self, event: TextEvent) -> None:
         """Take note of the next event.
@@ -154,8 +149,6 @@ class _Progress:
                 worker=self.worker,
             )
         self.last = kind
-        if kind == "delta":
-            self.token_count += len(event.delta.tokens)
 
     def check_finished(self) -> None:
         """Pass if the last event was a finish.
@@ -169,10 +162,7 @@ class _Progress:
     def broken(self, error: HocketError) -> HocketError:
         """The refusal for a worker that has gone in mid-answer."""
         return HocketError(
-            Reason.STREAM_BROKEN,
-            f"worker {self.worker!r} went away ({error.reason}) after {self.token_count} tokens: ask again",
-            worker=self.worker,
-            tokens=str(self.token_count),
+            Reason.UNREACHABLE, f"worker {self.worker!r} went away ({error.reason}): ask again", worker=self.worker
         )
 
 

@@ -52,9 +52,10 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             settings.patience_seconds,
             RetryBudget("aggregator"),
             Breakers("aggregator"),
-            Bulkhead(per_expert_max, "expert"),
+            Bulkhead(per_expert_max, "this expert"),
         )
-        self._text_safeguards = replace(self._safeguards, bulkhead=Bulkhead(per_expert_max, "base"))
+        self._texts = Bulkhead(max(1, settings.in_flight_max // 2), "texts")
+        self._text_safeguards = replace(self._safeguards, bulkhead=Bulkhead(per_expert_max, "this base"))
 
     async def Combine(
         self, request: aggregator_pb2.CombineRequest, context: Context
@@ -68,9 +69,10 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
                 raise HocketError(Reason.BAD_REQUEST, "a text job stands in place of everything else", field="text")
             check_plan(request.text.plan)
             answer = relay(self._text_safeguards, self._workers, request.text, deadline, loads)
-            async with aclosing(answer) as events:
-                async for event in events:
-                    yield aggregator_pb2.CombineResponse(text=event)
+            with self._texts.holding("texts"):
+                async with aclosing(answer) as events:
+                    async for event in events:
+                        yield aggregator_pb2.CombineResponse(text=event)
             _report(context, loads)
             return
         plan = request.plan
@@ -130,6 +132,11 @@ class AggregatorServicer(aggregator_pb2_grpc.AggregatorServiceServicer):
             self._workers.is_away,
             Reason.__members__.get(planned.unavailable_reason, Reason.NO_REPLICA),
         )
+
+
+def tokens_of(response: aggregator_pb2.CombineResponse) -> int | None:
+    """How many tokens of a text a response brings; None if it is none of a text."""
+    return len(response.text.delta.tokens) if response.HasField("text") else None
 
 
 def _report(context: Context, loads: dict[str, bytes]) -> None:

@@ -59,8 +59,8 @@ class Aggregators:
         """As `AggregatorClient.combine`, with a margin before the deadline, in `time.monotonic()` seconds.
 
         Raises:
-            HocketError: As the contract of Combine says; `UNREACHABLE` if no aggregator is there; `STREAM_BROKEN` if
-                one goes away in the middle of a text.
+            HocketError: As the contract of Combine says; `UNREACHABLE` if no aggregator is there, or one goes away in
+                the middle of an answer.
         """
         is_text = request.HasField("text")
         self._turn = (self._turn + 1) % len(self._clients)
@@ -72,20 +72,22 @@ class Aggregators:
             self._in_flight[client] += 1
             probe = self._breakers.enter(client)
             healthy: bool | None = None
+            finished = False
             begin = time.monotonic()
             silent = begin + patience(self._patience_seconds, deadline - begin)
             try:
                 async with aclosing(client.combine(request, hand_down(deadline - begin), on_load)) as events:
                     async for event in events:
                         healthy = True
+                        finished = event.text.HasField("finish")
                         yield event
                 return
             except HocketError as error:
+                if finished:
+                    return  # whoever asked has the whole text: how its call ended means nothing to them
                 delivered, healthy = healthy, _is_healthy(error, silent=time.monotonic() >= silent)
                 if error.reason not in _AWAY:
                     raise
-                if delivered and is_text:
-                    raise HocketError(Reason.STREAM_BROKEN, "the answer broke off: ask again") from error
                 if delivered or not untried or not self._budget.spend():
                     raise HocketError(
                         Reason.UNREACHABLE, "no aggregator is there now: try again", retry_after_seconds=_RETRY_SECONDS

@@ -13,7 +13,7 @@ from services.router.aggregators import Aggregators
 from services.router.directory import Directory
 from services.router.kept import Kept
 from services.router.placement import Loads
-from services.router.service import RouterServicer
+from services.router.service import RouterServicer, tokens_of
 
 if TYPE_CHECKING:
     from hocket.rpc.channel import Channels
@@ -31,7 +31,14 @@ class RouterApp:
     def __init__(self, settings: RouterSettings, channels: Channels) -> None:
         kept = None if settings.data_dir is None else Kept(settings.data_dir / "router.view")
         self.directory = Directory(RegistryClient(channels.get(settings.registry)), kept)
-        self.handlers = Handlers(in_flight_max=settings.in_flight_max)
+        self.handlers = Handlers(
+            in_flight_max=settings.in_flight_max,
+            deadlines={
+                "Predict": settings.default_deadline_seconds,
+                "Generate": settings.generate_deadline_seconds,
+            },
+            texts={"Generate": tokens_of},
+        )
         self.handlers.add(
             router_pb2_grpc.add_RouterServiceServicer_to_server,
             RouterServicer(

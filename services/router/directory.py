@@ -21,6 +21,7 @@ from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import MixtureRef, SoftmaxGate, parse_mixture, read_gate
 from hocket.telemetry import metrics
 from hocket.v1.registry_pb2 import Synced, WatchResponse
+from services.router.bases import RecentBases
 from services.router.experts import Experts, index
 from services.router.gating import fixed_gate, softmax_gate
 from services.router.model import REFUSALS, Body, Model, listed_name, lone_model, mixture_model, release_name
@@ -68,6 +69,8 @@ class Snapshot:
         packages: Packages by digest.
         workers: Live workers.
         experts: Adapter experts. They answer text, so none of them is a model.
+        gone_bases: Bases that workers served a while ago and none does now, each with the `time.monotonic()` second
+            until which it is known.
     """
 
     revision: int
@@ -77,6 +80,7 @@ class Snapshot:
     packages: Mapping[str, Package]
     workers: tuple[Worker, ...]
     experts: Experts = field(default_factory=Experts)
+    gone_bases: tuple[tuple[Base, float], ...] = ()
 
     def resolve(self, address: str) -> Model:
         """The model behind a mixture name, `publisher/name@version`, a digest or `digest#ordinal`.
@@ -194,6 +198,7 @@ class Directory:
         self._view = _View()
         self._workers: dict[str, WorkerState] = {}
         self._unconfirmed: set[str] = set()
+        self._recent_bases = RecentBases()
         self._revision = 0
         self._resume_after = 0
         self._epoch = ""
@@ -413,17 +418,20 @@ class Directory:
 
     def _swap(self, *, models: bool) -> None:
         workers = tuple(map(_worker, self._workers.values()))
+        gone_bases = self._recent_bases.note(workers)
         if self._snapshot is None or models:
             self._view.forget_bodies()
             listed, addresses, withdrawn = self._view.index()
             packages = dict(self._view.packages)
             experts = index(packages.values())
-            self._snapshot = Snapshot(self._revision, listed, addresses, withdrawn, packages, workers, experts)
+            self._snapshot = Snapshot(
+                self._revision, listed, addresses, withdrawn, packages, workers, experts, gone_bases
+            )
             self._models_due = False
             if self._kept is None:
                 self._view.fetched.clear()  # only the copy on disk needs them
         else:
-            self._snapshot = replace(self._snapshot, revision=self._revision, workers=workers)
+            self._snapshot = replace(self._snapshot, revision=self._revision, workers=workers, gone_bases=gone_bases)
         metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)
         self._changed.set()
         self._unkept.set()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from hocket.errors import HocketError, Reason
+from hocket.identity import is_digest
 from hocket.versions import Version
 from services.router.model import REFUSALS, listed_name, release_name
 
@@ -22,7 +23,7 @@ _log: Final = structlog.get_logger("router")
 _ADDRESS_CHARS_MAX: Final = 256
 """A longer address is no typing error."""
 _CONVENTION: Final = "expert-"
-"""How the format's own experts are called: `sql` finds `expert-sql` where nobody has a plain `sql`."""
+"""How the format's own experts are called: `sql` finds `expert-sql`."""
 _COMPARED_MAX: Final = 100
 """Names compared with an unknown one, at most."""
 _CHOICES_MAX: Final = 5
@@ -66,33 +67,42 @@ class Experts:
     owners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def find(self, address: str, field: str) -> Expert | None:
-        """The expert behind a digest, `publisher/name@version`, `publisher/name` or `name`; None if there is none.
+        """The expert behind a digest or `[publisher/]name[@version]`; None if there is none.
 
-        A `name` that nobody has stands for `expert-name`.
+        Without a version the newest is meant. A `name` stands for `expert-name` as well: under a publisher where that
+        one has no plain `name`, otherwise always, so that nobody steps into a name that leads to another expert.
 
         Args:
             address: One of these.
             field: Where in the request it stands.
 
         Raises:
-            HocketError: `BAD_REQUEST` for a name that several publishers have.
+            HocketError: `BAD_REQUEST` for a name that leads to several experts.
         """
-        if address not in self.owners and f"{_CONVENTION}{address}" in self.owners:
-            address = f"{_CONVENTION}{address}"
-        owners = self.owners.get(address, ())
-        if len(owners) > 1:
+        if exact := self.by_address.get(address):
+            return exact
+        publisher, slash, rest = address.rpartition("/")
+        name, mark, version = rest.partition("@")
+        meant = [
+            f"{owner}/{each}{mark}{version}"
+            for each in (name, f"{_CONVENTION}{name}")
+            for owner in self.owners.get(each, ())
+            if not slash or owner == publisher
+        ]
+        if len(meant) > 1 and not slash:
             raise HocketError(
                 Reason.BAD_REQUEST,
-                f"several publishers have an expert {address!r}: say which, "
-                + " or ".join(f"{owner}/{address}" for owner in owners[:_CHOICES_MAX]),
+                f"several experts are called {address!r}: say which, " + " or ".join(meant[:_CHOICES_MAX]),
                 field=field,
             )
-        return self.by_address.get(f"{owners[0]}/{address}" if owners else address)
+        return self.by_address.get(meant[0]) if meant else None
 
     def advice(self, address: str) -> str:
         """What somebody may have meant by an address that leads nowhere, as the end of a sentence."""
+        if is_digest(address.lower()) and not is_digest(address):
+            return "write digests in lower case"
         unversioned, mark, _ = address.partition("@")
-        if mark and (newest := self.by_address.get(unversioned)):
+        if mark and (newest := self.find(unversioned, "")):
             return f"did you mean {newest.name!r}?"
         name = unversioned.rpartition("/")[2]
         if name and len(address) <= _ADDRESS_CHARS_MAX:

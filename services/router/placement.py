@@ -63,6 +63,10 @@ class Worker:
         """Whether it takes new requests for what has this format and size."""
         return not self.draining and package_format in self.formats and size_bytes <= self.budget_bytes
 
+    def serves(self, base: str | None = None) -> bool:
+        """Whether it answers text, by the base of this digest or by any, also when it takes no new requests."""
+        return self.base is not None and "expert" in self.formats and base in {None, self.base.digest}
+
 
 @dataclass(slots=True)
 class Loads:
@@ -133,11 +137,7 @@ def place_text(
         workers: Live ones.
         loads: What runs where.
     """
-    able = [
-        worker
-        for worker in workers
-        if worker.base is not None and worker.base.digest == base and worker.can_load("expert", size_bytes)
-    ]
+    able = [worker for worker in workers if worker.serves(base) and worker.can_load("expert", size_bytes)]
     return _in_order(able, digests, loads)
 
 

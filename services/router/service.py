@@ -55,7 +55,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._directory = directory
         self._loads = loads
         self._aggregators = aggregators
-        self._bulkhead = Bulkhead(settings.compartment, "model")
+        self._models = Bulkhead(settings.compartment, "this model")
+        self._bases = Bulkhead(settings.compartment, "this base")
+        self._texts = Bulkhead(settings.texts_max, "texts")
 
     async def Predict(
         self, request: router_pb2.PredictRequest, context: Context
@@ -64,7 +66,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         deadline = time.monotonic() + remaining_seconds(context, self._settings.default_deadline_seconds)
         _check(request)
         model = self._resolve(request)
-        self._bulkhead.enter(model.digest)
+        self._models.enter(model.digest)
         placed: Placed = ()
         try:
             decision = await self._decide(request, model)
@@ -87,7 +89,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     yield response
         finally:
             self._loads.release(placed)
-            self._bulkhead.leave(model.digest)
+            self._models.leave(model.digest)
 
     async def Generate(
         self, request: router_pb2.GenerateRequest, context: Context
@@ -95,24 +97,23 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """The plan, a start, deltas, then exactly one finish."""
         deadline = time.monotonic() + remaining_seconds(context, self._settings.generate_deadline_seconds)
         decision = decide_text(self._directory.snapshot, self._loads, request)
-        base = decision.plan.base
-        self._bulkhead.enter(base)
-        decision.count()
-        self._loads.reserve(decision.placed)
-        try:
-            current = request_id.get()
-            yield router_pb2.GenerateResponse(request_id=current, plan=decision.plan)
-            combine = aggregator_pb2.CombineRequest(text=decision.job(request))
-            async with aclosing(self._aggregators.combine(combine, deadline, self._note)) as events:
-                async for event in events:
-                    response = _text_response(current, event.text)
-                    if response.HasField("finish"):
-                        response.finish.timings.route.CopyFrom(duration(decision.seconds))
-                        response.finish.degradations.extend(decision.degradations)
-                    yield response
-        finally:
-            self._loads.release(decision.placed)
-            self._bulkhead.leave(base)
+        with self._texts.holding("texts"), self._bases.holding(decision.plan.base):
+            decision.count()
+            self._loads.reserve(decision.placed)
+            try:
+                current = request_id.get()
+                yield router_pb2.GenerateResponse(request_id=current, plan=decision.plan)
+                combine = aggregator_pb2.CombineRequest(text=decision.job(request))
+                async with aclosing(self._aggregators.combine(combine, deadline, self._note)) as events:
+                    async for event in events:
+                        response = _text_response(current, event.text)
+                        if response.HasField("finish"):
+                            response.finish.timings.route.CopyFrom(duration(decision.seconds))
+                            said = response.finish.degradations  # the worker may have found the same
+                            said.extend(word for word in decision.degradations if word not in said)
+                        yield response
+            finally:
+                self._loads.release(decision.placed)
 
     async def Route(self, request: router_pb2.RouteRequest, context: Context) -> router_pb2.RouteResponse:
         """The decision alone, with every score."""
@@ -181,6 +182,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     def _note(self, load: WorkerLoad) -> None:
         self._loads.note(load.worker, load.in_flight_count)
+
+
+def tokens_of(response: router_pb2.GenerateResponse) -> int | None:
+    """How many tokens a response brings; None for the plan, which no worker has made."""
+    return None if response.HasField("plan") else len(response.delta.tokens)
 
 
 def _check(request: router_pb2.PredictRequest) -> None:

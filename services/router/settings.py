@@ -25,7 +25,8 @@ class RouterSettings:
         aggregators: Addresses of the aggregators: the least busy is asked, and one that is away after all others.
         default_deadline_seconds: Deadline of a call that brings none.
         generate_deadline_seconds: The same of Generate, whose answers take longer.
-        in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`.
+        in_flight_max: Calls answered at once; the next one is refused as `QUEUE_FULL`. At most half of them are texts,
+            which last long: rows find room beside them.
         in_flight_per_model_max: Of those, calls for one model, the L of its capacity factors, or for one base; the
             next one is refused as `QUEUE_FULL`. 0 for three quarters: a suite with one model loses few of its calls,
             and a model that hangs leaves the others enough to be answered.
@@ -59,3 +60,8 @@ class RouterSettings:
     def compartment(self) -> int:
         """Calls of one model answered at once."""
         return min(self.in_flight_per_model_max or math.ceil(0.75 * self.in_flight_max), self.in_flight_max)
+
+    @property
+    def texts_max(self) -> int:
+        """Texts answered at once."""
+        return max(1, self.in_flight_max // 2)

@@ -6,41 +6,29 @@ packages.
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hocket.bases import Match, compatibility, normalised_name
 from hocket.errors import HocketError, Reason
-from hocket.identity import is_digest
 from hocket.telemetry import metrics
+from hocket.text_limits import EXPERTS_MAX, LAST_ROLES, MESSAGES_MAX, ROLES, TEXT_BYTES_MAX, WEIGHT_MAX, is_weight
 from hocket.v1 import plan_pb2, text_pb2
+from services.router.bases import RETRY_SECONDS, choose_base, shown
 from services.router.placement import place_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest
     from services.router.directory import Snapshot
     from services.router.experts import Expert
     from services.router.placement import Base, Loads, Placed, Worker
 
-EXPERTS_MAX: Final = 10
-"""Most experts of one text."""
-WEIGHT_MAX: Final = 100.0
-"""Largest weight of an expert, either way."""
-TEXT_BYTES_MAX: Final = 2**20
-"""Most text of a request, in UTF-8."""
-MESSAGES_MAX: Final = 1024
-"""Most messages of a conversation."""
-_ROLES: Final = ("system", "user", "assistant", "tool")
-_LAST_ROLES: Final = ("user", "tool")
 _SEED_BITS: Final = 53
 """Seeds that are drawn: numbers that every client can repeat, those included whose numbers are all doubles."""
 _SHOWN_CHARS_MAX: Final = 256
-_BASES_SHOWN_MAX: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +69,12 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
     _check_input(request.input)
     chosen = _experts(snapshot, request.experts)
     experts = [expert for expert, _ in chosen]
-    base, by_name = _base(request.base, experts, snapshot.workers)
+    base, by_name = choose_base(request.base, experts, snapshot)
     digests = frozenset(expert.package.digest for expert in experts)
     size_bytes = sum(expert.package.adapter.parameter_bytes for expert in experts)
     workers = place_text(digests, size_bytes, base.digest, snapshot.workers, loads)
     if not workers:
-        raise HocketError(
-            Reason.NO_REPLICA,
-            f"no worker that has the base {_shown(base)} takes new requests with room for {size_bytes} bytes of "
-            "experts: try again, or give a worker a larger budget_bytes",
-            retry_after_seconds=1.0,
-        )
+        raise _no_room(base, size_bytes, snapshot.workers)
     plan = text_pb2.TextPlan(
         mode=plan_pb2.MODE_ADAPTER_MIX if len(experts) > 1 else plan_pb2.MODE_PASS,
         base=base.digest,
@@ -116,6 +99,24 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
     return TextDecision(plan, placed, degradations, time.perf_counter() - begin)
 
 
+def _no_room(base: Base, size_bytes: int, workers: Sequence[Worker]) -> HocketError:
+    """Why nobody computes a text by experts of this size: never, or not now."""
+    budgets = [each.budget_bytes for each in workers if each.serves(base.digest)]
+    if max(budgets) < size_bytes:
+        return HocketError(
+            Reason.DEVICE_MEMORY,
+            f"these experts take {size_bytes} bytes together, and no worker that has the base {shown(base)} has more "
+            f"than {max(budgets)} for experts: ask for fewer, or give a worker a larger budget_bytes",
+            field="experts",
+        )
+    return HocketError(
+        Reason.NO_REPLICA,
+        f"no worker that has the base {shown(base)} and room for {size_bytes} bytes of experts takes new requests now: "
+        "try again",
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
 def _check_input(given: text_pb2.TextInput) -> None:
     match given.WhichOneof("content"):
         case "prompt":
@@ -131,7 +132,7 @@ def _check_input(given: text_pb2.TextInput) -> None:
                     field="input.conversation.messages",
                 )
             for place, message in enumerate(messages):
-                allowed = _LAST_ROLES if place == len(messages) - 1 else _ROLES
+                allowed = LAST_ROLES if place == len(messages) - 1 else ROLES
                 if message.role not in allowed:
                     raise HocketError(
                         Reason.BAD_REQUEST,
@@ -162,7 +163,7 @@ def _experts(snapshot: Snapshot, chosen: Sequence[ChosenExpert]) -> list[tuple[E
     found: dict[str, tuple[Expert, float]] = {}
     for place, each in enumerate(chosen):
         weight = each.weight if each.HasField("weight") else 1.0
-        if not math.isfinite(weight) or abs(weight) > WEIGHT_MAX:
+        if not is_weight(weight):
             raise HocketError(
                 Reason.BAD_REQUEST,
                 f"the weight {weight:g} is not a number from -{WEIGHT_MAX:g} to {WEIGHT_MAX:g}",
@@ -187,99 +188,18 @@ def _expert(snapshot: Snapshot, address: str, field: str) -> Expert:
     if expert is not None:
         expert.check_servable()
         return expert
-    if (of := address.partition("#")[0]) in snapshot.addresses or of in snapshot.packages:
+    of, mark, ordinal = address.partition("#")
+    if mark and of in snapshot.experts.by_address:
+        raise HocketError(
+            Reason.UNKNOWN_EXPERT,
+            f"{of[:_SHOWN_CHARS_MAX]} is one adapter expert, without others inside: leave out "
+            f"{mark + ordinal[:_SHOWN_CHARS_MAX]!r}",
+            field=field,
+        )
+    if of in snapshot.addresses or of in snapshot.packages:
         raise HocketError(
             Reason.NOT_SERVABLE, f"{shown} answers rows of numbers: only adapter experts answer text", field=field
         )
     raise HocketError(
         Reason.UNKNOWN_EXPERT, f"there is no expert {shown!r}; {snapshot.experts.advice(address)}", field=field
     )
-
-
-def _base(wanted: str, experts: Sequence[Expert], workers: Iterable[Worker]) -> tuple[Base, bool]:
-    """The base of a request, and whether nothing but a name says that an expert belongs to it."""
-    bases = _live_bases(workers)
-    if wanted:
-        bases = _named(wanted, bases)
-    elif not bases:
-        raise HocketError(
-            Reason.UNKNOWN_BASE,
-            "no live worker has a base: add one (`hocket base add FOLDER`) and start a worker with it",
-            field="base",
-        )
-    fitting = [
-        (len([match for match in matches if match is Match.BY_NAME]), base)
-        for base in bases
-        if Match.DIFFERENT not in (matches := [_match(expert, base) for expert in experts])
-    ]
-    if not fitting:
-        raise _mismatch(experts, bases)
-    fewest = min(count for count, _ in fitting)
-    best = [base for count, base in fitting if count == fewest]
-    if len(best) > 1:
-        raise HocketError(
-            Reason.BAD_REQUEST,
-            f"several bases could answer: say which in `base`, by digest: {_listed(best)}",
-            field="base",
-        )
-    return best[0], fewest > 0
-
-
-def _live_bases(workers: Iterable[Worker]) -> list[Base]:
-    """Each base that a worker takes text for; where none does, each that one will no longer take text for."""
-    able = sorted((worker for worker in workers if "expert" in worker.formats), key=lambda worker: worker.name)
-    for draining in (False, True):
-        bases = {
-            worker.base.digest: worker.base
-            for worker in able
-            if worker.base is not None and worker.draining is draining
-        }
-        if bases:
-            return [*bases.values()]
-    return []
-
-
-def _named(wanted: str, bases: Sequence[Base]) -> list[Base]:
-    name = normalised_name(wanted)
-    if is_digest(wanted):
-        named = [base for base in bases if base.digest == wanted]
-    else:
-        named = [base for base in bases if name and normalised_name(base.name) == name]
-    if not named:
-        there = f"there is {_listed(bases)}" if bases else "nor any other"
-        raise HocketError(
-            Reason.UNKNOWN_BASE,
-            f"no live worker has the base {wanted[:_SHOWN_CHARS_MAX]!r}; {there}. `hocket base add FOLDER` adds one",
-            field="base",
-        )
-    if len(named) > 1:
-        raise HocketError(
-            Reason.BAD_REQUEST, f"several bases have that name: say which by digest: {_listed(named)}", field="base"
-        )
-    return named
-
-
-def _match(expert: Expert, base: Base) -> Match:
-    return compatibility(expert.package.adapter.base, base).match
-
-
-def _mismatch(experts: Sequence[Expert], bases: Sequence[Base]) -> HocketError:
-    problems = [
-        f"{expert.name} and {_shown(base)}: {found.explanation}"
-        for base in bases[:_BASES_SHOWN_MAX]
-        for expert in experts
-        if (found := compatibility(expert.package.adapter.base, base)).match is Match.DIFFERENT
-    ]
-    return HocketError(
-        Reason.BASE_MISMATCH,
-        "no base is right for all of these experts: " + "; ".join(problems[:_BASES_SHOWN_MAX]),
-        field="experts",
-    )
-
-
-def _listed(bases: Sequence[Base]) -> str:
-    return ", ".join(map(_shown, bases[:_BASES_SHOWN_MAX]))
-
-
-def _shown(base: Base) -> str:
-    return f"{base.name[:_SHOWN_CHARS_MAX]} ({base.digest})"

@@ -69,7 +69,7 @@ class Stage:
     def __post_init__(self) -> None:
         self.budget = RetryBudget("test")
         self.breakers: Breakers[tuple[str, str]] = Breakers("test", self.clock)
-        self.bulkhead = Bulkhead(self.per_expert_max, "expert")
+        self.bulkhead = Bulkhead(self.per_expert_max, "this expert")
         self.safeguards = Safeguards(PATIENCE, self.budget, self.breakers, self.bulkhead)
 
     def question(self, *scripts: list[Step], expert: str = "e", **options: Any) -> Question:

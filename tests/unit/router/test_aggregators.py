@@ -78,6 +78,8 @@ class Scripted:
                     yield aggregator_pb2.CombineResponse(partial=plan_pb2.Combination())
                 elif step == "text":
                     yield aggregator_pb2.CombineResponse(text=text_pb2.TextEvent())
+                elif step == "finish":
+                    yield aggregator_pb2.CombineResponse(text=text_pb2.TextEvent(finish=text_pb2.TextFinish()))
                 else:
                     yield aggregator_pb2.CombineResponse(final=plan_pb2.Prediction())
         finally:
@@ -357,7 +359,7 @@ async def test_an_aggregator_that_lets_texts_hang_until_their_deadline_is_asked_
 
 @in_virtual_time
 @pytest.mark.parametrize("gone", [AWAY, DRAINING], ids=["unreachable", "draining"])
-async def test_a_text_whose_aggregator_goes_away_is_asked_of_the_next_before_it_began_and_broken_after(
+async def test_a_text_whose_aggregator_goes_away_is_asked_of_the_next_only_before_it_began(
     gone: list[Step],
 ) -> None:
     some = Some(gone, ["text"])
@@ -365,7 +367,15 @@ async def test_a_text_whose_aggregator_goes_away_is_asked_of_the_next_before_it_
         assert await some.call(request=TEXT) == 1
     begun = Some(["text", *gone], ["text", *gone])
     refused = await begun.fails(TEXT)
-    assert (refused.reason, sum(begun.asked)) == (Reason.STREAM_BROKEN, 1)
+    assert (refused.reason, sum(begun.asked)) == (Reason.UNREACHABLE, 1)
+
+
+@in_virtual_time
+@pytest.mark.parametrize("ending", [AWAY, DRAINING, [2 * SECONDS, transport(Reason.DEADLINE)]])
+async def test_after_the_finish_of_a_text_nothing_can_go_wrong(ending: list[Step]) -> None:
+    some = Some(["text", "finish", *ending])
+    assert await some.call(request=TEXT) == 2
+    assert some.aggregators._breakers.admits(some.clients[0])  # type: ignore[arg-type]  # scripted
 
 
 @in_virtual_time

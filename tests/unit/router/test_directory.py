@@ -299,6 +299,26 @@ async def test_workers_outlive_a_restarted_registry_for_a_while(monkeypatch: pyt
         await until(lambda: {worker.name for worker in directory.snapshot.workers} == {"c"})
 
 
+async def test_the_base_of_a_worker_that_has_gone_is_remembered() -> None:
+    going = asyncio.Event()
+
+    class Leaving(ScriptedRegistry):
+        async def watch(self, after_revision: int) -> AsyncIterator[WatchResponse]:
+            async for each in super().watch(after_revision):
+                if each.HasField("worker_gone"):
+                    await going.wait()
+                yield each
+
+    serving = WorkerState(worker="a", formats=["expert"], base=BaseModel(name="qwen", digest="sha256:q"))
+    async with following(Leaving([event(worker=serving), synced(), event(worker_gone="a")])) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert not list(directory.snapshot.gone_bases)
+        going.set()
+        await until(lambda: len(directory.snapshot.gone_bases) == 1)
+        assert [base.digest for base, _ in directory.snapshot.gone_bases] == ["sha256:q"]
+        assert directory.snapshot.workers == ()
+
+
 async def test_while_the_registry_is_away_again_nobody_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EPOCH_GRACE_SECONDS", 0.05)
 

@@ -7,24 +7,29 @@ from contextlib import aclosing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 from hocket.client.aggregator import AggregatorClient
 from hocket.client.router import RouterClient, TextPlanned
 from hocket.errors import HocketError, Reason
+from hocket.rpc.channel import Channels
 from hocket.rpc.handlers import LOAD_KEY, Handlers, add_trailing
 from hocket.rpc.local import LocalChannel
+from hocket.rpc.status import from_rpc_error
 from hocket.v1 import text_pb2
 from hocket.v1.aggregator_pb2 import CombineRequest, CombineResponse
 from hocket.v1.aggregator_pb2_grpc import AggregatorServiceServicer, add_AggregatorServiceServicer_to_server
 from hocket.v1.expert_worker_pb2 import WorkerLoad
 from hocket.v1.package_pb2 import BaseModel
-from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
+from hocket.v1.router_pb2 import GenerateRequest
+from hocket.v1.router_pb2_grpc import RouterServiceStub, add_RouterServiceServicer_to_server
 from services.router.aggregators import Aggregators
+from services.router.app import RouterApp
 from services.router.directory import Snapshot
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
-from services.router.service import RouterServicer
+from services.router.service import RouterServicer, tokens_of
 from services.router.settings import RouterSettings
 from tests.fakes import BASE, LOW, adapter_package
 
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 SQL = adapter_package(LOW, "sql", base=BaseModel(name="Qwen3-0.6B"))
 SQL.unsigned_by_policy = True
 WORKER = Worker("w", "local:w", frozenset({"expert"}), 1000, frozenset(), draining=False, base=Base("Qwen3-0.6B", BASE))
+SNAPSHOT = Snapshot(7, {}, {}, {}, {LOW: SQL}, (WORKER,), index([SQL]))
 
 
 class ScriptedAggregator(AggregatorServiceServicer):
@@ -44,6 +50,8 @@ class ScriptedAggregator(AggregatorServiceServicer):
         seconds_left: The deadlines of these calls.
         refusal: Raised after the first delta while set.
         held: Awaited after the first delta.
+        waits_first: Whether it is awaited before the start instead.
+        first_count: How often it says its first delta.
     """
 
     def __init__(self) -> None:
@@ -52,14 +60,19 @@ class ScriptedAggregator(AggregatorServiceServicer):
         self.refusal: HocketError | None = None
         self.held = asyncio.Event()
         self.held.set()
+        self.waits_first = False
+        self.first_count = 1
         self.cancelled = asyncio.Event()
 
     async def Combine(self, request: CombineRequest, context: Any) -> AsyncIterator[CombineResponse]:
         self.requests.append(request)
         self.seconds_left.append(context.time_remaining())
         try:
+            if self.waits_first:
+                await self.held.wait()
             yield event(start=text_pb2.TextStart(worker="w"))
-            yield event(delta=text_pb2.TextDelta(text="one"))
+            for _ in range(self.first_count):
+                yield event(delta=text_pb2.TextDelta(text="one", tokens=[text_pb2.Token(id=1)]))
             if self.refusal is not None:
                 raise self.refusal
             await self.held.wait()
@@ -67,7 +80,7 @@ class ScriptedAggregator(AggregatorServiceServicer):
             self.cancelled.set()
             raise
         yield event(delta=text_pb2.TextDelta(text=" two"))
-        finish = text_pb2.TextFinish(reason=text_pb2.TEXT_FINISH_REASON_END, degradations=["WORD"])
+        finish = text_pb2.TextFinish(reason=text_pb2.TEXT_FINISH_REASON_END, degradations=["WORD", "BASE_BY_NAME"])
         finish.timings.decode.FromMilliseconds(5)
         load = WorkerLoad(worker="w", in_flight_count=9)
         add_trailing(context, LOAD_KEY, load.SerializeToString())
@@ -83,18 +96,18 @@ class Suite:
 
     def __init__(self, **settings: Any) -> None:
         self.aggregator = ScriptedAggregator()
-        behind, before = Handlers(), Handlers()
+        behind, self.handlers = Handlers(), Handlers(texts={"Generate": tokens_of})
         behind.add(add_AggregatorServiceServicer_to_server, self.aggregator)
         self.loads = Loads()
-        directory = SimpleNamespace(snapshot=Snapshot(7, {}, {}, {}, {LOW: SQL}, (WORKER,), index([SQL])))
+        directory = SimpleNamespace(snapshot=SNAPSHOT)
         router = RouterServicer(
             RouterSettings(**settings),
             directory,  # type: ignore[arg-type]  # all it needs of a directory
             self.loads,
             Aggregators([AggregatorClient(LocalChannel(behind))], 0.5),
         )
-        before.add(add_RouterServiceServicer_to_server, router)
-        self.client = RouterClient(LocalChannel(before))
+        self.handlers.add(add_RouterServiceServicer_to_server, router)
+        self.client = RouterClient(LocalChannel(self.handlers))
 
     @property
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -109,7 +122,7 @@ async def test_a_text_is_planned_and_relayed_with_what_the_router_knows() -> Non
     assert (request.text.plan.seed, request.text.sampling) == (3, text_pb2.Sampling(temperature=0.5))
     assert request.text.input.prompt == "hi"
     assert (answer.text, answer.start.worker) == ("one two", "w")
-    assert answer.finish.degradations == ["WORD", "UNSIGNED_EXPERT", "BASE_BY_NAME"]
+    assert answer.finish.degradations == ["WORD", "BASE_BY_NAME", "UNSIGNED_EXPERT"]
     assert answer.finish.timings.decode.ToMilliseconds() == 5
     assert 0 < answer.finish.timings.route.ToNanoseconds() < 1e9
     assert answer.request_id
@@ -137,6 +150,29 @@ async def test_a_text_counts_once_on_its_worker_while_it_runs() -> None:
     assert suite.loads.of_worker("w") == 9  # its own word
 
 
+async def test_a_text_that_nobody_reads_ends_at_the_routers_own_deadline() -> None:
+    aggregator, behind = ScriptedAggregator(), Handlers()
+    aggregator.first_count = 100
+    behind.add(add_AggregatorServiceServicer_to_server, aggregator)
+    settings = RouterSettings(
+        registry="local:registry", aggregators=("local:aggregator",), generate_deadline_seconds=0.3
+    )
+    app = RouterApp(settings, Channels({"registry": Handlers(), "aggregator": behind}))
+    app.directory._snapshot = SNAPSHOT
+    call: Any = RouterServiceStub(LocalChannel(app.handlers)).Generate(
+        GenerateRequest(input=text_pb2.TextInput(prompt="hi"))
+    )
+    assert (await call.read()).HasField("plan")
+    assert app.handlers.in_flight == 1
+    await asyncio.wait_for(aggregator.cancelled.wait(), 2)
+    await asyncio.wait_for(app.handlers.wait_idle(2), 2)
+    assert app.handlers.in_flight == 0
+    with pytest.raises(grpc.RpcError) as caught:
+        async for _ in call:
+            pass
+    assert from_rpc_error(caught.value).reason is Reason.DEADLINE
+
+
 async def test_who_leaves_a_text_cancels_it_and_is_counted_out() -> None:
     suite = Suite()
     suite.aggregator.held.clear()
@@ -151,11 +187,18 @@ async def test_who_leaves_a_text_cancels_it_and_is_counted_out() -> None:
 
 
 async def test_a_base_has_a_compartment_of_its_own() -> None:
-    suite = Suite(in_flight_per_model_max=1)
+    await check_that_one_text_runs_at_once(Suite(in_flight_per_model_max=1), "for this base")
+
+
+async def test_all_texts_together_leave_half_of_the_room_to_rows() -> None:
+    await check_that_one_text_runs_at_once(Suite(in_flight_max=3), "for texts")
+
+
+async def check_that_one_text_runs_at_once(suite: Suite, what: str) -> None:
     suite.aggregator.held.clear()
     async with aclosing(suite.client.generate("hi")) as events:
         await anext(events)
-        with pytest.raises(HocketError) as caught:
+        with pytest.raises(HocketError, match=what) as caught:
             await suite.client.answer_text("hi", experts=["sql"])
         assert caught.value.reason is Reason.QUEUE_FULL
         suite.aggregator.held.set()
@@ -173,6 +216,42 @@ async def test_a_refusal_in_the_middle_is_the_refusal_of_the_text() -> None:
     with pytest.raises(HocketError) as caught:
         await anext(events)
     assert caught.value.reason is Reason.STREAM_BROKEN
+    assert suite.counts == ({}, {})
+
+
+@pytest.mark.parametrize("reason", [Reason.UNREACHABLE, Reason.DRAINING])
+async def test_an_aggregator_that_goes_away_in_mid_answer_breaks_it(reason: Reason) -> None:
+    suite = Suite()
+    suite.aggregator.refusal = HocketError(reason, "gone")
+    with pytest.raises(HocketError) as caught:
+        await suite.client.answer_text("hi")
+    assert (caught.value.reason, caught.value.metadata["tokens"]) == (Reason.STREAM_BROKEN, "1")
+
+
+async def test_a_router_that_shuts_down_in_mid_answer_breaks_it() -> None:
+    suite = Suite()
+    suite.aggregator.held.clear()
+    events = suite.client.generate("hi")
+    for _ in range(3):
+        await anext(events)
+    suite.handlers.end_running()
+    with pytest.raises(HocketError) as caught:
+        await anext(events)
+    assert (caught.value.reason, caught.value.metadata["tokens"]) == (Reason.STREAM_BROKEN, "1")
+    assert suite.counts == ({}, {})
+
+
+async def test_a_router_that_shuts_down_before_a_worker_has_answered_breaks_nothing() -> None:
+    suite = Suite()
+    suite.aggregator.held.clear()
+    suite.aggregator.waits_first = True
+    events = suite.client.generate("hi")
+    assert isinstance(await anext(events), TextPlanned)
+    suite.handlers.end_running()
+    with pytest.raises(HocketError) as caught:
+        await anext(events)
+    assert caught.value.reason is Reason.DRAINING
+    assert caught.value.retry_after_seconds
     assert suite.counts == ({}, {})
 
 

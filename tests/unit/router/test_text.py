@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hocket.errors import HocketError, Reason
+from hocket.text_limits import EXPERTS_MAX, MESSAGES_MAX, TEXT_BYTES_MAX
 from hocket.v1 import plan_pb2
 from hocket.v1.package_pb2 import BaseModel, Package, TrustState
 from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest
 from hocket.v1.text_pb2 import Conversation, Message, Sampling, TextInput
+from services.router.bases import REMEMBERED_MAX, REMEMBERED_SECONDS, RecentBases
 from services.router.directory import Snapshot
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
-from services.router.text import EXPERTS_MAX, MESSAGES_MAX, TEXT_BYTES_MAX, TextDecision, decide_text
+from services.router.text import TextDecision, decide_text
 from tests.fakes import adapter_package, expert_package
 
 ACTIVE, YANKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_YANKED
@@ -87,10 +91,31 @@ def test_an_expert_is_named_by_digest_release_publisher_or_name(address: str) ->
     assert planned(snapshot(SQL, JSON), address) == ["acme/sql@1.0.0"]
 
 
-def test_a_name_finds_the_expert_of_that_name_with_the_usual_prefix_where_there_is_no_plain_one() -> None:
-    prefixed = adapter(3, "expert-sql")
-    assert planned(snapshot(prefixed), "sql") == ["acme/expert-sql@1.0.0"]
-    assert planned(snapshot(prefixed, SQL), "sql") == ["acme/sql@1.0.0"]
+PREFIXED = adapter(3, "expert-sql")
+
+
+@pytest.mark.parametrize("address", ["sql", "sql@1.0.0", "acme/sql", "acme/sql@1.0.0", "expert-sql@1.0.0"])
+def test_the_usual_prefix_may_be_left_out(address: str) -> None:
+    assert planned(snapshot(PREFIXED, JSON), address) == ["acme/expert-sql@1.0.0"]
+
+
+@pytest.mark.parametrize("by", ["acme", "zeta"])
+@pytest.mark.parametrize(("address", "version"), [("sql", ""), ("sql@1.0.0", "@1.0.0")])
+def test_nobody_steps_into_a_name_that_leads_to_an_expert_with_the_usual_prefix(
+    by: str, address: str, version: str
+) -> None:
+    here = snapshot(PREFIXED, adapter(1, "sql", by=by))
+    refused = refusal(here, asking(address))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "experts[0].expert")
+    assert f"{by}/sql{version} or acme/expert-sql{version}" in refused.message
+    assert planned(here, f"{by}/{address}") == [f"{by}/sql@1.0.0"]
+    assert planned(here, f"acme/expert-{address}") == ["acme/expert-sql@1.0.0"]
+
+
+def test_a_version_of_a_name_is_exactly_that_one() -> None:
+    here = snapshot(adapter(1, "sql"), adapter(2, "sql", version="1.1.0"))
+    assert planned(here, "sql@1.0.0") == ["acme/sql@1.0.0"]
+    assert refusal(here, asking("sql@")).reason is Reason.UNKNOWN_EXPERT
 
 
 def test_an_expert_that_nobody_has_released_has_its_digest_for_a_name() -> None:
@@ -133,7 +158,11 @@ def test_nobody_steps_into_the_name_of_a_withdrawn_expert() -> None:
     ("address", "advice"),
     [
         ("acme/sql@2.0.0", "did you mean 'acme/sql@1.0.0'?"),
+        ("sql@2.0.0", "did you mean 'acme/sql@1.0.0'?"),
         ("zeta/sql", "did you mean acme/sql?"),
+        (SQL.digest.upper(), "lower case"),
+        (f"sha256:{'A' * 64}", "lower case"),
+        (f"{SQL.digest}#0", "leave out '#0'"),
         ("sq", "did you mean acme/sql?"),
         ("jsonn", "did you mean acme/json?"),
         ("acme/", "hocket search"),
@@ -294,6 +323,15 @@ def test_a_base_that_no_live_worker_has_is_refused_and_says_which_there_are(want
     assert len(refused.message) < 1000
 
 
+def test_a_base_whose_digest_is_in_upper_case_is_told_so() -> None:
+    wanted = Base("m", f"sha256:{'ab' * 32}")
+    here = snapshot(workers=[worker(base=wanted)])
+    refused = refusal(here, asking(base=wanted.digest.upper()))
+    assert refused.reason is Reason.UNKNOWN_BASE
+    assert "lower case" in refused.message
+    assert decided(here, asking(base=wanted.digest)).plan.base == wanted.digest
+
+
 def test_a_name_of_several_bases_is_refused_and_lists_their_digests() -> None:
     here = snapshot(workers=[worker("a", QWEN), worker("b", OTHER_QWEN)])
     refused = refusal(here, asking(base="qwen3-0.6b"))
@@ -419,14 +457,76 @@ def test_what_only_the_policy_admits_is_flagged() -> None:
     assert decision.degradations == ["UNSIGNED_EXPERT"]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"draining": True}, {"budget_bytes": 199}], ids=["draining", "too small for both together"]
-)
-def test_without_a_worker_that_can_run_it_now_a_text_is_refused(changes: dict[str, Any]) -> None:
-    refused = refusal(snapshot(SQL, JSON, workers=[worker(**changes)]), asking("sql", "json"))
-    assert refused.reason is Reason.NO_REPLICA
-    assert refused.retry_after_seconds
+def test_without_a_worker_that_takes_requests_a_text_is_refused_for_now() -> None:
+    refused = refusal(snapshot(SQL, JSON, workers=[worker(draining=True)]), asking("sql", "json"))
+    assert (refused.reason, refused.retry_after_seconds) == (Reason.NO_REPLICA, 1.0)
+    assert len(planned(snapshot(SQL, JSON), "sql", "json")) == 2
+
+
+def test_what_fits_no_worker_of_the_base_is_refused_for_good() -> None:
+    small, other = worker("a", budget_bytes=199), worker("b", GEMMA)
+    refused = refusal(snapshot(SQL, JSON, workers=[small, other]), asking("sql", "json"))
+    assert (refused.reason, refused.retry_after_seconds) == (Reason.DEVICE_MEMORY, None)
+    assert "200 bytes" in refused.message
+    leaving = worker("c", budget_bytes=200, draining=True)
+    assert refusal(snapshot(SQL, JSON, workers=[small, leaving]), asking("sql", "json")).reason is Reason.NO_REPLICA
     assert len(planned(snapshot(SQL, JSON, workers=[worker(budget_bytes=200)]), "sql", "json")) == 2
+
+
+# A base whose workers are leaving, or have just gone.
+
+
+def without(*others: Worker, gone: bool = True, seconds: float = 60.0) -> Snapshot:
+    """Experts and these workers, where the one of QWEN is draining, or was there a moment ago."""
+    if gone:
+        known = (QWEN, time.monotonic() + seconds)
+        return replace(snapshot(SQL, JSON, adapter(3, "poem", base=GEMMA), workers=others), gone_bases=(known,))
+    leaving = worker("leaving", QWEN, draining=True)
+    return snapshot(SQL, JSON, adapter(3, "poem", base=GEMMA), workers=[leaving, *others])
+
+
+@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("others", [(), (worker("b", GEMMA),)])
+@pytest.mark.parametrize("request_", [asking("sql"), asking(base=QWEN.digest), asking("json", base=QWEN.name)])
+def test_a_base_without_a_worker_for_the_moment_is_no_unknown_one(
+    *, gone: bool, others: tuple[Worker, ...], request_: GenerateRequest
+) -> None:
+    refused = refusal(without(*others, gone=gone), request_)
+    assert (refused.reason, refused.retry_after_seconds) == (Reason.NO_REPLICA, 1.0)
+    assert decided(without(worker("back"), *others, gone=gone), request_).plan.base == QWEN.digest
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_base_that_was_never_announced_stays_unknown(*, gone: bool) -> None:
+    here = without(gone=gone)
+    assert refusal(here, asking(base=GEMMA.digest)).reason is Reason.UNKNOWN_BASE
+    assert refusal(here, asking("poem")).reason is Reason.BASE_MISMATCH
+    assert refusal(here, asking("sql", "poem")).reason is Reason.BASE_MISMATCH
+
+
+def test_a_base_that_has_been_gone_for_long_is_unknown() -> None:
+    assert refusal(without(seconds=-1.0), asking("sql")).reason is Reason.UNKNOWN_BASE
+    assert refusal(without(worker("b", GEMMA), seconds=-1.0), asking("sql")).reason is Reason.BASE_MISMATCH
+
+
+def test_a_name_that_a_base_has_taken_over_means_the_one_that_answers() -> None:
+    here = replace(snapshot(workers=[worker("b", OTHER_QWEN)]), gone_bases=((QWEN, time.monotonic() + 60.0),))
+    assert base_of(here, base="qwen3-0.6b") == OTHER_QWEN.digest
+
+
+def test_bases_whose_workers_have_gone_are_remembered_for_a_while_and_so_many() -> None:
+    recent = RecentBases()
+    assert recent.note([worker("a"), worker("b", GEMMA, draining=True)]) == ()
+    [(base, until)] = recent.note([worker("a")])
+    assert base == GEMMA
+    assert 0 < until - time.monotonic() <= REMEMBERED_SECONDS
+    assert [base for base, _ in recent.note([])] == [GEMMA, QWEN]
+    assert [base for base, _ in recent.note([worker("a")])] == [GEMMA]
+    many = [worker(str(number), Base("m", digest(1000 + number))) for number in range(REMEMBERED_MAX)]
+    recent.note([*many, worker("a")])
+    assert [base for base, _ in recent.note([worker("a")])] == [
+        each.base for each in sorted(many, key=lambda w: w.name)
+    ]
 
 
 def test_a_base_of_which_only_draining_workers_are_left_is_not_chosen_where_another_serves() -> None:

@@ -41,20 +41,34 @@ def test_a_budget_holds_so_much_and_no_more() -> None:
 
 
 def test_a_full_compartment_refuses_and_the_others_do_not() -> None:
-    bulkhead = Bulkhead(2, "model")
+    bulkhead = Bulkhead(2, "this model")
     bulkhead.enter("hanging")
     bulkhead.enter("hanging")
     with pytest.raises(HocketError) as caught:
         bulkhead.enter("hanging")
     assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.QUEUE_FULL, 0.1)
+    assert "2 calls already wait for this model" in caught.value.message
     bulkhead.enter("well")
     bulkhead.leave("hanging")
     bulkhead.enter("hanging")
 
 
 def test_an_empty_compartment_leaves_nothing_behind() -> None:
-    bulkhead = Bulkhead(1, "model")
+    bulkhead = Bulkhead(1, "this model")
     for name in ("a", "b"):
         bulkhead.enter(name)
         bulkhead.leave(name)
+    assert bulkhead._in_flight == {}
+
+
+def test_a_call_that_holds_a_place_leaves_it_however_it_ends() -> None:
+    bulkhead = Bulkhead(1, "texts")
+
+    def fail() -> None:
+        with bulkhead.holding("a"):
+            assert bulkhead._in_flight == {"a": 1}
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert bulkhead._in_flight == {}
