@@ -404,7 +404,7 @@ async def _measure(shape: str, device: torch.device, folder: Path, rounds: int) 
     )
     files = [_adapter_files(base, folder / f"expert-{seed}", seed) for seed in range(_DISTINCT)]
     experts = [_load(write_archive(one), base) for one in files]
-    arena_bytes = 2 * sum(expert.size_bytes for expert in experts)
+    arena_bytes = 3 * sum(expert.size_bytes for expert in experts)
     mixer = Mixer(base.causal_lm, base.projections, arena_bytes)
     folders = [folder / f"expert-{seed}" for seed in range(_DISTINCT)]
     rows += await _serving(shape, base, mixer, experts, _work(many, _PROMPT_TOKENS, new_tokens, vocabulary), rounds)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from hocket.base_folder import base_digest, base_name
 from hocket.bases import normalised_name
 from hocket.errors import HocketError, Reason
+from hocket.files import sync_folder, write_whole
 from hocket.identity import check_name, is_digest
 
 if TYPE_CHECKING:
@@ -148,15 +149,9 @@ def add(
         check_name(name, "name of a base")
     known = KnownBase(name, at or base.resolve(), base_digest(base, on_progress))
     path = folder / f"{name}{_SUFFIX}"
-    if path.exists() and not replace:
-        present = _read_file(path)
-        if present.digest != known.digest:
-            raise HocketError(
-                Reason.NAME_TAKEN,
-                f"{name} is the base at {present.path} ({present.digest}): choose another name (--name), or put this "
-                "one in its place (--replace)",
-            )
-    _write(path, known)
+    if not _write(path, known, replace=replace):
+        _check_same(path, known)
+        _write(path, known, replace=True)
     return known
 
 
@@ -172,7 +167,7 @@ def remove(folder: Path, name: str) -> KnownBase:
         raise _bad("say which base, by name or digest")
     try:
         (folder / f"{known.name}{_SUFFIX}").unlink()
-        _sync(folder)
+        sync_folder(folder)  # a base that was removed must not come back
     except OSError as error:
         raise _bad(f"{known.name} cannot be removed from {folder} ({error.strerror})") from error
     return known
@@ -207,40 +202,44 @@ def _parse(data: bytes, path: Path) -> KnownBase:
         check_name(base.name, "name of a base")
     except HocketError as error:
         raise _bad(f"{path}: {error.message}") from error
-    if not base.path.is_absolute() or not is_digest(base.digest):
+    if not base.path.is_absolute() or "\0" in document["path"] or not is_digest(base.digest):
         raise _bad(f"{path} needs an absolute path, and a digest (sha256:<64 hex digits>)")
     return base
 
 
-def _write(path: Path, base: KnownBase) -> None:
-    """Replace a file at once, so that a reader finds the old base or the new one."""
+def _check_same(path: Path, base: KnownBase) -> None:
+    """Pass if the file that has a base's name says that it is the same base, wherever that lies."""
+    try:
+        present = _read_file(path)
+    except HocketError as error:
+        raise error.restated(f"{error.message}: --replace mends it") from error
+    if present.digest != base.digest:
+        raise HocketError(
+            Reason.NAME_TAKEN,
+            f"{base.name} is the base at {present.path} ({present.digest}): choose another name (--name), or put this "
+            "one in its place (--replace)",
+        )
+
+
+def _write(path: Path, base: KnownBase, *, replace: bool) -> bool:
+    """Write a file at once; whether it was, for without `replace` nothing is done where there is one."""
     texts = asdict(base) | {"path": str(base.path)}
     try:
         data = "".join(f"{key} = {json.dumps(text, ensure_ascii=False)}\n" for key, text in texts.items()).encode()
         _parse(data, path)  # what could not be read is not written
     except (UnicodeEncodeError, HocketError) as error:
         raise _bad(f"{str(base.path)!a} cannot be written as text: give the folder a plainer path") from error
-    draft = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), _FILE_MODE)
-            os.fsync(file.fileno())
-        draft.replace(path)
-        _sync(path.parent)
+    except OSError as error:
+        raise _bad(f"{path.parent} cannot be written ({error.strerror})") from error
+    try:
+        write_whole(path, data, replace=replace, mode=_FILE_MODE)
+    except FileExistsError:
+        return False
     except OSError as error:
         raise _bad(f"{path} cannot be written ({error.strerror})") from error
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename or a removal outlast a power failure: a base that was removed must not come back."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return True
 
 
 def _bad(what: str) -> HocketError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from hocket.errors import HocketError, Reason
+from hocket.files import sync_folder, write_whole
 from hocket.identity import check_name
 from hocket.packages.trust import (
     TRUST_FILE_SIZE_BYTES_MAX,
@@ -149,16 +150,10 @@ class TrustFolder:
         try:
             if keys:
                 self.path.mkdir(parents=True, exist_ok=True)
-                draft = path.with_name(f".{path.name}.new")
-                with draft.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fchmod(file.fileno(), _FILE_MODE)
-                    os.fsync(file.fileno())
-                draft.replace(path)
+                write_whole(path, text.encode(), mode=_FILE_MODE)
             else:
                 path.unlink()
-            _sync_folder(self.path)
+                sync_folder(self.path)  # a removed key must not come back
         except OSError as error:
             raise _bad(f"{path} cannot be written ({error.strerror})") from error
 
@@ -169,15 +164,6 @@ def _mark(path: Path) -> tuple[str, int, int, int]:
     except OSError:
         return path.name, 0, 0, 0
     return path.name, status.st_ino, status.st_ctime_ns, status.st_size
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename or a removal outlast a power failure: a removed key must not come back."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_file(path: Path) -> tuple[TrustedKey, ...]:

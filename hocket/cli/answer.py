@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from rich.text import Text
@@ -14,7 +15,7 @@ from hocket.v1.plan_pb2 import Mode
 from hocket.v1.text_pb2 import TEXT_FINISH_REASON_LENGTH, TextFinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Generator, Sequence
 
     from google.protobuf.duration_pb2 import Duration
 
@@ -66,14 +67,15 @@ class Telling:
             if self._finish.degradations:
                 output.say(f"Given up on the way: {', '.join(self._finish.degradations)}", stderr=True)
 
-    def show(self, events: Iterable[Event]) -> None:
-        """Show an answer to its end.
+    def show(self, events: Generator[Event, None, None]) -> None:
+        """Show an answer to its end. An interrupt ends the call as well.
 
         Raises:
             HocketError: What the answer fails with; `INTERNAL` if it ends without a finish.
         """
-        for event in events:
-            self._take(event)
+        with closing(events):
+            for event in events:
+                self._take(event)
         if self._finish is None:
             raise HocketError(Reason.INTERNAL, "the stream ended without a finish")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json as jsons
 import sys
-from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -14,17 +12,19 @@ import typer
 
 from hocket.cli import files, output, sampling, servers
 from hocket.cli.answer import Telling
-from hocket.cli.generate import TEXT_BYTES_MAX, turn
-from hocket.cli.own_suite import own_router, wants_own
+from hocket.cli.generate import turn
+from hocket.cli.own_suite import HAS_ENDED
+from hocket.cli.text_router import text_router
+from hocket.client.router import SamplingOptions  # noqa: TC001 - typer reads annotations
 from hocket.errors import HocketError, Reason
+from hocket.text_limits import TEXT_BYTES_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from contextlib import AbstractContextManager
+    from io import TextIOWrapper
 
     from hocket.cli.sampling import WeightedExpert
-    from hocket.client import blocking
-    from hocket.client.router import SamplingOptions
+    from hocket.cli.text_router import TextRouter
 
 app = typer.Typer(add_completion=False)
 
@@ -45,23 +45,14 @@ A backslash at the end of a line continues it on the next. Ctrl-C ends an answer
 
 
 @app.command()
+@sampling.with_options
 def chat(
     context: typer.Context,
     *,
     experts: sampling.Experts = "",
     base: sampling.Base = "",
     system: sampling.System = None,
-    temperature: sampling.Temperature = None,
-    top_k: sampling.TopK = None,
-    top_p: sampling.TopP = None,
-    min_p: sampling.MinP = None,
-    repetition_penalty: sampling.RepetitionPenalty = None,
-    presence_penalty: sampling.PresencePenalty = None,
-    frequency_penalty: sampling.FrequencyPenalty = None,
-    seed: sampling.Seed = None,
-    max_tokens: sampling.MaxTokens = None,
-    stop: sampling.Stop = None,
-    logprobs: sampling.Logprobs = None,
+    options: SamplingOptions,
     router: servers.Router = servers.ROUTER_ADDRESS,
     device: sampling.Device = None,
     data: sampling.Data = None,
@@ -81,34 +72,10 @@ def chat(
     $ hocket chat --system "answer in one word" --device auto
     $ cat questions.txt | hocket chat > answers.txt
     """
-    options: SamplingOptions = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stop": stop,
-        "top_logprobs": logprobs,
-    }
     chosen = sampling.read_experts(experts)
-    own = wants_own(context, device, data)
-    with (
-        own_router(device=device, data=data, wanted=base, shown=not json) if own else servers.router(router) as client,
-    ):
-        talk = _Talk(
-            client,
-            nullcontext if own else partial(servers.explained, router, "router"),
-            options,
-            chosen,
-            "" if own else base,  # which has one base, whatever it calls it
-            system,
-            debug=debug,
-            as_json=json,
-        )
+    stdin = files.standard_input()
+    with text_router(context, router=router, device=device, data=data, base=base, shown=not json) as asked:
+        talk = _Talk(asked, stdin, options, chosen, asked.base, system, debug=debug, as_json=json)
         talk.run()
     if talk.refused and not talk.at_terminal:
         raise typer.Exit(_REFUSED)
@@ -119,14 +86,15 @@ class _Talk:
     """A conversation.
 
     Attributes:
-        explained: What explains failures of the connection.
+        asked: Who answers.
+        stdin: Where what is said comes from.
         turns: What was said, without the system's part.
         refused: Whether something was refused.
         at_terminal: Whether a person sits at both ends.
     """
 
-    client: blocking.RouterClient
-    explained: Callable[[], AbstractContextManager[None]]
+    asked: TextRouter
+    stdin: TextIOWrapper
     options: SamplingOptions
     experts: list[WeightedExpert]
     base: str
@@ -136,8 +104,11 @@ class _Talk:
     as_json: bool
     turns: list[dict[str, str]] = field(default_factory=list)
     refused: bool = False
-    at_terminal: bool = field(default_factory=lambda: sys.stdin.isatty() and sys.stdout.isatty())
+    at_terminal: bool = field(init=False)
     _saved: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.at_terminal = self.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
         """Take turns until there is no further line."""
@@ -145,6 +116,8 @@ class _Talk:
             import readline  # noqa: F401, PLC0415 - gives `input` its keys and its memory
 
             output.say("/help lists what can be changed on the way, Ctrl-D ends", stderr=True)
+        # What is no text is refused by the turn, not by the reader.
+        self.stdin.reconfigure(encoding=None if self.at_terminal else "utf-8", errors="surrogateescape")
         while True:
             try:
                 said = self._read()
@@ -156,10 +129,16 @@ class _Talk:
                     raise
                 output.say("", stderr=True)
             except HocketError as error:
+                if HAS_ENDED in error.metadata:
+                    raise
                 self.refused = True
                 output.refuse(error, as_json=self.as_json)
 
     def _take(self, said: str) -> None:
+        try:
+            said.encode()
+        except UnicodeEncodeError as error:
+            raise HocketError(Reason.BAD_REQUEST, "what was said is not text in UTF-8") from error
         if said.startswith("/") and not said.startswith("//"):
             name, _, rest = said[1:].strip().partition(" ")
             command = self._commands().get(name)
@@ -171,15 +150,15 @@ class _Talk:
 
     def _answer(self, said: str) -> None:
         """Ask for the next turn. One that is refused is forgotten, one that is ended early counts as far as it came."""
-        if len(said) > TEXT_BYTES_MAX:
+        if len(said.encode()) > TEXT_BYTES_MAX:
             raise HocketError(Reason.TOO_LARGE, "what was said is larger than 1 MiB")
         asked = turn("user", said)
         system = [] if self.system is None else [turn("system", self.system)]
         telling = Telling(as_json=self.as_json, debug=self.debug)
         try:
-            with self.explained(), telling:
+            with self.asked.explained(), telling:
                 telling.show(
-                    self.client.generate(
+                    self.asked.client.generate(
                         messages=[*system, *self.turns, asked], experts=self.experts, base=self.base, **self.options
                     )
                 )
@@ -230,8 +209,14 @@ class _Talk:
     def _save(self, text: str) -> None:
         if not text:
             raise HocketError(Reason.BAD_REQUEST, "say where: /save FILE")
-        path = Path(text).expanduser()
-        if path.exists() and path not in self._saved:
+        try:
+            path = Path(text).expanduser()
+            is_taken = path.exists() and path not in self._saved
+        except (OSError, RuntimeError, ValueError) as error:
+            raise HocketError(
+                Reason.BAD_REQUEST, f"{text[:80]!r} cannot be a file ({error!s:.80}): choose another name"
+            ) from error
+        if is_taken:
             raise HocketError(Reason.BAD_REQUEST, f"{path} is there already: choose another name")
         system = [] if self.system is None else [turn("system", self.system)]
         document = {
@@ -262,11 +247,7 @@ class _Talk:
         try:
             if self.at_terminal:
                 return input(prompt)
-            line = sys.stdin.readline()
+            line = self.stdin.readline()
         except EOFError:
-            return None
-        except UnicodeDecodeError:
-            self.refused = True
-            output.refuse(HocketError(Reason.BAD_REQUEST, "what was said is not text in UTF-8"), as_json=self.as_json)
             return None
         return line.removesuffix("\n").removesuffix("\r") if line else None

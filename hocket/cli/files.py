@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -13,6 +14,7 @@ import typer
 from hocket import paths
 from hocket.cli import output
 from hocket.errors import HocketError, Reason
+from hocket.files import write_whole
 from hocket.identity import key_bytes, key_id_of
 from hocket.keyring import load_key
 from hocket.packages.keys import public_key_of
@@ -44,6 +46,17 @@ KeyName = Annotated[
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{12,64}")
 _KEY_ID_DIGITS: Final = 64
+
+
+def standard_input() -> TextIOWrapper:
+    """Standard input.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if the command was started without one.
+    """
+    if not isinstance(sys.stdin, TextIOWrapper):
+        raise HocketError(Reason.BAD_REQUEST, "standard input is closed: write to it, or `< /dev/null` for nothing")
+    return sys.stdin
 
 
 def read_file(path: Path, bytes_max: int) -> bytes:
@@ -127,14 +140,10 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         HocketError: `BAD_REQUEST` if it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.new")
     try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise HocketError(Reason.BAD_REQUEST, f"cannot write {path}: {error.strerror}") from error
+        write_whole(path, data)
+    except (OSError, ValueError) as error:  # the latter for a name with a NUL
+        raise HocketError(Reason.BAD_REQUEST, f"cannot write {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def trust_folder(chosen: Path | None) -> TrustFolder:

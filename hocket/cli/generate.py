@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Final
 
 import typer
 
-from hocket.cli import output, sampling, servers
+from hocket.cli import files, output, sampling, servers
 from hocket.cli.answer import Telling
-from hocket.cli.own_suite import own_router, wants_own
+from hocket.cli.text_router import text_router
+from hocket.client.router import SamplingOptions  # noqa: TC001 - typer reads annotations
 from hocket.errors import HocketError, Reason
+from hocket.text_limits import TEXT_BYTES_MAX
 
 app = typer.Typer(add_completion=False)
 
-TEXT_BYTES_MAX: Final = 2**20
-"""What the contract allows a text to have."""
 _STDIN: Final = "-"
 
 
 @app.command()
+@sampling.with_options
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -32,17 +32,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="The model reads the prompt as it is, without a template.")
     ] = False,
-    temperature: sampling.Temperature = None,
-    top_k: sampling.TopK = None,
-    top_p: sampling.TopP = None,
-    min_p: sampling.MinP = None,
-    repetition_penalty: sampling.RepetitionPenalty = None,
-    presence_penalty: sampling.PresencePenalty = None,
-    frequency_penalty: sampling.FrequencyPenalty = None,
-    seed: sampling.Seed = None,
-    max_tokens: sampling.MaxTokens = None,
-    stop: sampling.Stop = None,
-    logprobs: sampling.Logprobs = None,
+    options: SamplingOptions,
     router: servers.Router = servers.ROUTER_ADDRESS,
     device: sampling.Device = None,
     data: sampling.Data = None,
@@ -67,28 +57,20 @@ def generate(
     if raw and system is not None:
         raise HocketError(Reason.BAD_REQUEST, "--raw is read as it is: write the system's part into it")
     text = _read_prompt(prompt, raw=raw)
-    own = wants_own(context, device, data)
+    if options["top_logprobs"] is not None and not (debug or json):
+        raise HocketError(Reason.BAD_REQUEST, "only --debug and --json show what --logprobs asks for: add one of them")
     with (
-        own_router(device=device, data=data, wanted=base, shown=not json) if own else servers.router(router) as client,
+        text_router(context, router=router, device=device, data=data, base=base, shown=not json) as asked,
+        asked.explained(),
         Telling(as_json=json, debug=debug) as telling,
     ):
-        events = client.generate(
+        events = asked.client.generate(
             text if system is None and not raw else None,
             messages=None if system is None else [turn("system", system), turn("user", text)],
             raw=text if raw else None,
             experts=chosen,
-            base="" if own else base,  # which has one base, whatever it calls it
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            max_tokens=max_tokens,
-            stop=stop,
-            top_logprobs=logprobs,
+            base=asked.base,
+            **options,
         )
         telling.show(events)
 
@@ -103,11 +85,12 @@ def _read_prompt(prompt: str | None, *, raw: bool) -> str:
     if prompt is not None and prompt != _STDIN:
         text = prompt
     else:
-        if sys.stdin.isatty():
+        stdin = files.standard_input()
+        if stdin.isatty():
             if prompt is None:
                 raise HocketError(Reason.BAD_REQUEST, "give a prompt: hocket generate 'PROMPT', or through a pipe")
             output.say("reading the prompt from the terminal: end with Ctrl-D", stderr=True)
-        data = sys.stdin.buffer.read(TEXT_BYTES_MAX + 1)
+        data = bytes(stdin.buffer.read(TEXT_BYTES_MAX + 1))
         if len(data) > TEXT_BYTES_MAX:
             raise HocketError(Reason.TOO_LARGE, "the prompt is larger than 1 MiB")
         try:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
+from hocket.text_limits import WEIGHT_MAX, is_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 WeightedExpert: TypeAlias = tuple[str, float] | str
 """What names an expert, with its weight; alone where the server decides, which means 1."""
 
-_WEIGHT_MAX: Final = 100.0
 _FORM: Final = "write --experts sql:0.7,json:0.3"
 
 _CHOICE: Final = "Experts and base"
@@ -116,6 +121,64 @@ Debug = Annotated[
     typer.Option("--debug", help="Show plan, tokens, timings and speed, on standard error."),
 ]
 
+_OPTIONS: Final[Mapping[str, Any]] = {
+    "temperature": Temperature,
+    "top_k": TopK,
+    "top_p": TopP,
+    "min_p": MinP,
+    "repetition_penalty": RepetitionPenalty,
+    "presence_penalty": PresencePenalty,
+    "frequency_penalty": FrequencyPenalty,
+    "seed": Seed,
+    "max_tokens": MaxTokens,
+    "stop": Stop,
+    "logprobs": Logprobs,
+}
+"""How tokens are chosen, by the names of the options."""
+_FIELDS: Final = {"logprobs": "top_logprobs"}
+"""What the contract calls them, where that is something else."""
+_FLAGS: Final = {
+    **{f"sampling.{_FIELDS.get(name, name)}": f"--{name.replace('_', '-')}" for name in _OPTIONS},
+    "experts": "--experts",
+    "base": "--base",
+}
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each way to choose tokens, in the place of its argument `options`.
+
+    Commands are what typer reads from their signatures; so this changes the signature.
+    """
+
+    @wraps(command)
+    def run(**values: Any) -> None:  # noqa: ANN401 - whatever the options are
+        options = {_FIELDS.get(name, name): values.pop(name) for name in _OPTIONS}
+        command(options=options, **values)
+
+    parameters: list[Parameter] = []
+    for name, parameter in signature(command, eval_str=True).parameters.items():
+        if name == "options":
+            parameters += [
+                Parameter(option, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                for option, annotation in _OPTIONS.items()
+            ]
+        else:
+            parameters.append(parameter)
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # what `inspect.signature` looks for
+    return run
+
+
+def in_options(error: HocketError) -> HocketError:
+    """A refusal that names a field of the request, by the option that fills it."""
+    field = (error.field or "").partition("[")[0]
+    flag = _FLAGS.get(field)
+    if flag is None:
+        return error
+    for name in (field, field.rpartition(".")[2]):
+        if error.message.startswith(f"{name} "):
+            return error.restated(flag + error.message.removeprefix(name))
+    return error.restated(f"{flag}: {error.message}")
+
 
 def read_experts(text: str) -> list[WeightedExpert]:
     """The experts that a list such as `sql:0.7,acme/json@1.2.0,sha256:<64 hex digits>:0.3` names, in its order.
@@ -154,8 +217,9 @@ def _part(part: str) -> tuple[str, float | None]:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not -_WEIGHT_MAX <= weight <= _WEIGHT_MAX:
-        raise _bad(f"the weight of {name[:80]!r} is a number from -100 to 100, not {text[:80]!r}: {_FORM}")
+    if not is_weight(weight):
+        limits = f"from -{WEIGHT_MAX:g} to {WEIGHT_MAX:g}"
+        raise _bad(f"the weight of {name[:80]!r} is a number {limits}, not {text[:80]!r}: {_FORM}")
     return name, weight
 
 

@@ -9,12 +9,14 @@
 
 Iterators are ordinary generators; leaving one early cancels its call. A client may be used from several threads at
 once. All clients of a process share one event loop, in a thread that lives as long as one of them is open: grpc's
-asyncio works best with a single loop per process.
+asyncio works best with a single loop per process. What is still open when the interpreter ends is closed then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import sys
 import threading
 from concurrent.futures import CancelledError
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -286,17 +288,24 @@ class _Session:
         self._exits = AsyncExitStack()
 
     def __enter__(self) -> Self:
-        self._loop = _loop_thread.acquire()
+        self._loop = _loop_thread.acquire(self)
         self._is_open = True
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs; what is closed stays so."""
         with self._lock:
+            if not self._is_open:
+                return
             self._is_open = False
         try:
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+            if _loop_thread.is_running:
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         finally:
-            _loop_thread.release()
+            _loop_thread.release(self)
 
     def enter(self, context: AbstractAsyncContextManager[T]) -> T:
         """Enter a context on the loop, and leave it with this session."""
@@ -319,13 +328,19 @@ class _Session:
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """The items of a stream. Leaving the generator early closes the stream."""
+        steps: list[asyncio.Task[Any] | None] = []
 
         async def step() -> T:
+            steps[:] = [asyncio.current_task()]
             self._streams.add(stream)
             return await anext(stream, _END)
 
         async def close() -> None:
             self._streams.discard(stream)
+            for running in steps:  # an interrupt may come before there is anything that it could cancel
+                if running is not None and not running.done():
+                    running.cancel()
+                    await asyncio.wait([running])
             await stream.aclose()
 
         try:
@@ -368,26 +383,36 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._user_count = 0
+        self._sessions: set[_Session] = set()
 
-    def acquire(self) -> asyncio.AbstractEventLoop:
+    @property
+    def is_running(self) -> bool:
+        """Whether waiting for the thread can end: it stands still while the interpreter ends, and in a forked child."""
+        return self._thread.is_alive() and not sys.is_finalizing()
+
+    def acquire(self, session: _Session) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if not self._user_count:
+            if not self._sessions:
                 self._loop = asyncio.new_event_loop()
                 self._loop.set_exception_handler(_report)
                 self._thread = threading.Thread(target=self._loop.run_forever, name="hocket-client", daemon=True)
                 self._thread.start()
-            self._user_count += 1
+            self._sessions.add(session)
             return self._loop
 
-    def release(self) -> None:
+    def release(self, session: _Session) -> None:
         with self._lock:
-            self._user_count -= 1
-            if not self._user_count:
+            self._sessions.discard(session)
+            if not self._sessions and self.is_running:
                 asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result()
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
                 self._loop.close()
+
+    def close_all(self) -> None:
+        """Close what nobody has closed: later on, finalisers would wait for a thread that does not run any more."""
+        for session in tuple(self._sessions):
+            session.close()
 
 
 async def _end_tasks() -> None:
@@ -399,6 +424,7 @@ async def _end_tasks() -> None:
 
 
 _loop_thread: Final = _LoopThread()
+atexit.register(_loop_thread.close_all)
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

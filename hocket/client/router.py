@@ -186,7 +186,7 @@ class RouterClient:
         if on_missing not in _ON_MISSING:
             raise HocketError(Reason.BAD_REQUEST, "on_missing is 'fail' or 'renormalise'", field="on_missing")
         request = router_pb2.PredictRequest(
-            model=model,
+            model=_text("model", model),
             input=_tensor(rows),
             top_k=_count(top_k),
             partials=partials,
@@ -272,10 +272,10 @@ class RouterClient:
         request = router_pb2.GenerateRequest(
             input=_text_input(prompt, messages, raw),
             experts=_chosen(experts),
-            base=base,
+            base=_text("base", base),
             sampling=_sampling(sampling),
         )
-        call = self._stub.Generate(request, timeout=timeout_seconds, metadata=call_metadata())
+        call = self._stub.Generate(request, timeout=_timeout(timeout_seconds), metadata=call_metadata())
         try:
             with refusals():
                 async for response in call:
@@ -338,7 +338,7 @@ class RouterClient:
         Raises:
             HocketError: As the contract of Route says.
         """
-        request = router_pb2.RouteRequest(model=model, input=_tensor(rows), top_k=_count(top_k))
+        request = router_pb2.RouteRequest(model=_text("model", model), input=_tensor(rows), top_k=_count(top_k))
         with refusals():
             return await self._stub.Route(request, timeout=self._timeout_seconds, metadata=call_metadata())
 
@@ -362,12 +362,32 @@ class RouterClient:
         """One model: members, labels, signers.
 
         Raises:
-            HocketError: `UNKNOWN_MODEL`.
+            HocketError: `UNKNOWN_MODEL`; `BAD_REQUEST` if that is no text.
         """
+        request = router_pb2.GetMixtureRequest(model=_text("model", model))
         with refusals():
-            return await self._stub.GetMixture(
-                router_pb2.GetMixtureRequest(model=model), timeout=self._timeout_seconds, metadata=call_metadata()
-            )
+            return await self._stub.GetMixture(request, timeout=self._timeout_seconds, metadata=call_metadata())
+
+
+def _text(field: str, value: str) -> str:
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise HocketError(
+            Reason.BAD_REQUEST, f"{field} cannot be {value!a:.80}: give a text in UTF-8", field=field
+        ) from error
+    return value
+
+
+def _timeout(seconds: object) -> float | None:
+    """A deadline; None for the server's."""
+    if seconds is None or (isinstance(seconds, int | float) and 0 < seconds < _SECONDS_MAX):
+        return seconds
+    raise HocketError(
+        Reason.BAD_REQUEST,
+        f"timeout_seconds cannot be {seconds!a:.80}: give a number of seconds above 0, or None",
+        field="timeout_seconds",
+    )
 
 
 def _tensor(rows: ArrayLike) -> Tensor:

@@ -58,6 +58,7 @@ _ROUTER_SERVICE: Final = "hocket.v1.RouterService"
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser("hocket-suite", "Run the four services of Hocket, in one process or in one each.")
     arguments.add_argument("--split", action="store_true", help="run each service as a process of its own")
+    arguments.add_argument("--no-metrics", action="store_true", help="serve no /metrics (not with --split)")
     arguments.add_argument("--workers", type=int, default=1, metavar="N", help="expert workers (with --split)")
     return arguments.parse_args(argv)
 
@@ -71,12 +72,16 @@ def _settings(tables: Mapping[str, Mapping[str, Any]], environ: Mapping[str, str
     )
 
 
-async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, *, supervised: bool) -> None:
+async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, arguments: argparse.Namespace) -> None:
     """The suite in this process."""
     log = structlog.get_logger("suite")
-    stopping = stop_requested(supervised=supervised)
-    suite = Suite(settings, admin_token=tokens.admin, worker_token=tokens.worker, tls=tls)
-    await suite.start()
+    stopping = stop_requested(supervised=arguments.supervised)
+    metrics = not arguments.no_metrics
+    suite = Suite(settings, admin_token=tokens.admin, worker_token=tokens.worker, tls=tls, metrics=metrics)
+    if not await _started(suite, stopping):
+        log.info("stopping before it was ready")
+        await suite.stop()
+        os._exit(0)  # a thread that reads a base, of which nothing is left to end, would be waited for
     freeze()
     log.info("ready", router=str(suite.router_address), registry=str(suite.registry_address))
     await first_of(stopping, *suite.failures)
@@ -84,6 +89,20 @@ async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, *, supe
     await suite.stop()
     if any(failure.is_set() for failure in suite.failures):
         raise HocketError(Reason.NOT_READY, "a disk or a device has failed: see the log, mend it, and start again")
+
+
+async def _started(suite: Suite, stopping: asyncio.Event) -> bool:
+    """Start the suite; whether that was done before it was asked to stop."""
+    starting = asyncio.create_task(suite.start())
+    asked = asyncio.create_task(stopping.wait())
+    await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if starting.done():
+        await starting
+        return True
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    return False
 
 
 def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
@@ -205,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with refusals():
         if not 1 <= arguments.workers <= _WORKERS_MAX or (arguments.workers > 1 and not arguments.split):
             raise HocketError(Reason.BAD_REQUEST, f"--workers is 1 to {_WORKERS_MAX}, and above 1 only with --split")
+        if arguments.no_metrics and arguments.split:
+            raise HocketError(Reason.BAD_REQUEST, "--no-metrics is for one process: leave it out, or --split")
         tables = read_settings(arguments, os.environ)
         settings, tls = _settings(tables, os.environ), open_tls(**tables.get("tls", {}))
         tokens = read_tokens(settings.registry)
@@ -212,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_ports(addresses, tls=tls is not None)
         check_exposure(addresses, tokens, "registry", insecure=arguments.insecure)
         if not arguments.split:
-            uvloop.run(_run(settings, tokens, tls, supervised=arguments.supervised))
+            uvloop.run(_run(settings, tokens, tls, arguments))
             return
         parts = _parts(arguments, settings)
         _check_ports(settings, arguments.workers, tls=tls is not None)

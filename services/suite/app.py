@@ -87,6 +87,7 @@ class Suite:
         )
         self._metrics = metrics
         self._stop_metrics: list[Callable[[], None]] = []
+        self._is_ready = False
 
     @property
     def router_address(self) -> Address:
@@ -123,10 +124,15 @@ class Suite:
             raise TimeoutError(f"the worker was not heard of in {_READY_SECONDS_MAX:g} seconds: see the log") from None
         for server, _ in self._servers:
             server.set_ready()
+        self._is_ready = True
 
     async def stop(self) -> None:
-        """Drain the ports, as a process of one service does, then stop the services in reverse."""
-        await drain(self._servers, give_notice=not any(failure.is_set() for failure in self.failures))
+        """Drain the ports, as a process of one service does, then stop the services in reverse.
+
+        Also what a `start` that was cancelled has come to.
+        """
+        is_serving = self._is_ready and not any(failure.is_set() for failure in self.failures)
+        await drain(self._servers, give_notice=is_serving)
         for stop in self._stop_metrics:
             await asyncio.to_thread(stop)
         for app in (self._router, self._aggregator, self._worker, self._registry):

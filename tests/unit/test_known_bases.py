@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,9 +125,55 @@ class TestAdding:
         folder.mkdir(parents=True)
         (folder / "x.toml").write_text("name =")
 
-        with pytest.raises(HocketError, match="not TOML"):
+        with pytest.raises(HocketError, match=r"not TOML.*--replace mends it"):
             known_bases.add(folder, base, name="x")
         assert known_bases.add(folder, base, name="x", replace=True).path == base
+
+    def test_of_two_that_take_a_name_at_once_one_gets_it(
+        self, folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Both have found it free: the other one is named while this one hashes."""
+        other = make_base(tmp_path / "other", b"other weights")
+        add, write = known_bases.add, known_bases._write
+
+        def overtaken(*arguments: Any, **options: Any) -> bool:
+            monkeypatch.setattr(known_bases, "_write", write)
+            add(folder, other, name="x")
+            return write(*arguments, **options)
+
+        monkeypatch.setattr(known_bases, "_write", overtaken)
+        with pytest.raises(HocketError) as refusal:
+            known_bases.add(folder, base, name="x")
+        assert refusal.value.reason is Reason.NAME_TAKEN
+        assert known_bases.read(folder).bases == (KnownBase("x", other, base_digest(other)),)
+        assert [path.name for path in folder.iterdir()] == ["x.toml"]
+
+    def test_what_is_no_file_is_not_written_over_by_accident(self, folder: Path, base: Path, tmp_path: Path) -> None:
+        folder.mkdir(parents=True)
+        (tmp_path / "precious").write_text("precious")
+        (folder / "x.toml").symlink_to(tmp_path / "nowhere")
+        (folder / "y.toml").symlink_to(tmp_path / "precious")
+        (folder / "z.toml").mkdir()
+
+        for name in "xyz":
+            with pytest.raises(HocketError, match="--replace mends it"):
+                known_bases.add(folder, base, name=name)
+        known_bases.add(folder, base, name="x", replace=True)
+        known_bases.add(folder, base, name="y", replace=True)
+        with pytest.raises(HocketError, match="cannot be written"):
+            known_bases.add(folder, base, name="z", replace=True)
+        assert sorted(path.name for path in folder.iterdir()) == ["x.toml", "y.toml", "z.toml"]
+        assert (tmp_path / "precious").read_text() == "precious"
+        assert not (tmp_path / "nowhere").exists()
+
+    @pytest.mark.parametrize(("at", "taken"), [("/models/tiny", True), ("/models\0/tiny", False), ("models", False)])
+    def test_where_workers_find_it_is_a_path(self, folder: Path, base: Path, at: str, *, taken: bool) -> None:
+        if taken:
+            assert known_bases.add(folder, base, at=Path(at)).path == Path(at)
+        else:
+            with pytest.raises(HocketError, match=r"plainer path|no absolute path"):
+                known_bases.add(folder, base, at=Path(at))
+            assert known_bases.read(folder).bases == ()
 
     def test_a_folder_that_cannot_be_written_is_said_so(self, folder: Path, base: Path) -> None:
         folder.parent.mkdir()

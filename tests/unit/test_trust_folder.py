@@ -244,9 +244,17 @@ class TestEditing:
             TrustFolder(tmp_path / "file" / "trust").add_key(trusted())
         assert refusal.value.reason is Reason.BAD_TRUST_FILE
 
-    def test_a_file_that_cannot_be_written_leaves_trust_as_it_was(self, folder: TrustFolder, path: Path) -> None:
-        (path / ".acme.toml.new").mkdir()
-        with pytest.raises(HocketError) as refusal:
+    def test_a_file_that_cannot_be_written_leaves_trust_as_it_was(
+        self, folder: TrustFolder, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        there = sorted(path.iterdir())
+
+        def fail(_descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(HocketError, match="No space left") as refusal:
             folder.add_key(trusted(names=("iris",)))
         assert refusal.value.reason is Reason.BAD_TRUST_FILE
+        assert sorted(path.iterdir()) == there
         assert folder.read().keys[ACME_ID] == trusted()

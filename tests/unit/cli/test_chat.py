@@ -107,11 +107,22 @@ class TestScripting:
         assert outcome.code == 2
         assert "start a suite with `hocket up`" in outcome.err
 
-    def test_what_is_no_text_ends_it(self, hocket: Any, router: Router) -> None:
-        outcome = hocket("chat", stdin=b"\xff\nsecond\n")
+    def test_what_is_no_text_is_refused_and_the_rest_goes_on(self, hocket: Any, router: Router) -> None:
+        said = [b"\xff", b"/base \xff", b"/system \xff", b"/save \xff", "\u00e9".encode()]
+        outcome = hocket("chat", stdin=b"\n".join(said))
 
-        assert (outcome.code, outcome.out, router.requests) == (2, "", [])
-        assert "not text in UTF-8" in outcome.err
+        assert (outcome.code, outcome.out) == (2, f"{ANSWER}\n")
+        assert outcome.err.count("not text in UTF-8") == 4
+        [request] = router.requests
+        assert (request.base, turns(request)) == ("", [("user", "\u00e9")])
+
+    def test_what_cannot_be_a_file_is_refused_and_the_rest_goes_on(self, hocket: Any, router: Router) -> None:
+        names = ["~nosuchuser/x", "a\0b", "n" * 5000, "n/" * 5000]
+        outcome = hocket("chat", stdin="".join(f"/save {name}\n" for name in names) + "first\n")
+
+        assert (outcome.code, outcome.out) == (2, f"{ANSWER}\n")
+        assert [outcome.err.count(told) for told in ("cannot be a file", "cannot write a\\x00b")] == [3, 1]
+        assert len(router.requests) == 1
 
     @pytest.mark.usefixtures("interrupted")
     def test_an_interrupt_ends_it(self, hocket: Any, router: Router) -> None:
@@ -230,20 +241,23 @@ def test_a_person_at_a_terminal_talks(router_address: str, router: Router) -> No
             assert text in seen
             seen = seen.partition(text)[2]
 
-        wait_for(b"Ctrl-D ends")
-        wait_for(b"> ")
-        router.stall = True
-        os.write(ours, b"first\n")
-        wait_for(b"Sure:")
-        process.send_signal(signal.SIGINT)
-        wait_for(b"> ")
-        assert router.cancelled.wait(5)
-        router.stall = False
-        os.write(ours, b"second\n")
-        wait_for(ANSWER.encode())
-        wait_for(b"50.0 per second")
-        wait_for(b"> ")
-        os.write(ours, b"\x04")
-        assert process.wait(20) == 0
+        try:
+            wait_for(b"Ctrl-D ends")
+            wait_for(b"> ")
+            router.stall = True
+            os.write(ours, b"first\n")
+            wait_for(b"Sure:")
+            process.send_signal(signal.SIGINT)
+            wait_for(b"> ")
+            assert router.cancelled.wait(5)
+            router.stall = False
+            os.write(ours, b"second\n")
+            wait_for(ANSWER.encode())
+            wait_for(b"50.0 per second")
+            wait_for(b"> ")
+            os.write(ours, b"\x04")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
     os.close(ours)
     assert turns(router.requests[1]) == [("user", "first"), ("assistant", "Sure:"), ("user", "second")]

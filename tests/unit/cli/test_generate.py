@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hocket.cli import answer, serve
+from hocket.cli import answer, files, serve
 from hocket.cli.sampling import read_experts, written
 from hocket.errors import HocketError, Reason
 from hocket.v1 import router_pb2, text_pb2
@@ -123,7 +126,7 @@ def test_options_reach_the_request(hocket: Any, router: Router) -> None:
         "generate", "hi", "--experts", f"sql, acme/json@1.2.0:-0.5,{LOW}:2,{HIGH}", "--base", "qwen3-0.6b",
         "--system", "be short", "--temperature", 0.8, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.05,
         "--max-tokens", 100, "--seed", 2**64 - 1, "--stop", ";", "--stop", "\n\n", "--repetition-penalty", 1.1,
-        "--presence-penalty", -1, "--frequency-penalty", 0.5, "--logprobs", 3,
+        "--presence-penalty", -1, "--frequency-penalty", 0.5, "--logprobs", 3, "--json",
     )  # fmt: skip
     [request] = router.requests
 
@@ -162,7 +165,11 @@ def test_raw_text_is_sent_as_it_is(hocket: Any, router: Router) -> None:
         ((), b"\xff", "not text in UTF-8"),
         ((), "x" * (2**20 + 1), "larger than 1 MiB"),
         (("hi", "--raw", "--system", "x"), "", "--raw is read as it is"),
-        (("hi", "--seed", 2**64), "", "seed cannot be"),
+        (("hi", "--seed", 2**64), "", "--seed cannot be"),
+        (("hi", "--base", "\udcff"), "", "--base cannot be '\\udcff': give a text in UTF-8"),
+        (("hi", "--experts", "\udcff"), "", "--experts are names, or names with weights"),
+        (("hi", "--system", "\udcff"), "", "the input is text"),
+        (("\udcff",), "", "the input is text"),
         (("hi", "--top-k", -1), "", "--top-k"),
         (("hi", "--experts", "sql:0.7,sql"), "", "'sql' is named twice"),
         (("hi", "--device", "cpu", "--router", "127.0.0.1:1"), "", "leave out --router"),
@@ -183,6 +190,48 @@ def test_what_cannot_be_meant_is_refused(
 def test_the_largest_prompt_is_taken(hocket: Any, router: Router) -> None:
     assert hocket("generate", stdin="x" * 2**20).code == 0
     assert len(router.requests[0].input.prompt) == 2**20
+
+
+def test_what_asks_for_more_to_show_needs_something_that_shows_it(hocket: Any, router: Router) -> None:
+    assert "add one of them" in hocket("generate", "hi", "--logprobs", 3).err
+    assert hocket("generate", "hi", "--logprobs", 3, "--debug").code == 0
+    assert router.requests[0].sampling.top_logprobs == 3
+
+
+def test_without_standard_input_a_prompt_is_asked_for(hocket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "sys", SimpleNamespace(stdin=None))
+    for command in ("generate", "chat"):
+        outcome = hocket(command)
+        assert outcome.code == 2
+        assert "standard input is closed" in outcome.err
+    assert hocket("generate", "hi").out == f"{ANSWER}\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "told"),
+    [
+        ("base", "no live worker has it", "--base: no live worker has it"),
+        ("experts[0].weight", "it is too much", "--experts: it is too much"),
+        ("sampling.top_p", "sampling.top_p must be 0 to 1", "--top-p must be 0 to 1"),
+        ("sampling.top_logprobs", "top_logprobs must be 0 to 20", "--logprobs must be 0 to 20"),
+        ("input", "it is too long", "it is too long"),
+        (None, "it is busy", "it is busy"),
+    ],
+)
+def test_a_refusal_names_options(hocket: Any, router: Router, field: str | None, message: str, told: str) -> None:
+    router.refusal = HocketError(Reason.BAD_REQUEST, message, field=field)
+
+    assert hocket("generate", "x", "--json").document["error"] == {"reason": "BAD_REQUEST", "message": told}
+
+
+def test_a_program_reads_utf_8_whatever_the_locale(router_address: str, router: Router) -> None:
+    router.texts = ("é東🎉",)
+    done = subprocess.run(
+        [sys.executable, "-m", "hocket.cli.main", "generate", "x", "--router", router_address],
+        cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True,
+    )  # fmt: skip
+
+    assert done.stdout.decode() == "é東🎉\n"
 
 
 def test_a_refusal_is_a_reason_and_advice(hocket: Any, router: Router) -> None:
@@ -308,15 +357,20 @@ class TestOwnSuite:
         (tmp_path / "services" / "suite").mkdir(parents=True)
         (tmp_path / "services" / "__init__.py").touch()
         (tmp_path / "services" / "suite" / "__main__.py").write_text(
-            "import json, os, sys\n"
+            "import json, os, signal, sys\n"
+            "def end(*_): sys.exit(open('ended', 'w').close())\n"
+            "signal.signal(signal.SIGTERM, end)\n"
             "open('arguments', 'w').write(json.dumps(sys.argv[1:]))\n"
             "if os.path.exists('refuse'): sys.exit(open('refuse').read())\n"
             "sys.stderr.write('a warning that is no JSON\\n')\n"
+            "if os.path.exists('slow'): open('starting', 'w').close(); sys.stdin.read()\n"
+            "if os.path.exists('log'): sys.stderr.write(open('log').read())\n"
+            "if os.path.exists('killed'): os.kill(os.getpid(), signal.SIGKILL)\n"
             f"sys.stderr.write(json.dumps({{'event': 'ready', 'router': {router_address!r}}}) + '\\n')\n"
             "sys.stderr.flush()\n"
             "if os.path.exists('die'): sys.exit('hocket: the device is gone')\n"
             "sys.stdin.read()\n"
-            "open('ended', 'w').close()\n"
+            "end()\n"
         )
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -334,7 +388,7 @@ class TestOwnSuite:
         assert router.requests[0].base == ""
         assert (tmp_path / "ended").exists()
         arguments = json.loads((tmp_path / "arguments").read_text())
-        assert arguments[:3] == ["--supervised", "--log-format", "json"]
+        assert arguments[:4] == ["--supervised", "--no-metrics", "--log-format", "json"]
         assert {
             "router.host=127.0.0.1", "router.port=0", "registry.host=127.0.0.1", "registry.port=0",
             "worker.device=cpu", f"worker.base={added['digest']}", "worker.data_dir=d", "worker.bases_dir=d/bases",
@@ -350,8 +404,51 @@ class TestOwnSuite:
             "the suite of this command did not start: cannot open x: does another registry use this folder? "
             "(a suite that runs with this data answers without --device and --data)"
         )
-        (tmp_path / "refuse").write_text("")
-        assert "it said nothing" in hocket("generate", "x", "--device", "cpu").err
+        (tmp_path / "refuse").write_text("a traceback")
+        assert hocket("generate", "x", "--device", "cpu").err == (
+            "NOT_READY the suite of this command did not start: exit status 1: `hocket up` shows all that it logs\n"
+        )
+
+    def test_only_an_error_is_a_reason_to_end(self, hocket: Any, tmp_path: Path) -> None:
+        hocket("base", "add", "tiny")
+        (tmp_path / "killed").touch()
+        logged = '{"level": "error", "event": "step failed", "exception": "Traceback\\n  x\\nOutOfMemoryError: cuda"}\n'
+        for log, told in (
+            ("", "killed by SIGKILL (out of memory?): `hocket up`"),
+            ('{"level": "info", "event": "opening the base"}\n[]\n', "killed by SIGKILL (out of memory?): `hocket up`"),
+            (logged, "(out of memory?), after the error 'step failed: OutOfMemoryError: cuda': `hocket up`"),
+            (logged + "hocket: the disk is full\n", "did not start: the disk is full\n"),
+        ):
+            (tmp_path / "log").write_text(log)
+            assert told in hocket("generate", "x", "--device", "cpu").err
+
+    def test_a_chat_whose_suite_is_gone_ends_and_says_why(self, hocket: Any, tmp_path: Path, router: Router) -> None:
+        hocket("base", "add", "tiny")
+        router.refusal = HocketError(Reason.UNREACHABLE, "connection lost", grpc_status="UNAVAILABLE")
+        outcome = hocket("chat", "--device", "cpu", stdin="one\ntwo\n")
+        assert outcome.err == "UNREACHABLE connection lost\n" * 2
+
+        (tmp_path / "die").touch()
+        outcome = hocket("chat", "--device", "cpu", stdin="one\ntwo\n")
+        assert outcome.err == "NOT_READY the suite of this command has ended: the device is gone\n"
+        assert outcome.code == 2
+
+    def test_ctrl_c_while_it_starts_ends_it_at_once(self, tmp_path: Path, hocket: Any) -> None:
+        hocket("base", "add", "tiny")
+        (tmp_path / "slow").touch()
+        program = "import importlib.util; importlib.util.find_spec = lambda name: name\n"
+        program += "from hocket.cli.main import main; main()"
+        command = [sys.executable, "-c", program, "generate", "x", "--device", "cpu"]
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 20
+            while not (tmp_path / "starting").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=5)
+
+        assert (process.returncode, (tmp_path / "ended").exists()) == (130, True)
+        assert "Traceback" not in err
 
     def test_a_suite_that_ends_too_soon_says_why(self, hocket: Any, tmp_path: Path, router: Router) -> None:
         hocket("base", "add", "tiny")

@@ -125,10 +125,13 @@ def test_nobody_reading_the_output_is_silent() -> None:
     assert done.stderr == ""
 
 
-def test_an_ascii_terminal_shows_what_it_can(tmp_path: Path) -> None:
+def test_programs_read_utf_8_and_people_what_their_terminal_can_show(tmp_path: Path) -> None:
     path = tmp_path / "name.apr"
     path.write_bytes(apr_bytes(name="h\u00e4user"))
     done = run_as_program(f"inspect {path}", PYTHONIOENCODING="ascii")
 
     assert done.returncode == 0, done.stderr
-    assert "h?user" in done.stdout
+    assert "h\u00e4user" in done.stdout
+    refused = run_as_program(f"inspect {tmp_path}/h\u00e4user.apr", PYTHONIOENCODING="ascii")
+    assert refused.returncode == 2
+    assert "h?user.apr" in refused.stderr

@@ -179,7 +179,7 @@ def test_verify_refuses_a_release_under_another_name(hocket: Any, package: Path)
 
 def test_verify_refuses_what_is_genuine_but_cannot_serve(hocket: Any, tmp_path: Path) -> None:
     path = tmp_path / "odd.expert"
-    path.write_bytes(expert_package(config={"bias": "all"}))
+    path.write_bytes(expert_package(config={"init_lora_weights": "pissa"}))
     outcome = hocket("verify", path, "--allow-unsigned", "--json")
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "NOT_SERVABLE")
     path.write_bytes(expert_package())

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +26,7 @@ from tests.signing import envelope_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ROOT = Path(__file__).parents[3]
 ROW = [0.5, 1.5]
 
 
@@ -212,6 +218,28 @@ def test_an_interrupt_ends_the_call(
     assert scripted.cancelled.wait(5)
 
 
+def test_an_interrupt_just_when_a_step_has_begun_ends_the_call(
+    router: RouterClient, scripted: ScriptedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the hand-over to the loop and the wait for it."""
+    scripted.stall = True
+    events = router.generate("hi")
+    while not isinstance(next(events), TextDelta):
+        pass
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    def interrupted(*arguments: Any) -> None:
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", hand_over)
+        hand_over(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+
+    assert scripted.cancelled.wait(5)
+
+
 def test_every_verb_of_the_registry(registry_address: str, scripted_registry: ScriptedRegistry) -> None:
     data = bytes(range(256)) * 4096
     moved: list[tuple[int, int]] = []
@@ -244,6 +272,38 @@ def test_nobody_at_the_address_is_unreachable() -> None:
     with connect("127.0.0.1:1") as router, pytest.raises(HocketError) as refused:
         router.get_mixture("digits")
     assert refused.value.reason is Reason.UNREACHABLE
+
+
+LEFT_OPEN = """
+import atexit, os, sys
+from hocket.client import blocking
+def ask():
+    with blocking.connect(sys.argv[1]) as router:
+        yield from router.generate("hi")
+client = blocking.connect(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print(client.__enter__().answer_text('hi').text)",
+        "events = client.__enter__().generate('hi'); next(events)",
+        "events = ask(); next(events)",
+        "sys.modules['kept'] = events = ask(); next(events)",
+        # as what is opened while the interpreter ends
+        "atexit.unregister(blocking._loop_thread.close_all); events = ask(); next(events)",
+        # the loop does not run in the child
+        "client.__enter__().get_mixture('digits'); os.fork() or sys.exit(); assert os.wait()[1] == 0",
+        "with client as router: print(router.answer_text('hi').text)",
+    ],
+)
+def test_what_is_left_open_does_not_hold_up_the_end_of_a_program(address: str, code: str) -> None:
+    command = [sys.executable, "-c", LEFT_OPEN + code, address]
+    quiet = {**os.environ, "GRPC_VERBOSITY": "NONE"}  # grpc remarks on a fork
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False, timeout=30)
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_only_the_harmless_complaint_of_a_shared_queue_is_dropped() -> None:

@@ -61,6 +61,15 @@ async def test_what_cannot_be_sent_is_refused_before_it_is(
     assert scripted.requests == []
 
 
+@pytest.mark.parametrize("model", ["\udcff", 5, None])
+async def test_a_model_s_name_is_text(router: RouterClient, scripted: ScriptedRouter, model: Any) -> None:
+    for call in (router.answer(model, ROW), router.route(model, ROW), router.get_mixture(model)):
+        with pytest.raises(HocketError) as caught:
+            await call
+        assert (caught.value.reason, caught.value.field) == (Reason.BAD_REQUEST, "model")
+    assert scripted.requests == []
+
+
 async def test_what_can_be_sent_is(router: RouterClient, scripted: ScriptedRouter) -> None:
     await router.answer(
         "digits", ROW, top_k=1, min_coverage=0.25, straggler_timeout_seconds=1e-9, on_missing="renormalise"
@@ -188,7 +197,15 @@ async def test_what_is_not_said_is_not_sent(router: RouterClient, scripted: Scri
         ({"prompt": None, "messages": ["hi"]}, "input"),
         ({"prompt": 7}, "input"),
         ({"prompt": "half a character: \ud800"}, "input"),
+        ({"base": "\udcff"}, "base"),
+        ({"base": 5}, "base"),
+        ({"base": None}, "base"),
+        ({"timeout_seconds": "x"}, "timeout_seconds"),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds"),
         ({"experts": {"sql": "much"}}, "experts"),
+        ({"experts": "\udcff"}, "experts"),
         ({"experts": [("sql",)]}, "experts"),
         ({"experts": [7]}, "experts"),
         ({"experts": 7}, "experts"),
