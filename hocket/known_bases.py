@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from safetensors import SafetensorError, safe_open
+
 from hocket.base_folder import base_digest, base_name
 from hocket.bases import normalised_name
 from hocket.errors import HocketError, Reason
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _SUFFIX: Final = ".toml"
 _FILE_SIZE_BYTES_MAX: Final = 64 * 1024
 _FILE_MODE: Final = 0o644
+_CONFIG_BYTES_MAX: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,11 @@ class KnownBases:
         names = ", ".join(base.name for base in self.bases)
         if not wanted:
             if len(self.bases) > 1:
-                raise HocketError(Reason.BAD_REQUEST, f"several bases are known: say which one ({names})", field="base")
+                raise HocketError(
+                    Reason.BAD_REQUEST,
+                    f"several bases are known ({names}): say which one, --base NAME or worker.base",
+                    field="base",
+                )
             return self.bases[0] if self.bases else None
         found = [base for base in self.bases if wanted == base.digest or normalised_name(wanted) == base.name]
         if not found:
@@ -147,6 +154,7 @@ def add(
             raise error.restated(f"{error.message}: choose another (--name)") from error
     else:
         check_name(name, "name of a base")
+    _check_files(base)
     known = KnownBase(name, at or base.resolve(), base_digest(base, on_progress))
     path = folder / f"{name}{_SUFFIX}"
     if not _write(path, known, replace=replace):
@@ -171,6 +179,32 @@ def remove(folder: Path, name: str) -> KnownBase:
     except OSError as error:
         raise _bad(f"{known.name} cannot be removed from {folder} ({error.strerror})") from error
     return known
+
+
+def _check_files(base: Path) -> None:
+    """Refuse what no worker could open, before all of it is read: whether one can, only opening it tells.
+
+    Raises:
+        HocketError: `BAD_REQUEST` for a damaged configuration or weight file, or a base without its tokenizer.
+    """
+    try:
+        config = json.loads((base / "config.json").read_bytes()[: _CONFIG_BYTES_MAX + 1])
+    except FileNotFoundError:
+        return  # no base at all, and that is said better
+    except (OSError, ValueError, RecursionError) as error:
+        raise _bad(f"config.json in {base} cannot be read: is the download complete? ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise _bad(f"config.json in {base} names no model_type: give a model directory of transformers")
+    for weights in sorted(base.glob("*.safetensors")):
+        try:
+            with safe_open(weights, "np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _bad(f"{weights.name} in {base} is damaged: is the download complete? ({error})") from error
+    if not (base / "tokenizer.json").is_file():
+        raise _bad(
+            f"{base} has no tokenizer.json: save it there with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
 
 
 def _read_file(path: Path) -> KnownBase:

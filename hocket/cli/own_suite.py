@@ -55,7 +55,8 @@ def own_router(
     known = base.read(data)
     chosen = known.find(wanted)
     if chosen is None:
-        raise HocketError(Reason.NO_BASE, "no base model may be served yet: `hocket base add PATH` adds one")
+        where = "" if data is None else f" --data {data}"
+        raise HocketError(Reason.NO_BASE, f"no base model may be served yet: `hocket base add PATH{where}` adds one")
     serve.check_installed("transformers")
     settings = {
         **serve.data_settings(data),

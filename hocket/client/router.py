@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 
-from hocket.client.calls import call_metadata, refusals
+from hocket.client.calls import GRPC_STATUS, call_metadata, refusals
 from hocket.errors import HocketError, Reason
 from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
 from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc, text_pb2
@@ -276,9 +276,11 @@ class RouterClient:
             sampling=_sampling(sampling),
         )
         call = self._stub.Generate(request, timeout=_timeout(timeout_seconds), metadata=call_metadata())
+        begun = False
         try:
             with refusals():
                 async for response in call:
+                    begun = True
                     match response.WhichOneof("event"):
                         case "plan":
                             yield TextPlanned(response.plan, response.request_id)
@@ -288,6 +290,12 @@ class RouterClient:
                             yield response.delta
                         case "finish":
                             yield response.finish
+        except HocketError as error:
+            if begun and error.reason is Reason.UNREACHABLE and GRPC_STATUS in error.metadata:
+                raise HocketError(
+                    Reason.STREAM_BROKEN, "the answer broke off: the server has gone away; ask again", **error.metadata
+                ) from error
+            raise
         finally:
             call.cancel()
 

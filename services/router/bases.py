@@ -103,7 +103,7 @@ def _named(wanted: str, bases: Sequence[Base]) -> Sequence[Base]:
     if not bases:
         raise HocketError(
             Reason.UNKNOWN_BASE,
-            "no live worker has a base: add one (`hocket base add FOLDER`) and start a worker with it",
+            "no live worker has a base: add one (`hocket base add FOLDER`), and start the suite or its workers again",
             field="base",
         )
     if not wanted:

@@ -19,6 +19,7 @@ import structlog
 from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of, is_digest
 from hocket.mixtures import MixtureRef, SoftmaxGate, parse_mixture, read_gate
+from hocket.rpc.channel import LOCAL
 from hocket.telemetry import metrics
 from hocket.v1.registry_pb2 import Synced, WatchResponse
 from services.router.bases import RecentBases
@@ -338,7 +339,8 @@ class Directory:
 
         for event in events:
             if event.HasField("worker"):
-                self._workers[event.worker.worker] = event.worker
+                if not event.worker.address.startswith(LOCAL):  # a worker inside a process that has ended
+                    self._workers[event.worker.worker] = event.worker
             elif not event.HasField("synced"):
                 await self._take(view, event, fetch)
         if events:

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from hocket import known_bases
 from hocket.base_folder import base_digest
@@ -16,8 +18,9 @@ DIGEST = "sha256:" + "ab" * 32
 
 def make_base(path: Path, weights: bytes = b"weights") -> Path:
     path.mkdir(parents=True)
-    (path / "config.json").write_bytes(b"{}")
-    (path / "model.safetensors").write_bytes(weights)
+    (path / "config.json").write_bytes(b'{"model_type": "toy"}')
+    (path / "model.safetensors").write_bytes(save({"weights": np.frombuffer(weights, np.uint8)}))
+    (path / "tokenizer.json").write_bytes(b"{}")
     return path
 
 
@@ -75,7 +78,8 @@ class TestAdding:
         told: list[tuple[int, int]] = []
         known_bases.add(folder, base, on_progress=lambda done, total: told.append((done, total)))
 
-        assert told[-1] == (9, 9)
+        size = sum(path.stat().st_size for path in base.iterdir())
+        assert told[-1] == (size, size)
 
     @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
     def test_a_folder_that_is_no_base_is_refused(self, folder: Path, base: Path, missing: str) -> None:
@@ -84,6 +88,28 @@ class TestAdding:
         with pytest.raises(HocketError, match="is no base model") as refusal:
             known_bases.add(folder, base)
         assert refusal.value.reason is Reason.BAD_REQUEST
+
+    @pytest.mark.parametrize(
+        ("name", "content", "says"),
+        [
+            ("config.json", b"{", "config.json in .* cannot be read"),
+            ("config.json", b"[]", "names no model_type"),
+            ("model.safetensors", b"x", "model.safetensors in .* is damaged"),
+            ("tokenizer.json", None, "has no tokenizer.json"),
+        ],
+    )
+    def test_what_no_worker_could_open_is_refused(
+        self, folder: Path, base: Path, name: str, content: bytes | None, says: str
+    ) -> None:
+        sound = (base / name).read_bytes()
+        (base / name).unlink()
+        if content is not None:
+            (base / name).write_bytes(content)
+        with pytest.raises(HocketError, match=says) as refusal:
+            known_bases.add(folder, base)
+        assert refusal.value.reason is Reason.BAD_REQUEST
+        (base / name).write_bytes(sound)
+        known_bases.add(folder, base)
 
     def test_what_is_no_folder_is_refused(self, folder: Path, base: Path) -> None:
         (base.parent / "loop").symlink_to("loop")

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from hocket.base_folder import base_digest
 
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "models" / "Tiny-0.1B"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_bytes(b"{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_bytes(b'{"model_type": "toy"}')
+    (folder / "model.safetensors").write_bytes(save({"weights": np.zeros(3, np.uint8)}))
+    (folder / "tokenizer.json").write_bytes(b"{}")
     return folder
 
 
@@ -69,7 +72,7 @@ def test_a_check_reads_the_folder_again(hocket: Any, base: Path) -> None:
 
 def test_a_name_goes_to_another_base_only_when_told(hocket: Any, base: Path) -> None:
     hocket("base", "add", base, "--name", "x")
-    (base / "config.json").write_bytes(b"[]")
+    (base / "config.json").write_bytes(b'{"model_type": "other"}')
 
     refused = hocket("base", "add", base, "--name", "x", "--json")
     assert (refused.code, refused.document["error"]["reason"]) == (2, "NAME_TAKEN")

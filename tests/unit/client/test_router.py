@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from hocket.client.router import Answer, RouterClient, TextPlanned
 from hocket.errors import HocketError, Reason
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
-from hocket.v1 import plan_pb2, router_pb2, text_pb2
+from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc, text_pb2
 from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from tests.fakes import BASE, ScriptedRouter
 
@@ -268,3 +269,25 @@ async def test_a_text_without_an_end_is_no_answer() -> None:
     with pytest.raises(HocketError) as caught:
         await RouterClient(LocalChannel(handlers)).answer_text("hi")
     assert caught.value.reason is Reason.INTERNAL
+
+
+@pytest.mark.parametrize(("begun", "reason"), [(True, Reason.STREAM_BROKEN), (False, Reason.UNREACHABLE)])
+async def test_a_server_that_goes_away_in_mid_answer_is_not_one_that_was_never_there(
+    reason: Reason, *, begun: bool
+) -> None:
+    class Leaving(router_pb2_grpc.RouterServiceServicer):
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[router_pb2.GenerateResponse]:
+            del request
+            if begun:
+                yield router_pb2.GenerateResponse(plan=text_pb2.TextPlan())
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+    server = grpc.aio.server()
+    add_RouterServiceServicer_to_server(Leaving(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(HocketError) as caught:
+            await RouterClient(channel).answer_text("hello")
+    await server.stop(None)
+    assert caught.value.reason is reason

@@ -517,6 +517,16 @@ async def test_what_was_known_earlier_is_not_ready_while_the_registry_speaks(
         await asyncio.wait_for(directory.wait_for_worker(), 2)
 
 
+async def test_a_worker_inside_a_process_that_has_ended_is_not_remembered(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "router.view")
+    workers = [WorkerState(worker="inside", address="local:worker"), WorkerState(worker="apart", address="a:1")]
+    await asyncio.to_thread(kept.write, [*(event(worker=worker) for worker in workers), synced(1)], [])
+    silent = ScriptedRegistry(*[HocketError(Reason.UNREACHABLE, "down")] * 1000)
+    async with following(silent, kept) as directory:
+        await until(lambda: directory._snapshot is not None)
+        assert [worker.name for worker in directory.snapshot.workers] == ["apart"]
+
+
 async def test_a_copy_made_by_a_router_that_knew_no_adapters_is_served_from(tmp_path: Path) -> None:
     """Its bytes, as that router wrote them for a package of one feature and one column."""
     path = tmp_path / "router.view"
