@@ -293,7 +293,9 @@ class RouterClient:
         except HocketError as error:
             if begun and error.reason is Reason.UNREACHABLE and GRPC_STATUS in error.metadata:
                 raise HocketError(
-                    Reason.STREAM_BROKEN, "the answer broke off: the server has gone away; ask again", **error.metadata
+                    Reason.STREAM_BROKEN,
+                    "the answer broke off: the server has gone away; ask again",
+                    grpc_status=error.metadata[GRPC_STATUS],
                 ) from error
             raise
         finally:
