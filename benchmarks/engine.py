@@ -33,6 +33,7 @@ from examples.text.random_base import write_base
 from hocket.packages import Policy, TrustRoots, open_package
 from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, AdapterKind, BaseModel
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive
+from services.expert_worker.device import compute_threads
 from services.expert_worker.engine.base import open_base
 from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.folding import fold
@@ -66,8 +67,6 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
 _DISTINCT: Final = 32
 _COMPOSED: Final = 10
 _MIXED: Final = 16
-_PROMPT_TOKENS: Final = 32
-_LONG_PROMPT_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,20 +384,21 @@ def _seat(mixer: Mixer, expert: AdapterExpert) -> None:
 
 async def _measure(shape: str, device: torch.device, folder: Path, rounds: int) -> tuple[list[Any], list[Any]]:
     sizes = _SHAPES[shape]
-    many, new_tokens = (32, 64) if shape == "small" or device.type == "cuda" else (32, 16)
+    quick = shape == "small" or device.type == "cuda"
+    prompt_tokens, new_tokens, long_prompt_tokens = (32, 64, 512) if quick else (16, 8, 256)
     path = write_base(folder / f"base-{shape}", sizes)
     base = open_base(path, expected_digest=None, device=device)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
     vocabulary = sizes["vocab_size"]
-    some = _work(_MIXED, _PROMPT_TOKENS, new_tokens, vocabulary)
+    some = _work(_MIXED, prompt_tokens, new_tokens, vocabulary)
     rows = await _beside_transformers(
         shape,
         base,
         model,
         {
             f"{_MIXED} answers of {new_tokens} tokens": some,
-            f"first token after {_LONG_PROMPT_TOKENS}": _work(1, _LONG_PROMPT_TOKENS, 1, vocabulary),
+            f"first token after {long_prompt_tokens}": _work(1, long_prompt_tokens, 1, vocabulary),
         },
         rounds,
     )
@@ -407,7 +407,7 @@ async def _measure(shape: str, device: torch.device, folder: Path, rounds: int) 
     arena_bytes = 3 * sum(expert.size_bytes for expert in experts)
     mixer = Mixer(base.causal_lm, base.projections, arena_bytes)
     folders = [folder / f"expert-{seed}" for seed in range(_DISTINCT)]
-    rows += await _serving(shape, base, mixer, experts, _work(many, _PROMPT_TOKENS, new_tokens, vocabulary), rounds)
+    rows += await _serving(shape, base, mixer, experts, _work(_DISTINCT, prompt_tokens, new_tokens, vocabulary), rounds)
     rows += await _beside_peft(shape, base, mixer, experts, folders, some, model, rounds)
     return rows, _loading(shape, base, mixer, files[0], rounds)
 
@@ -417,7 +417,7 @@ async def main() -> None:
     parser = command_line(__doc__, rounds=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--shape", choices=("all", *_SHAPES), default="all")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side on a CPU")
+    parser.add_argument("--threads", type=int, default=compute_threads(0), help="threads of each side on a CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
@@ -427,7 +427,8 @@ async def main() -> None:
     loads: list[Any] = []
     for shape in _SHAPES if arguments.shape == "all" else (arguments.shape,):
         with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
-            rows, loading = await _measure(shape, device, Path(folder), arguments.rounds)
+            rounds = arguments.rounds if shape == "small" or device.type == "cuda" else 1
+            rows, loading = await _measure(shape, device, Path(folder), rounds)
         speed += rows
         loads += loading
         gc.collect()
