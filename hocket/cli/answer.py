@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     Event = TextPlanned | TextStart | TextDelta | TextFinish
 
 _KEPT: Final = "\n\t"
+_DEGRADATIONS: Final = {
+    "BASE_BY_NAME": "BASE_BY_NAME, an expert says for which base it is by name alone (pack it with --base FOLDER)",
+    "UNSIGNED_EXPERT": "UNSIGNED_EXPERT, nobody trusted has signed an expert that answered",
+}
 
 
 class Telling:
@@ -65,7 +69,7 @@ class Telling:
             if self._at_terminal:
                 _dim(_summary(self._planned.plan, self._finish))
             if self._finish.degradations:
-                output.say(f"Given up on the way: {', '.join(self._finish.degradations)}", stderr=True)
+                output.say(f"Note: {'; '.join(map(_explained, self._finish.degradations))}", stderr=True)
 
     def show(self, events: Generator[Event, None, None]) -> None:
         """Show an answer to its end. An interrupt ends the call as well.
@@ -118,10 +122,10 @@ def _summary(plan: TextPlan, finish: TextFinish) -> str:
     if finish.reason == TEXT_FINISH_REASON_LENGTH:
         parts[-1] += " (cut off: --max-tokens, or the base's context)"
     if finish.speed.decode_tokens_per_second:
-        parts.append(f"{finish.speed.decode_tokens_per_second:.1f} per second")
+        parts.append(f"{finish.speed.decode_tokens_per_second:.3g} tokens/s")
     timings = finish.timings
     first_seconds = sum(_seconds(each) for each in (timings.route, timings.wait, timings.prefill))
-    parts.append(f"the first after {first_seconds:.2f} s")
+    parts.append(f"first after {first_seconds:.2g} s")
     return ", ".join(parts)
 
 
@@ -132,7 +136,9 @@ def _print_plan(planned: TextPlanned) -> None:
     for expert in plan.experts:
         _dim(f"  {expert.weight:g} of {expert.name} {expert.digest if expert.digest != expert.name else ''}".rstrip())
     for replica in plan.replicas:
-        _dim(f"  worker {replica.worker} at {replica.address}{', holds them' if replica.resident else ''}")
+        _dim(
+            f"  worker {replica.worker} at {replica.address}{', holds every expert' if replica.resident and plan.experts else ''}"
+        )
     _dim(f"  seed {plan.seed}, registry revision {plan.revision}, request id {planned.request_id}")
 
 
@@ -182,6 +188,11 @@ def _print_finish(finish: TextFinish) -> None:
         f"decode {speed.decode_tokens_per_second:.1f}; {speed.step_count} steps, "
         f"from token to token {_milliseconds(speed.step_mean)}, at most {_milliseconds(speed.step_max)}"
     )
+
+
+def _explained(degradation: str) -> str:
+    """What a stable word means to a person."""
+    return _DEGRADATIONS.get(degradation, degradation)
 
 
 def _dim(text: str) -> None:

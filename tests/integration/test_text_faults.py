@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hocket.client import RouterClient
     from tests.clusters import Member
 
+pytestmark = pytest.mark.long  # two workers that import torch and transformers, each time one is killed
+
 ACME = Publisher("acme", ACME_SEED)
 ZETA = Publisher("zeta", ZETA_SEED)
 CONTEXT = 16384
@@ -241,7 +243,6 @@ async def test_a_worker_killed_in_mid_answer_breaks_that_one_and_the_next_comes_
             assert following.ids == wanted
 
 
-@pytest.mark.long
 async def test_a_worker_killed_before_its_first_event_is_not_noticed(cluster: Cluster) -> None:
     async with cluster.client() as client:
         wanted = (await answer(client, 10)).ids
@@ -261,7 +262,6 @@ async def test_a_worker_killed_before_its_first_event_is_not_noticed(cluster: Cl
             assert running.worker == other
 
 
-@pytest.mark.long
 async def test_a_worker_that_is_asked_to_end_ends_its_answers_first(cluster: Cluster) -> None:
     async with cluster.client() as client, reading(client, 2000, "two") as running:
         await running.until(20)
@@ -276,7 +276,6 @@ async def test_a_worker_that_is_asked_to_end_ends_its_answers_first(cluster: Clu
         assert beside.ids == running.ids[:20]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("how", ["yank", "revoke"])
 async def test_an_expert_withdrawn_in_mid_answer_ends_that_and_begins_no_other(cluster: Cluster, how: str) -> None:
     data = random_package(seed=len(how), name=how)
@@ -318,7 +317,6 @@ async def known(client: RouterClient, digest: str) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.long
 async def test_workers_killed_again_and_again_break_only_their_own_answers(cluster: Cluster) -> None:
     """Each answer is either whole and right, or broken off and right so far. Both workers serve before each kill."""
     async with cluster.client() as client:

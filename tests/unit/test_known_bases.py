@@ -4,24 +4,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
 
 from hocket import known_bases
 from hocket.base_folder import base_digest
 from hocket.errors import HocketError, Reason
 from hocket.known_bases import KnownBase
+from tests.bases import hollow_base
 
 DIGEST = "sha256:" + "ab" * 32
-
-
-def make_base(path: Path, weights: bytes = b"weights") -> Path:
-    path.mkdir(parents=True)
-    (path / "config.json").write_bytes(b'{"model_type": "toy"}')
-    (path / "model.safetensors").write_bytes(save({"weights": np.frombuffer(weights, np.uint8)}))
-    (path / "tokenizer.json").write_bytes(b"{}")
-    return path
 
 
 def text_of(name: str = "tiny", path: str = "/models/tiny", digest: str = DIGEST) -> str:
@@ -35,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "Tiny-0.1B")
+    return hollow_base(tmp_path / "Tiny-0.1B")
 
 
 class TestAdding:
@@ -48,7 +39,7 @@ class TestAdding:
         assert [path.name for path in folder.iterdir()] == ["tiny-0.1b.toml"]
 
     def test_a_model_of_the_hub_s_cache_is_called_by_its_id(self, folder: Path, tmp_path: Path) -> None:
-        base = make_base(tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de2")
+        base = hollow_base(tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de2")
 
         assert known_bases.add(folder, base).name == "qwen3-0.6b"
 
@@ -59,7 +50,7 @@ class TestAdding:
 
     @pytest.mark.parametrize("name", ["with space", 'quo"te', "tab\there", "back\\slash", "é東🎉", "del\x7f"])
     def test_every_path_reads_back(self, folder: Path, tmp_path: Path, name: str) -> None:
-        base = make_base(tmp_path / name)
+        base = hollow_base(tmp_path / name)
         if name == "del\x7f":  # TOML has no place for it
             with pytest.raises(HocketError, match="plainer path"):
                 known_bases.add(folder, base, name="x")
@@ -68,7 +59,7 @@ class TestAdding:
             assert known_bases.add(folder, base, name="x") == known_bases.read(folder).find("x")
 
     def test_a_path_that_is_no_text_is_refused(self, folder: Path, tmp_path: Path) -> None:
-        base = make_base(tmp_path / os.fsdecode(b"\xff"))
+        base = hollow_base(tmp_path / os.fsdecode(b"\xff"))
 
         with pytest.raises(HocketError, match="plainer path"):
             known_bases.add(folder, base, name="x")
@@ -124,7 +115,7 @@ class TestAdding:
         assert not folder.exists()
 
     def test_a_folder_with_no_fit_name_needs_one(self, folder: Path, tmp_path: Path) -> None:
-        base = make_base(tmp_path / "my model")
+        base = hollow_base(tmp_path / "my model")
 
         with pytest.raises(HocketError, match="--name"):
             known_bases.add(folder, base)
@@ -132,7 +123,7 @@ class TestAdding:
 
     def test_a_name_stays_with_its_base_unless_it_is_replaced(self, folder: Path, base: Path, tmp_path: Path) -> None:
         known = known_bases.add(folder, base, name="x")
-        other = make_base(tmp_path / "other", b"other weights")
+        other = hollow_base(tmp_path / "other", b"xyz")
 
         with pytest.raises(HocketError) as refusal:
             known_bases.add(folder, other, name="x")
@@ -159,7 +150,7 @@ class TestAdding:
         self, folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Both have found it free: the other one is named while this one hashes."""
-        other = make_base(tmp_path / "other", b"other weights")
+        other = hollow_base(tmp_path / "other", b"xyz")
         add, write = known_bases.add, known_bases._write
 
         def overtaken(*arguments: Any, **options: Any) -> bool:

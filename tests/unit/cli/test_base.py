@@ -2,11 +2,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
 
 from hocket.base_folder import base_digest
+from tests.bases import hollow_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,12 +13,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "models" / "Tiny-0.1B"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_bytes(b'{"model_type": "toy"}')
-    (folder / "model.safetensors").write_bytes(save({"weights": np.zeros(3, np.uint8)}))
-    (folder / "tokenizer.json").write_bytes(b"{}")
-    return folder
+    return hollow_base(tmp_path / "models" / "Tiny-0.1B")
 
 
 def test_a_base_is_added_listed_and_removed(hocket: Any, home: Path, base: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_person_at_a_terminal_talks(router_address: str, router: Router) -> No
             router.stall = False
             os.write(ours, b"second\n")
             wait_for(ANSWER.encode())
-            wait_for(b"50.0 per second")
+            wait_for(b"50 tokens/s")
             wait_for(b"> ")
             os.write(ours, b"\x04")
             assert process.wait(20) == 0

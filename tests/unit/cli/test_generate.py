@@ -18,6 +18,7 @@ from hocket.cli import answer, files, serve
 from hocket.cli.sampling import read_experts, written
 from hocket.errors import HocketError, Reason
 from hocket.v1 import router_pb2, text_pb2
+from tests.bases import hollow_base
 from tests.fakes import BASE, HIGH, LOW, ScriptedRouter
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class TestScripting:
         outcome = hocket("generate", "list two", *MIXED)
 
         assert (outcome.code, outcome.out) == (0, f"{ANSWER}\n")
-        assert outcome.err == "Given up on the way: BASE_BY_NAME\n"
+        assert outcome.err.startswith("Note: BASE_BY_NAME, an expert says for which base it is by name alone")
 
     def test_the_prompt_comes_through_a_pipe(self, hocket: Any, router: Router) -> None:
         for arguments, stdin in (((), "two\nlines\n"), (("-",), "two\nlines\r\n"), (("two\nlines",), "ignored")):
@@ -254,8 +255,8 @@ class TestAtATerminal:
 
         assert outcome.out == f"{ANSWER}\n"
         assert outcome.err.splitlines() == [
-            "acme/sql@1.0.0 0.7, acme/json@1.0.0 0.3, 3 tokens, 50.0 per second, the first after 0.02 s",
-            "Given up on the way: BASE_BY_NAME",
+            "acme/sql@1.0.0 0.7, acme/json@1.0.0 0.3, 3 tokens, 50 tokens/s, first after 0.023 s",
+            "Note: BASE_BY_NAME, an expert says for which base it is by name alone (pack it with --base FOLDER)",
         ]
 
     def test_without_experts_it_is_the_base(self, hocket: Any) -> None:
@@ -296,7 +297,7 @@ def test_debug_shows_everything_on_standard_error(hocket: Any, router: Router) -
         f"plan: ADAPTER_MIX on base Qwen3-0.6B ({BASE})",
         f"0.7 of acme/sql@1.0.0 {LOW}",
         f"0.3 of acme/json@1.0.0 {HIGH}",
-        "worker worker-a at 127.0.0.1:50054, holds them",
+        "worker worker-a at 127.0.0.1:50054, holds every expert",
     ]
     assert lines[4] == "seed 42, registry revision 7, request id request-1"
     assert lines[5] == "start: worker-a, 12 tokens of prompt after 4 of soft prompts, template qwen3, waited 3.0 ms"
@@ -375,10 +376,7 @@ class TestOwnSuite:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setattr(serve, "find_spec", lambda name: name)
-        base = tmp_path / "tiny"
-        base.mkdir()
-        (base / "config.json").write_bytes(b"{}")
-        (base / "model.safetensors").write_bytes(b"weights")
+        hollow_base(tmp_path / "tiny")
 
     def test_one_command_starts_what_it_asks_and_ends_it(self, hocket: Any, tmp_path: Path, router: Router) -> None:
         added = hocket("base", "add", "tiny", "--data", "d", "--json").document
