@@ -136,9 +136,8 @@ def _print_plan(planned: TextPlanned) -> None:
     for expert in plan.experts:
         _dim(f"  {expert.weight:g} of {expert.name} {expert.digest if expert.digest != expert.name else ''}".rstrip())
     for replica in plan.replicas:
-        _dim(
-            f"  worker {replica.worker} at {replica.address}{', holds every expert' if replica.resident and plan.experts else ''}"
-        )
+        held = ", holds every expert" if replica.resident and plan.experts else ""
+        _dim(f"  worker {replica.worker} at {replica.address}{held}")
     _dim(f"  seed {plan.seed}, registry revision {plan.revision}, request id {planned.request_id}")
 
 
