@@ -13,8 +13,9 @@ import json
 import statistics
 import tempfile
 import time
+import zlib
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 import transformers
+import zstandard
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -45,7 +47,7 @@ from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.engine.sequence import Delta, TextRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from services.expert_worker.engine.base import Base
     from services.expert_worker.engine.expert import AdapterExpert, Mixture
@@ -64,6 +66,11 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
+_UNPACK: Final[dict[str, Callable[[bytes], Callable[[], bytes]]]] = {
+    "gzip": lambda data: partial(zlib.decompress, zlib.compress(data)),
+    "zstd": lambda data: partial(zstandard.ZstdDecompressor().decompress, zstandard.ZstdCompressor().compress(data)),
+}
+"""The decompression alone of what an archive holds."""
 _DISTINCT: Final = 32
 _COMPOSED: Final = 10
 _MIXED: Final = 16
@@ -351,45 +358,66 @@ async def _beside_peft(
 
 
 def _loading(shape: str, base: Base, mixer: Mixer, files: dict[str, bytes], rounds: int) -> list[dict[str, Any]]:
-    """From the bytes of a package to an expert that computes, beside what hashing and copying alone take."""
-    data = write_archive(files)
-    folded = fold(*_opened(data), base)
-    steps: dict[str, Callable[[], object]] = {
-        "SHA-256 of the file (floor)": lambda: hashlib.sha256(data).digest(),
-        "cold: hash, open, fold, place": lambda: _load(data, base),
-        "copy of its tensors (floor)": lambda: folded.flat.clone().to(base.device),
-        "place alone": lambda: folded.build(folded.flat.to(base.device)),
+    """From the bytes of a package to an expert that computes, beside what hashing, inflating and copying alone take."""
+    rows: list[dict[str, Any]] = []
+    joined = b"".join(files.values())
+    for compression, unpack in _UNPACK.items():
+        data = write_archive(files, compression=compression)
+        cold: dict[str, Callable[[], object]] = {
+            "hash and inflate (floor)": partial(_hash_and_inflate, data, unpack(joined)),
+            "cold: hash, open, fold, place": partial(_load, data, base),
+        }
+        rows += _steps(shape, compression, len(joined), cold, rounds, base.device)
+    folded = fold(*_opened(write_archive(files)), base)
+    hot: dict[str, Callable[[], object]] = {
+        "copy of its tensors (floor)": folded.flat.clone,
+        "hot: copy, and into the arena": lambda: _seat(mixer, folded.build(folded.flat.clone().to(base.device))),
     }
-    times: dict[str, list[float]] = {name: [] for name in (*steps, "hot: into the arena")}
+    return rows + _steps(shape, "-", folded.flat.nbytes, hot, rounds, base.device)
+
+
+def _steps(
+    shape: str, archive: str, size: int, steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Each step, beside the first of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            times[name].append(_timed(step, base.device))
-        fresh = folded.build(folded.flat.to(base.device))
-        times["hot: into the arena"].append(_timed(partial(_seat, mixer, fresh), base.device))
-    floors = {"cold": "SHA-256 of the file (floor)", "SHA-": "SHA-256 of the file (floor)"}
+            times[name].append(_timed(step, device))
     middle = {name: statistics.median(each[1:]) for name, each in times.items()}
+    floor = next(iter(middle.values()))
     return [
         {
-            "shape": shape, "step": name, "ms": 1e3 * middle[name],
-            "MB": (len(data) if name[:4] in floors else folded.flat.nbytes) / 1e6,
-            "x its floor": middle[name] / middle[floors.get(name[:4], "copy of its tensors (floor)")],
+            "shape": shape, "archive": archive, "step": name, "MB": size / 1e6, "ms": 1e3 * seconds,
+            "x its floor": seconds / floor,
         }
-        for name in times
+        for name, seconds in middle.items()
     ]  # fmt: skip
 
 
+def _hash_and_inflate(data: bytes, unpack: Callable[[], bytes]) -> None:
+    hashlib.sha256(data).digest()
+    unpack()
+
+
 def _seat(mixer: Mixer, expert: AdapterExpert) -> None:
-    """What a step does for an expert that has not computed lately."""
-    mixer.begin([(1, ((expert, 1.0),))], None)
+    """What a step does for an expert that has not computed lately: under a digest of its own it is one."""
+    mixer.begin([(1, ((replace(expert, digest=f"{time.perf_counter()}"), 1.0),))], None)
     mixer.end()
 
 
-async def _measure(shape: str, device: torch.device, folder: Path, rounds: int) -> tuple[list[Any], list[Any]]:
+async def _measure(
+    shape: str, device: torch.device, folder: Path, rounds: int, *, loading_alone: bool
+) -> tuple[list[Any], list[Any]]:
     sizes = _SHAPES[shape]
     quick = shape == "small" or device.type == "cuda"
     prompt_tokens, new_tokens, long_prompt_tokens = (32, 64, 512) if quick else (16, 8, 256)
     path = write_base(folder / f"base-{shape}", sizes)
     base = open_base(path, expected_digest=None, device=device)
+    if loading_alone:
+        files = _adapter_files(base, folder / "expert", 0)
+        mixer = Mixer(base.causal_lm, base.projections, 6 * _load(write_archive(files), base).size_bytes)
+        return [], _loading(shape, base, mixer, files, max(3, rounds))
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
     vocabulary = sizes["vocab_size"]
@@ -404,14 +432,14 @@ async def _measure(shape: str, device: torch.device, folder: Path, rounds: int) 
         },
         rounds,
     )
-    files = [_adapter_files(base, folder / f"expert-{seed}", seed) for seed in range(_DISTINCT)]
-    experts = [_load(write_archive(one), base) for one in files]
+    every = [_adapter_files(base, folder / f"expert-{seed}", seed) for seed in range(_DISTINCT)]
+    experts = [_load(write_archive(one), base) for one in every]
     arena_bytes = 3 * sum(expert.size_bytes for expert in experts)
     mixer = Mixer(base.causal_lm, base.projections, arena_bytes)
     folders = [folder / f"expert-{seed}" for seed in range(_DISTINCT)]
     rows += await _serving(shape, base, mixer, experts, _work(_DISTINCT, prompt_tokens, new_tokens, vocabulary), rounds)
     rows += await _beside_peft(shape, base, mixer, experts, folders, some, model, rounds)
-    return rows, _loading(shape, base, mixer, files[0], rounds)
+    return rows, _loading(shape, base, mixer, every[0], max(3, rounds))
 
 
 async def main() -> None:
@@ -420,6 +448,7 @@ async def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--shape", choices=("all", *_SHAPES), default="all")
     parser.add_argument("--threads", type=int, default=compute_threads(0), help="threads of each side on a CPU")
+    parser.add_argument("--loading-alone", action="store_true", help="measure the loading of experts alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
@@ -435,8 +464,9 @@ async def main() -> None:
     for shape in _SHAPES if arguments.shape == "all" else (arguments.shape,):
         rounds = arguments.rounds if shape == "small" or device.type == "cuda" else 1
         with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
-            speed, loading = await _measure(shape, device, Path(folder), rounds)
-        record(f"engine-{shape}{suffix}", speed, notes, save=not arguments.no_save)
+            speed, loading = await _measure(shape, device, Path(folder), rounds, loading_alone=arguments.loading_alone)
+        if speed:
+            record(f"engine-{shape}{suffix}", speed, notes, save=not arguments.no_save)
         record(f"engine-loading-{shape}{suffix}", loading, {"device": name}, save=not arguments.no_save)
         gc.collect()
 
