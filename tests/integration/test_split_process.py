@@ -36,9 +36,10 @@ def parts(pid: int) -> dict[str, psutil.Process]:
     """The processes of a split suite by what they run; workers by their names."""
     found = {}
     for child in psutil.Process(pid).children():
-        if child.status() == psutil.STATUS_ZOMBIE:
+        try:
+            line = child.cmdline() if child.status() != psutil.STATUS_ZOMBIE else []  # empty for one that is just going
+        except psutil.NoSuchProcess:  # it has gone
             continue
-        line = child.cmdline()  # empty for one that is just going
         module = next((word.removeprefix("services.") for word in line if word.startswith("services.")), None)
         if module is None:
             continue
