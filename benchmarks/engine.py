@@ -41,7 +41,7 @@ from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.folding import fold
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.pages import KvPool, Pages, default_page_positions
-from services.expert_worker.engine.runner import Runner
+from services.expert_worker.engine.runner import NoMixer, Runner
 from services.expert_worker.engine.sampling import Sampling
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.engine.sequence import Delta, TextRequest
@@ -143,7 +143,7 @@ async def _engine(base: Base, mixer: Mixer | None, threads: int) -> AsyncIterato
     page_count = 1 + 40 * 1024 // positions
     pool = KvPool(base.kv_shape, page_count=page_count, page_positions=positions, dtype=base.dtype, device=base.device)
     engine = Engine(
-        Runner(base, pool, mixer or _Bare()),
+        Runner(base, pool, mixer or NoMixer()),
         Pages(page_count),
         page_positions=positions,
         context_length=base.context_length,
@@ -156,16 +156,6 @@ async def _engine(base: Base, mixer: Mixer | None, threads: int) -> AsyncIterato
         yield engine
     finally:
         await engine.stop()
-
-
-class _Bare:
-    """No composition at all: what base-only traffic is compared with."""
-
-    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: torch.Tensor) -> None:
-        """Nothing."""
-
-    def end(self) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)

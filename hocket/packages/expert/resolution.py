@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.identity import check_name
+from hocket.text_limits import EXPERTS_MAX
 from hocket.versions import ANY, Range, Version
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
     from hocket.packages.adapter import BaseModel, Constraints
 
-EXPERTS_MAX: Final = 10
-"""Most experts in one composition."""
 _PATTERN_CHARS_MAX: Final = 512
 _PATTERN: Final = re.compile(r"(?:([^/@<>=\s]+)/)?([^/@<>=\s]+) *(?:@(.*)|([<>=].*))?")
 _WORK_MAX: Final = 100_000

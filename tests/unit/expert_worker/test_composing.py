@@ -10,7 +10,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName
 from hocket.packages import Proof
 from hocket.packages.adapter import AdapterFacts, AdapterKind, BaseModel, Constraints, UpstreamSignature
-from hocket.packages.expert.resolution import EXPERTS_MAX
+from hocket.text_limits import EXPERTS_MAX
 from services.expert_worker.composing import check_count, check_together
 
 BASE = BaseModel("Qwen/Qwen3-0.6B")
