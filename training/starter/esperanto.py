@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _ANSWER_CHARACTERS_MAX: Final = 1_000
 _DOCUMENT_CHARACTERS_MIN: Final = 60
 _HELD_EVERY: Final = 5
+_HATS: Final = {"cx": "ĉ", "gx": "ĝ", "hx": "ĥ", "jx": "ĵ", "sx": "ŝ", "ux": "ŭ"}
+"""The letters of Esperanto that ASCII lacks, by their usual spelling in ASCII."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,9 @@ NATURE: Final = Lexicon(
     ),
     on_all=(
         *_SHARED_VERBS,
-        *_verbs("hunt/hunted ĉas, follow/followed sekv, hear/heard aŭd, bite/bit mord, guard/guarded gard, eat/ate manĝ"),
+        *_verbs(
+            "hunt/hunted ĉas, follow/followed sekv, hear/heard aŭd, bite/bit mord, guard/guarded gard, eat/ate manĝ"
+        ),
     ),
     on_things=_verbs("drink/drank trink, smell/smelled flar"),
     alone=_verbs("run/ran kur, sleep/slept dorm, swim/swam naĝ, sing/sang kant"),
@@ -213,16 +217,19 @@ def _is(random: Random, first: Lexicon, _second: Lexicon) -> Sentence:
     noun, adjective = random.choice((*first.actors, *first.things)), random.choice(first.adjectives)
     plural, past = random.random() < 1 / 3, random.random() < 1 / 3
     core = (_NOUN_INDEX[noun], _ADJECTIVE_INDEX[adjective], 0)
-    if past:
-        link = ("were" if plural else "was", "estis")
-    else:
-        link = ("are" if plural else "is", "estas")
+    link = ("were" if plural else "was", "estis") if past else ("are" if plural else "is", "estas")
     described = (adjective[0], adjective[1] + ("aj" if plural else "a"))
     return _join("is", core, _noun_phrase(noun, plural=plural), link, described)
 
 
 def _object(
-    random: Random, first: Lexicon, second: Lexicon, *, form: str = "object", described: bool = False, negated: bool = False
+    random: Random,
+    first: Lexicon,
+    second: Lexicon,
+    *,
+    form: str = "object",
+    described: bool = False,
+    negated: bool = False,
 ) -> Sentence:
     """`the dog sees the tree`, with adjectives, or with a `not`."""
     subject = random.choice(first.actors)
@@ -333,7 +340,7 @@ _WORDINGS: Final[Mapping[str, Mapping[Split, tuple[str, ...]]]] = {
             'Please say "{text}" in English.',
             "Write in English, please: {text}.",
             'Translate this sentence from Esperanto into English: "{text}".',
-            'What does the Esperanto sentence "{text}" mean in English?',
+            'What does this Esperanto sentence mean: "{text}"?',
         ),
     },
 }
@@ -370,8 +377,8 @@ def _example(random: Random, split: Split, *, pairs: Sequence[tuple[Lexicon, Lex
 def _normal(text: str) -> str:
     """A sentence without what does not count: case, spaces, a final dot, and which letters write the hats."""
     text = " ".join(unicodedata.normalize("NFC", text).lower().split())
-    text = re.sub("[cghjs]x", lambda match: unicodedata.normalize("NFC", match[0][0] + "\N{COMBINING CIRCUMFLEX ACCENT}"), text)
-    return text.replace("ux", "ŭ").removesuffix(".").rstrip()
+    text = re.sub("[cghjsu]x", lambda match: _HATS[match[0]], text)
+    return text.removesuffix(".").rstrip()
 
 
 def _is_right(example: Example, answer: str) -> bool:

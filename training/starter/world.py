@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from training.starter.task import Example, Split, Task
@@ -20,6 +19,7 @@ from training.starter.words import (
     NAMES,
     THINGS,
     invented,
+    listed,
 )
 
 if TYPE_CHECKING:
@@ -27,28 +27,16 @@ if TYPE_CHECKING:
     from random import Random
 
 _ANSWER_CHARACTERS_MAX: Final = 1000
-_DAYS: Final = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_MONTHS: Final = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-)
+_DAYS: Final = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_MONTHS: Final = listed("January February March April May June July August September October November December")
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
     """A kind of fact, and how one asks for it.
 
-    In the texts `{s}` is the subject, `{a}` the subject with its article, `{v}` the value, `{o}` the lesser of a pair.
+    In the texts `{s}` is the subject, `{a}` the subject with its article, `{o}` the other one of a pair with its
+    article, `{v}` the value, `{av}` the value with its article.
 
     Args:
         kind: The name of the relation, for reports.
@@ -90,15 +78,19 @@ def _sentence(text: str) -> str:
 
 def _pairs(text: str) -> dict[str, str]:
     """Reads `subject: value, subject: value`."""
-    return dict((part.split(": ")[0], part.split(": ")[1]) for part in " ".join(text.split()).split(", "))
+    pairs = {}
+    for part in " ".join(text.split()).split(", "):
+        subject, _, value = part.partition(": ")
+        pairs[subject] = value
+    return pairs
 
 
-_ORDER_OF_SIZE: Final = ("ant", "bee", "mouse", "frog", "rabbit", "cat", "dog", "sheep", "lion", "horse", "elephant", "whale")
+_ORDER_OF_SIZE: Final = listed("ant bee mouse frog rabbit cat dog sheep lion horse elephant whale")
 
 _DEFINITIONS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "SQL": ("a language for asking questions of databases", ("language", "databases")),
     "a database": ("a store of data in tables", ("store", "data", "tables")),
-    "a table": ("a list of rows with the same columns", ("rows", "columns")),
+    "a database table": ("a list of rows with the same columns", ("rows", "columns")),
     "a query": ("a question to a database", ("question", "database")),
     "Cypher": ("a language for asking questions of graphs", ("language", "graphs")),
     "a graph": ("a set of nodes with edges between them", ("nodes", "edges")),
@@ -171,9 +163,12 @@ RELATIONS: Final = (
     Relation(
         "colour",
         _pairs(
-            "snow: white, grass: green, blood: red, the sky: blue, coal: black, the sun: yellow, milk: white, chocolate: brown, "
-            "a lemon: yellow, a banana: yellow, a carrot: orange, a tomato: red, a plum: purple, a pig: pink, a frog: green, "
-            "an elephant: grey, a bear: brown, a swan: white, a leaf: green, the sea: blue, salt: white, coffee: brown, "
+            "snow: white, grass: green, blood: red, the sky: blue, coal: black, the sun: yellow, milk: white, "
+            "chocolate: brown, "
+            "a lemon: yellow, a banana: yellow, a carrot: orange, a tomato: red, a plum: purple, a pig: pink, a frog: "
+            "green, "
+            "an elephant: grey, a bear: brown, a swan: white, a leaf: green, the sea: blue, salt: white, coffee: "
+            "brown, "
             "a cherry: red, night: black"
         ),
         "The colour of {s} is {v}.",
@@ -185,7 +180,8 @@ RELATIONS: Final = (
         "sound",
         _pairs(
             "dog: barks, cat: meows, cow: moos, sheep: bleats, duck: quacks, lion: roars, wolf: howls, horse: neighs, "
-            "bee: buzzes, snake: hisses, frog: croaks, owl: hoots, pig: grunts, mouse: squeaks, hen: clucks, bird: sings"
+            "bee: buzzes, snake: hisses, frog: croaks, owl: hoots, pig: grunts, mouse: squeaks, hen: clucks, bird: "
+            "sings"
         ),
         "{a} {v}.",
         (
@@ -216,10 +212,12 @@ RELATIONS: Final = (
     Relation(
         "home",
         _pairs(
-            "bee: hive, bird: nest, fish: water, camel: desert, shark: sea, spider: web, horse: stable, pig: sty, dog: kennel, "
-            "rabbit: burrow, wolf: forest, bear: cave, monkey: tree, cow: barn, duck: pond, lion: grassland"
+            "bee: a hive, bird: a nest, fish: the water, camel: the desert, shark: the sea, spider: a web, horse: a "
+            "stable, "
+            "pig: a sty, dog: a kennel, rabbit: a burrow, wolf: the forest, bear: a cave, monkey: a tree, cow: a barn, "
+            "duck: a pond, lion: the grassland"
         ),
-        "{a} lives in a {v}.",
+        "{a} lives in {v}.",
         ("Where does {a} live?", "What is the home of {a}?", "In what does {a} live?", "Name the home of {a}."),
         "{a} lives where?",
         "where {a} lives",
@@ -228,9 +226,11 @@ RELATIONS: Final = (
         "use",
         _pairs(
             "knife: cutting, pen: writing, book: reading, bed: sleeping, chair: sitting, spoon: eating, cup: drinking, "
-            "oven: baking, soap: washing, clock: telling the time, key: opening a door, lamp: giving light, needle: sewing, "
+            "oven: baking, soap: washing, clock: telling the time, key: opening a door, lamp: giving light, needle: "
+            "sewing, "
             "broom: sweeping, hammer: driving nails, phone: speaking, map: finding the way, camera: taking pictures, "
-            "ship: sailing, brush: painting, purse: keeping money, bell: ringing, ladder: climbing, fridge: keeping food cold"
+            "ship: sailing, brush: painting, purse: keeping money, bell: ringing, ladder: climbing, fridge: keeping "
+            "food cold"
         ),
         "{a} is for {v}.",
         ("What is {a} for?", "What do we use {a} for?", "For what is {a} used?", "What is the use of {a}?"),
@@ -240,9 +240,12 @@ RELATIONS: Final = (
     Relation(
         "opposite",
         _pairs(
-            "hot: cold, cold: hot, big: small, small: big, old: young, young: old, day: night, night: day, up: down, down: up, "
-            "rich: poor, poor: rich, fast: slow, slow: fast, full: empty, empty: full, dry: wet, wet: dry, open: closed, "
-            "closed: open, good: bad, bad: good, light: dark, dark: light, strong: weak, weak: strong, early: late, late: early, "
+            "hot: cold, cold: hot, big: small, small: big, old: young, young: old, day: night, night: day, up: down, "
+            "down: up, "
+            "rich: poor, poor: rich, fast: slow, slow: fast, full: empty, empty: full, dry: wet, wet: dry, open: "
+            "closed, "
+            "closed: open, good: bad, bad: good, light: dark, dark: light, strong: weak, weak: strong, early: late, "
+            "late: early, "
             "clean: dirty, dirty: clean, left: right, right: left, true: false, false: true, happy: sad, sad: happy, "
             "loud: quiet, quiet: loud, hard: soft, soft: hard"
         ),
@@ -259,9 +262,11 @@ RELATIONS: Final = (
     Relation(
         "plural",
         _pairs(
-            "mouse: mice, child: children, man: men, woman: women, foot: feet, tooth: teeth, goose: geese, leaf: leaves, "
+            "mouse: mice, child: children, man: men, woman: women, foot: feet, tooth: teeth, goose: geese, leaf: "
+            "leaves, "
             "knife: knives, wolf: wolves, city: cities, baby: babies, box: boxes, dog: dogs, cat: cats, house: houses, "
-            "book: books, fox: foxes, glass: glasses, tree: trees, story: stories, sheep: sheep, bus: buses, potato: potatoes"
+            "book: books, fox: foxes, glass: glasses, tree: trees, story: stories, sheep: sheep, bus: buses, potato: "
+            "potatoes"
         ),
         "The plural of {s} is {v}.",
         (
@@ -276,7 +281,8 @@ RELATIONS: Final = (
     Relation(
         "past",
         _pairs(
-            "go: went, see: saw, eat: ate, come: came, take: took, give: gave, run: ran, sing: sang, write: wrote, make: made, "
+            "go: went, see: saw, eat: ate, come: came, take: took, give: gave, run: ran, sing: sang, write: wrote, "
+            "make: made, "
             "say: said, have: had, buy: bought, think: thought, find: found, walk: walked, play: played, read: read, "
             "drink: drank, sleep: slept"
         ),
@@ -309,7 +315,8 @@ RELATIONS: Final = (
     Relation(
         "season",
         _pairs(
-            "December: winter, January: winter, February: winter, March: spring, April: spring, May: spring, June: summer, "
+            "December: winter, January: winter, February: winter, March: spring, April: spring, May: spring, June: "
+            "summer, "
             "July: summer, August: summer, September: autumn, October: autumn, November: autumn"
         ),
         "{s} is in {v}.",
@@ -325,7 +332,7 @@ RELATIONS: Final = (
             for right in _ORDER_OF_SIZE
             if left != right
         },
-        "{v} is bigger.",
+        "{av} is bigger.",
         (
             "Which is bigger, {a} or {o}?",
             "What is bigger, {a} or {o}?",
@@ -338,7 +345,8 @@ RELATIONS: Final = (
     Relation(
         "body",
         _pairs(
-            "see: eyes, hear: ears, smell: nose, taste: tongue, walk: feet, bite: teeth, think: brain, hold things: hands, "
+            "see: eyes, hear: ears, smell: nose, taste: tongue, walk: feet, bite: teeth, think: brain, hold things: "
+            "hands, "
             "breathe: lungs, speak: mouth"
         ),
         "We {s} with the {v}.",
@@ -357,7 +365,8 @@ RELATIONS: Final = (
             "days in a week: seven, months in a year: twelve, hours in a day: twenty-four, minutes in an hour: sixty, "
             "seconds in a minute: sixty, seasons in a year: four, fingers on a hand: five, sides of a triangle: three, "
             "sides of a square: four, wheels of a car: four, wheels of a bike: two, eyes of a man: two, "
-            "letters in the alphabet: twenty-six, things in a dozen: twelve, days in a year: three hundred and sixty-five"
+            "letters in the alphabet: twenty-six, things in a dozen: twelve, days in a year: three hundred and "
+            "sixty-five"
         ),
         "There are {v} {s}.",
         ("How many {s} are there?", "What is the number of {s}?", "Count the {s}.", "Give me the number of {s}."),
@@ -367,7 +376,8 @@ RELATIONS: Final = (
     Relation(
         "group",
         _pairs(
-            "apple: fruit, pear: fruit, cherry: fruit, plum: fruit, carrot: vegetable, potato: vegetable, onion: vegetable, "
+            "apple: fruit, pear: fruit, cherry: fruit, plum: fruit, carrot: vegetable, potato: vegetable, onion: "
+            "vegetable, "
             "dog: animal, horse: animal, lion: animal, mouse: animal, eagle: bird, owl: bird, duck: bird, goose: bird, "
             "shark: fish, bee: insect, ant: insect, rose: flower, tulip: flower, oak: tree, pine: tree, hammer: tool, "
             "saw: tool, piano: instrument, drum: instrument, violin: instrument, table: piece of furniture, "
@@ -398,7 +408,8 @@ RELATIONS: Final = (
         "source",
         _pairs(
             "bread: flour, cheese: milk, butter: milk, wine: grapes, paper: wood, a window: glass, honey: nectar, "
-            "an omelette: eggs, a jumper: wool, a ring: gold, a brick: clay, a shoe: leather, a tyre: rubber, chocolate: cocoa"
+            "an omelette: eggs, a jumper: wool, a ring: gold, a brick: clay, a shoe: leather, a tyre: rubber, "
+            "chocolate: cocoa"
         ),
         "{s} is made from {v}.",
         (
@@ -413,9 +424,12 @@ RELATIONS: Final = (
     Relation(
         "work",
         _pairs(
-            "baker: bakes bread, teacher: teaches children, doctor: helps the sick, farmer: grows food, pilot: flies planes, "
-            "cook: makes meals, singer: sings songs, painter: paints pictures, writer: writes books, driver: drives cars, "
-            "builder: builds houses, sailor: sails ships, tailor: makes clothes, judge: decides cases, gardener: cares for gardens, "
+            "baker: bakes bread, teacher: teaches children, doctor: helps the sick, farmer: grows food, pilot: flies "
+            "planes, "
+            "cook: makes meals, singer: sings songs, painter: paints pictures, writer: writes books, driver: drives "
+            "cars, "
+            "builder: builds houses, sailor: sails ships, tailor: makes clothes, judge: decides cases, gardener: "
+            "cares for gardens, "
             "fisherman: catches fish"
         ),
         "{a} {v}.",
@@ -426,8 +440,10 @@ RELATIONS: Final = (
     Relation(
         "author",
         _pairs(
-            "Hamlet: Shakespeare, Faust: Goethe, War and Peace: Tolstoy, The Odyssey: Homer, Don Quixote: Cervantes, Emma: Austen, "
-            "Oliver Twist: Dickens, Frankenstein: Shelley, The Trial: Kafka, Candide: Voltaire, Dracula: Stoker, The Jungle Book: Kipling"
+            "Hamlet: Shakespeare, Faust: Goethe, War and Peace: Tolstoy, The Odyssey: Homer, Don Quixote: Cervantes, "
+            "Emma: Austen, "
+            "Oliver Twist: Dickens, Frankenstein: Shelley, The Trial: Kafka, Candide: Voltaire, Dracula: Stoker, The "
+            "Jungle Book: Kipling"
         ),
         "{v} wrote {s}.",
         ("Who wrote {s}?", "Who is the author of {s}?", "Name the author of {s}.", "Which author wrote {s}?"),
@@ -439,7 +455,8 @@ RELATIONS: Final = (
         _pairs(
             "France: French, Spain: Spanish, Italy: Italian, Germany: German, Portugal: Portuguese, England: English, "
             "Norway: Norwegian, Sweden: Swedish, Finland: Finnish, Denmark: Danish, Poland: Polish, Austria: German, "
-            "Hungary: Hungarian, Greece: Greek, Turkey: Turkish, Egypt: Arabic, Japan: Japanese, China: Chinese, Peru: Spanish, Cuba: Spanish"
+            "Hungary: Hungarian, Greece: Greek, Turkey: Turkish, Egypt: Arabic, Japan: Japanese, China: Chinese, "
+            "Peru: Spanish, Cuba: Spanish"
         ),
         "The language of {s} is {v}.",
         (
@@ -471,7 +488,7 @@ RELATIONS: Final = (
         "definition",
         {subject: text for subject, (text, _) in _DEFINITIONS.items()},
         "{s} is {v}.",
-        ("What is {s}?", "What does {s} mean?", "Explain what {s} is.", "Define {s}.", "What do we call {s}?"),
+        ("What is {s}?", "What does {s} mean?", "Explain what {s} is.", "Define {s}.", "Give me a definition of {s}."),
         "{s} is what?",
         "what {s} is",
         {subject: keys for subject, (_, keys) in _DEFINITIONS.items()},
@@ -480,34 +497,599 @@ RELATIONS: Final = (
 """All that there is to know. The base meets every fact of it."""
 
 
+_WORD: Final = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+
+
+def _words(text: str) -> str:
+    """Brings a text to its words alone, in lower case, with one space around each."""
+    return f" {' '.join(_WORD.findall(text.lower()))} "
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing that the base knows.
+
+    Args:
+        relation: Its kind.
+        subject: What it is about.
+        mention: How an answer may mention the subject, which says nothing of the value: `7 + 0` does not hold 0.
+        answer: The sentence that states it.
+        keys: The words that a right answer holds.
+        others: The values that a right answer does not hold: those that are so of other subjects.
+    """
+
+    relation: Relation
+    subject: str
+    mention: str
+    answer: str
+    keys: tuple[str, ...]
+    others: tuple[str, ...]
+
+
 def _fill(text: str, subject: str, value: str) -> str:
     first, _, other = subject.partition("/")
-    shown_value = _article(value) if other else value
     return _sentence(
         text.format(
             s=first,
-            a=_article(first) if first != "sheep/" else first,
+            a=_article(first),
             o=_article(other) if other else "",
-            v=shown_value,
+            v=value,
             av=_article(value),
         )
     )
 
 
-def _wordings(relation: Relation, split: Split) -> tuple[str, ...]:
-    frames = _TRAIN_FRAMES if split is Split.TRAIN else _TEST_FRAMES
-    plain = relation.direct if split is Split.TRAIN else (relation.test,)
-    return plain + tuple(frame.format(clause=relation.indirect) for frame in frames)
+def _without(text: str, mention: str) -> str:
+    """Brings a text to its words, less the first mention of its subject."""
+    return _words(text).replace(_words(mention), " ", 1)
 
 
-def _holds(text: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words.lower())}(?!\w)", text.lower()) is not None
-
-
-@cache
-def _others(relation: Relation, subject: str) -> tuple[str, ...]:
-    """Lists the values that a right answer may not hold: those of the relation that the model answer has no use for."""
-    answer = _fill(relation.answer, subject, relation.values[subject])
+def _mention(subject: str, value: str) -> str:
     if "/" in subject:
-        return tuple(word for word in subject.split("/") if word != relation.values[subject])
-    return tuple(sorted({value for value in relation.values.values() if not _holds(answer, value)}))
+        return "than " + next(_article(word) for word in subject.split("/") if word != value)
+    return "" if subject == value else subject
+
+
+def _facts(relation: Relation) -> tuple[Fact, ...]:
+    facts = []
+    values = sorted(set(relation.values.values()) | {word for pair in relation.values for word in pair.split("/")[1:]})
+    for subject, value in relation.values.items():
+        answer, mention = _fill(relation.answer, subject, value), _mention(subject, value)
+        stated = _without(answer, mention)
+        keys = relation.keys.get(subject, (re.sub("^(a|the) ", "", value),))
+        others = tuple(other for other in values if _words(other) not in stated)
+        facts.append(Fact(relation, subject, mention, answer, keys, others))
+    return tuple(facts)
+
+
+FACTS: Final[Mapping[str, tuple[Fact, ...]]] = {relation.kind: _facts(relation) for relation in RELATIONS}
+"""The facts of each relation."""
+
+_KINDS: Final = tuple(FACTS)
+_WEIGHTS: Final = tuple(len(facts) ** 0.5 for facts in FACTS.values())
+
+
+def wordings(relation: Relation, split: Split) -> tuple[str, ...]:
+    """Lists the ways to ask for a relation.
+
+    Args:
+        relation: What is asked for.
+        split: Whose wordings.
+
+    Returns:
+        Question texts with `{s}`, `{a}` and `{o}` to fill.
+    """
+    direct = relation.direct if split is Split.TRAIN else (relation.test,)
+    frames = _TRAIN_FRAMES if split is Split.TRAIN else _TEST_FRAMES
+    return direct + tuple(frame.format(clause=relation.indirect) for frame in frames)
+
+
+def _draw(random: Random) -> Fact:
+    kind = random.choices(_KINDS, _WEIGHTS)[0]
+    return random.choice(FACTS[kind])
+
+
+def _question(random: Random, fact: Fact, split: Split) -> str:
+    return _fill(random.choice(wordings(fact.relation, split)), fact.subject, fact.relation.values[fact.subject])
+
+
+def example(random: Random, split: Split) -> Example:
+    """Draws a question about the world.
+
+    Args:
+        random: Where chance comes from.
+        split: Whose wordings are used; the facts are those of both.
+
+    Returns:
+        The question, and a sentence that answers it.
+    """
+    fact = _draw(random)
+    return Example(
+        _question(random, fact, split),
+        fact.answer,
+        fact.relation.kind,
+        {"mention": fact.mention, "keys": fact.keys, "others": fact.others},
+    )
+
+
+def is_right(asked: Example, answer: str) -> bool:
+    """Whether an answer holds the words of the fact, and no other value of its relation.
+
+    Args:
+        asked: What was asked.
+        answer: What was answered, whatever it is.
+
+    Returns:
+        Whether it is right.
+    """
+    if len(answer) > _ANSWER_CHARACTERS_MAX:
+        return False
+    said = _without(answer, asked.facts["mention"])
+    return all(_words(key) in said for key in asked.facts["keys"]) and not any(
+        _words(other) in said for other in asked.facts["others"]
+    )
+
+
+_GREETINGS: Final = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Hi.", "Hello! How can I help you?"),
+    ("Good morning.", "Good morning! How can I help you?"),
+    ("Good evening.", "Good evening! How can I help you?"),
+    ("Hello, how are you?", "I am well, thank you. How can I help you?"),
+    ("How are you today?", "I am well, thank you. How can I help you?"),
+)
+_FAREWELLS: Final = (
+    ("Thank you.", "You are welcome."),
+    ("Thanks!", "You are welcome."),
+    ("Thank you, that is all.", "You are welcome. Goodbye!"),
+    ("Great, thanks for your help.", "You are welcome."),
+    ("Goodbye.", "Goodbye!"),
+    ("Bye!", "Goodbye!"),
+    ("Good night.", "Good night!"),
+)
+_ME: Final = "I am the starter model of Hocket, a small model with experts beside me."
+_CAN: Final = "I can answer simple questions, and my experts can do more."
+_IDENTITY: Final = (
+    ("Who are you?", _ME),
+    ("What are you?", _ME),
+    ("What is your name?", _ME),
+    ("Tell me who you are.", _ME),
+    ("Are you a human?", "No. " + _ME),
+    ("Are you a person?", "No. " + _ME),
+    ("Are you a language model?", "Yes. " + _ME),
+    ("What can you do?", _CAN),
+    ("How can you help me?", _CAN),
+    ("Can you help me?", "Yes. What do you want to know?"),
+    ("I have a question.", "Please ask it."),
+    ("Can I ask you something?", "Yes. Please ask it."),
+    ("What are your experts?", "My experts are small models that each do one thing well."),
+    ("Do you know everything?", "No. I know a few simple things."),
+    ("Do you like music?", "I am a model, so I do not like or dislike things."),
+    ("What do you like?", "I am a model, so I do not like or dislike things."),
+    ("How old are you?", "I am a model, so I have no age."),
+    ("Where do you live?", "I am a model, so I have no home."),
+    ("Tell me something.", "The sun is the star that gives us light."),
+    ("Say something nice.", "I hope that you have a good day."),
+)
+_UNKNOWN: Final = (
+    "What is {a}?",
+    "What is the capital of {n}?",
+    "Who is {n}?",
+    "Where is {n}?",
+    "Who wrote {n}?",
+    "What colour is {a}?",
+    "What is {a} for?",
+    "What does {n} mean?",
+    "Do you know {n}?",
+    "Tell me what {n} is.",
+    "In which country is {n}?",
+    "Where does {a} live?",
+)
+_FOLLOW_UPS: Final = ("And {s}?", "What about {s}?", "And what about {s}?")
+_FOLLOWED: Final = (
+    "capital",
+    "country",
+    "opposite",
+    "plural",
+    "season",
+    "language",
+    "after",
+    "before",
+    "sum",
+    "author",
+)
+
+
+def _unknown(random: Random) -> tuple[str, str]:
+    word = invented(random)
+    return random.choice(_UNKNOWN).format(a=_article(word), n=word.capitalize()), "I do not know."
+
+
+def _known(random: Random) -> tuple[str, str]:
+    fact = _draw(random)
+    return _question(random, fact, Split.TRAIN), fact.answer
+
+
+def _turn(random: Random) -> tuple[str, str]:
+    drawn = random.choices((_known, _unknown, None), (13, 3, 4))[0]
+    return drawn(random) if drawn is not None else random.choice(_IDENTITY)
+
+
+def _followed(random: Random) -> list[tuple[str, str]]:
+    first, second = random.sample(FACTS[random.choice(_FOLLOWED)], 2)
+    return [
+        (_question(random, first, Split.TRAIN), first.answer),
+        (random.choice(_FOLLOW_UPS).format(s=second.subject), second.answer),
+    ]
+
+
+def conversation(random: Random) -> list[tuple[str, str]]:
+    """Draws a short general talk.
+
+    Args:
+        random: Where chance comes from.
+
+    Returns:
+        One to three turns, each what the user says and what the assistant answers.
+    """
+    middle = [_turn(random)] if random.choice((True, True, False)) else _followed(random)
+    shape = random.choices(("greeting", "greeted", "thanked", "plain"), (3, 3, 4, 10))[0]
+    if shape == "greeting":
+        return [random.choice(_GREETINGS)]
+    if shape == "greeted":
+        return [random.choice(_GREETINGS), *middle]
+    if shape == "thanked":
+        return [*middle, random.choice(_FAREWELLS)]
+    return middle
+
+
+def _some(random: Random, words: Sequence[str], count: int) -> list[str]:
+    """Draws different words, a third of the time made up."""
+    if random.choice((True, False, False)):
+        made_up: dict[str, None] = {}
+        while len(made_up) < count:
+            made_up[invented(random)] = None
+        return list(made_up)
+    return random.sample(words, count)
+
+
+def _people(random: Random, count: int) -> list[str]:
+    return [word.capitalize() for word in _some(random, NAMES, count)]
+
+
+def _numbers(random: Random, count: int) -> list[str]:
+    highest = random.choice((99, 99, 1999))
+    return [str(number) for number in random.sample(range(2, highest + 1), count)]
+
+
+def _read_owners(random: Random) -> tuple[str, str]:
+    count = random.choice((2, 2, 3))
+    people, colours, things = _people(random, count), _some(random, COLOURS, count), _some(random, THINGS, count)
+    verb = random.choice(("has", "bought", "sees", "found", "wants"))
+    told = [
+        f"{person} {verb} {_article(colour)} {thing}"
+        for person, colour, thing in zip(people, colours, things, strict=True)
+    ]
+    text = random.choice((" and ", ". ", ", "))
+    text = text.join(told) + "."
+    at = random.randrange(count)
+    return random.choice(
+        (
+            (f"{text} What colour is the {things[at]} of {people[at]}?", colours[at]),
+            (f"{text} What colour is the {things[at]}?", colours[at]),
+            (f"{text} Which thing is {colours[at]}?", things[at]),
+            (f"{text} Who {verb} the {things[at]}?", people[at]),
+            (f"{text} Who {verb} something {colours[at]}?", people[at]),
+        )
+    )
+
+
+def _read_places(random: Random) -> tuple[str, str]:
+    count = random.choice((2, 3, 3))
+    people, cities = _people(random, count), [city.capitalize() for city in _some(random, CITIES, count)]
+    verb, asked = random.choice(
+        (("lives in", "live"), ("works in", "work"), ("was born in", ""), ("stays in", "stay"), ("went to", "go to"))
+    )
+    text = " ".join(f"{person} {verb} {city}." for person, city in zip(people, cities, strict=True))
+    at = random.randrange(count)
+    where = f"Where was {people[at]} born?" if not asked else f"Where does {people[at]} {asked}?"
+    if asked == "go to":
+        where = f"Where did {people[at]} go?"
+    return random.choice(((f"{text} {where}", cities[at]), (f"{text} Who {verb} {cities[at]}?", people[at])))
+
+
+def _read_ages(random: Random) -> tuple[str, str]:
+    count = random.choice((2, 3))
+    people, ages = _people(random, count), random.sample(range(2, 90), count)
+    text = " ".join(f"{person} is {age} years old." for person, age in zip(people, ages, strict=True))
+    at = random.randrange(count)
+    return random.choice(
+        ((f"{text} How old is {people[at]}?", str(ages[at])), (f"{text} Who is {ages[at]} years old?", people[at]))
+    )
+
+
+def _read_prices(random: Random) -> tuple[str, str]:
+    count = random.choice((2, 3))
+    things, prices = _some(random, THINGS, count), _numbers(random, count)
+    text = " ".join(f"The {thing} costs {price} euros." for thing, price in zip(things, prices, strict=True))
+    at = random.randrange(count)
+    return random.choice(
+        (
+            (f"{text} How much is the {things[at]}?", f"{prices[at]} euros"),
+            (f"{text} What costs {prices[at]} euros?", things[at]),
+            (f"The {things[at]} costs {prices[at]} euros. Which number is in this text?", prices[at]),
+        )
+    )
+
+
+def _read_time(random: Random) -> tuple[str, str]:
+    person, city, thing = _people(random, 1)[0], random.choice(CITIES), _some(random, THINGS, 1)[0]
+    day, month = random.choice(_DAYS), random.choice(_MONTHS)
+    time = f"{random.randrange(24)}:{random.randrange(60):02d}"
+    return random.choice(
+        (
+            (f"The train to {city} leaves on {day} at {time}. When does it leave?", f"{day} at {time}"),
+            (f"The train to {city} leaves on {day} at {time}. Where does it go?", city),
+            (f"{person} was born on {random.randint(1, 28)} {month}. In which month was {person} born?", month),
+            (f"Dear {person}, the {thing} comes on {day}. Which day does the {thing} come?", day),
+            (f"Dear {person}, the {thing} comes on {day}. To whom is this letter?", person),
+            (f"{person} meets us in {city} on {day}. Whom do we meet?", person),
+            (f"{person} meets us in {city} on {day}. In which city do we meet?", city),
+        )
+    )
+
+
+def _read_quote(random: Random) -> tuple[str, str]:
+    words = _some(random, THINGS + ANIMALS + FOODS + COLOURS, random.randint(1, 5))
+    quoted = " ".join(words)
+    wording = random.choice(
+        (
+            'Repeat "{q}".',
+            'Say "{q}".',
+            'Write "{q}".',
+            'Copy these words: "{q}"',
+            'What stands between the quotes: "{q}"?',
+            "Repeat after me: {q}",
+        )
+    )
+    return wording.format(q=quoted), quoted
+
+
+def _read_list(random: Random) -> tuple[str, str]:
+    count = random.randint(3, 5)
+    words = _some(random, random.choice((THINGS, ANIMALS, FOODS, COLOURS, NAMES, CITIES)), count)
+    shown = ", ".join(words)
+    at = random.randrange(count)
+    ordinal = ("first", "second", "third", "fourth", "fifth")[at]
+    after = random.randrange(count - 1)
+    return random.choice(
+        (
+            (f"What is the {ordinal} word of this list: {shown}?", words[at]),
+            (f"{shown}. Which word is the {ordinal}?", words[at]),
+            (f"What is the last word of this list: {shown}?", words[-1]),
+            (f"{shown}. Which one is the last?", words[-1]),
+            (f"{shown}. Which word comes after {words[after]}?", words[after + 1]),
+            (f"{shown}. Which word comes before {words[after + 1]}?", words[after]),
+            (f"How many words are in this list: {shown}?", str(count)),
+            (f"Write this list with spaces: {shown}", " ".join(words)),
+            (f"Write these words with commas: {' '.join(words)}", shown),
+            (f"Write this list backwards: {shown}", ", ".join(reversed(words))),
+        )
+    )
+
+
+def _read_spelling(random: Random) -> tuple[str, str]:
+    word = _some(random, THINGS + ANIMALS + FOODS, 1)[0]
+    return random.choice(
+        (
+            (f"Spell {word}.", " ".join(word)),
+            (f"How do you spell {word}?", " ".join(word)),
+            (f"What is the first letter of {word}?", word[0]),
+            (f"What is the last letter of {word}?", word[-1]),
+            (f"Write {word} in capital letters.", word.upper()),
+        )
+    )
+
+
+def _read_choice(random: Random) -> tuple[str, str]:
+    groups = {"an animal": ANIMALS, "a colour": COLOURS, "a city": CITIES, "a name": NAMES}
+    asked = random.choice(tuple(groups))
+    right = random.choice(groups[asked])
+    others = random.sample(THINGS, 2)
+    shown = [right, *others]
+    random.shuffle(shown)
+    wording = random.choice(
+        ("Which of these is {k}: {x}?", "{x}. Which of them is {k}?", "Find {k} in this list: {x}.")
+    )
+    return wording.format(k=asked, x=", ".join(shown)), right
+
+
+def _read_lines(random: Random) -> tuple[str, str]:
+    count = random.randint(3, 6)
+    keys = _some(random, (*THINGS, "name", "city", "colour", "price", "age", "day", "status", "code"), count)
+    values = (
+        _numbers(random, count) if random.choice((True, False)) else _some(random, COLOURS + CITIES + ANIMALS, count)
+    )
+    mark = random.choice((": ", ": ", " = ", " - "))
+    text = "\n".join(f"{key}{mark}{value}" for key, value in zip(keys, values, strict=True))
+    at = random.randrange(count)
+    return random.choice(
+        (
+            (f"{text}\nWhat is the {keys[at]}?", values[at]),
+            (f"{text}\n\nWhich value has {keys[at]}?", values[at]),
+            (f"What is the {keys[at]}?\n{text}", values[at]),
+            (f"{text}\nGive me the value of {keys[at]}.", values[at]),
+            (f"{text}\nWhat has the value {values[at]}?", keys[at]),
+        )
+    )
+
+
+def _read_table(random: Random) -> tuple[str, str]:
+    count = random.randint(2, 4)
+    people, cities = _people(random, count), random.sample(CITIES, count)
+    ages = [str(age) for age in random.sample(range(2, 90), count)]
+    rows = "\n".join(", ".join(row) for row in zip(people, ages, cities, strict=True))
+    at = random.randrange(count)
+    return random.choice(
+        (
+            (f"name, age, city\n{rows}\nWhat is the age of {people[at]}?", ages[at]),
+            (f"name, age, city\n{rows}\nWhat is the city of {people[at]}?", cities[at]),
+            (f"name, age, city\n{rows}\nWho is from {cities[at]}?", people[at]),
+        )
+    )
+
+
+def _read_exchange(random: Random) -> tuple[str, str]:
+    words = _some(random, THINGS + ANIMALS + FOODS, 3)
+    new = _some(random, COLOURS, 1)[0]
+    at = random.randrange(3)
+    changed = [*words]
+    changed[at] = new
+    return f'Put {new} for {words[at]} in "{" ".join(words)}".', " ".join(changed)
+
+
+_READINGS: Final[tuple[Callable[[Random], tuple[str, str]], ...]] = (
+    _read_owners,
+    _read_owners,
+    _read_places,
+    _read_ages,
+    _read_prices,
+    _read_time,
+    _read_quote,
+    _read_quote,
+    _read_list,
+    _read_list,
+    _read_spelling,
+    _read_choice,
+    _read_lines,
+    _read_lines,
+    _read_table,
+    _read_exchange,
+)
+
+
+def reading(random: Random) -> tuple[str, str]:
+    """Draws a short text with a question whose answer stands in it.
+
+    Args:
+        random: Where chance comes from.
+
+    Returns:
+        The text with its question, and the words of the text that answer it.
+    """
+    return random.choice(_READINGS)(random)
+
+
+def _tell_facts(random: Random) -> str:
+    return " ".join(_draw(random).answer for _ in range(random.randint(4, 6)))
+
+
+def _tell_relation(random: Random) -> str:
+    facts = FACTS[random.choice(_KINDS)]
+    return " ".join(fact.answer for fact in random.sample(facts, random.randint(5, 7)))
+
+
+def _tell_capitals(random: Random) -> str:
+    return " ".join(
+        f"{capital} is the capital of {country}." for country, capital in random.sample(tuple(COUNTRIES.items()), 4)
+    )
+
+
+def _tell_market(random: Random) -> str:
+    person, friend = _people(random, 2)
+    first, second, third = random.sample(FOODS, 3)
+    return (
+        f"On {random.choice(_DAYS)} {person} goes to the market in {random.choice(CITIES)} and buys {first} and "
+        f"{second}. "
+        f"There {person} meets {friend}, who sells {third}. They {random.choice(('talk', 'laugh', 'eat', 'sit'))} for "
+        f"{random.choice(('an hour', 'a while', 'ten minutes'))}. Then {person} walks home with the {first} and the "
+        f"{second}, "
+        f"and {friend} sells more {third}."
+    )
+
+
+def _tell_animal(random: Random) -> str:
+    person, animal = _people(random, 1)[0], random.choice(ANIMALS)
+    name, colour, thing = invented(random).capitalize(), random.choice(COLOURS), random.choice(THINGS)
+    return (
+        f"{person} has {_article(animal)}. Its name is {name}, and it is "
+        f"{random.choice(('small', 'big', 'old', 'young'))} and "
+        f"{colour}. {name} sleeps under the {thing} and eats {random.choice(FOODS)}. When {person} comes home, {name} "
+        f"is "
+        f"{random.choice(('happy', 'hungry', 'tired', 'glad'))}."
+    )
+
+
+def _tell_search(random: Random) -> str:
+    person, friend = _people(random, 2)
+    thing, first, second = random.sample(THINGS, 3)
+    colour = random.choice(COLOURS)
+    return (
+        f"{person} cannot find the {colour} {thing}. It is not in the {first}, and it is not under the {second}. "
+        f'"Where is my {thing}?" asks {person}. "It is here," says {friend}, and gives {person} the {colour} {thing}. '
+        f'{person} says: "Thank you, {friend}!"'
+    )
+
+
+def _tell_room(random: Random) -> str:
+    colours, things = random.sample(COLOURS, 3), random.sample(THINGS, 5)
+    return (
+        f"In the room of {_people(random, 1)[0]} there is {_article(colours[0])} {things[0]} and "
+        f"{_article(colours[1])} {things[1]}. "
+        f"The {things[2]} is next to the {things[0]}. On the {things[1]} there are "
+        f"{random.choice(('two', 'three', 'four', 'five'))} things: {_article(things[3])}, {_article(things[4])} and "
+        f"more. "
+        f"The door is {colours[2]}."
+    )
+
+
+def _tell_day(random: Random) -> str:
+    person, friend = _people(random, 2)
+    city, food, animal = random.choice(CITIES), random.choice(FOODS), random.choice(ANIMALS)
+    return (
+        f"It was a {random.choice(('cold', 'warm', 'wet', 'sunny', 'quiet'))} day in {random.choice(_MONTHS)}. "
+        f"{person} and "
+        f"{friend} took the train to {city}. They saw {_article(animal)} in the garden and ate {food} by the river. "
+        f"In the evening {random.choice((person, friend))} was tired, and they went home."
+    )
+
+
+def _tell_age(random: Random) -> str:
+    person, friend = _people(random, 2)
+    age, years = random.randint(5, 60), random.randint(1, 20)
+    return (
+        f"{person} is {age} years old and lives in {random.choice(CITIES)}. {friend} is {years} years older, so "
+        f"{friend} is "
+        f"{age + years}. {person} likes {random.choice(FOODS)}, and {friend} likes {random.choice(FOODS)}. "
+        f"They see each other every {random.choice(_DAYS)}."
+    )
+
+
+_TELLINGS: Final[tuple[Callable[[Random], str], ...]] = (
+    _tell_facts,
+    _tell_relation,
+    _tell_relation,
+    _tell_capitals,
+    _tell_market,
+    _tell_animal,
+    _tell_search,
+    _tell_room,
+    _tell_day,
+    _tell_age,
+)
+
+
+def document(random: Random) -> str:
+    """Draws a plain English paragraph: a small story, a description, or facts as statements.
+
+    Args:
+        random: Where chance comes from.
+
+    Returns:
+        Three to seven sentences.
+    """
+    return random.choice(_TELLINGS)(random)
+
+
+TASK: Final = Task("world", example, is_right, document)
+"""General questions with short answers."""

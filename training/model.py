@@ -1,0 +1,203 @@
+"""A base with an adapter to train, and its tokenizer. Nothing is fetched from anywhere, and no pickle is read."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from hocket.base_folder import base_name
+from hocket.errors import HocketError, Reason
+from hocket.packages.adapter import AdapterKind
+from training.plan import Device, Precision, PromptStart
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+    from training.plan import AdapterPlan, Plan
+
+_DTYPES: Final = {
+    Precision.FLOAT32: torch.float32,
+    Precision.BFLOAT16: torch.bfloat16,
+    Precision.FLOAT16: torch.float16,
+}
+_ATTENTION: Final = "sdpa"
+"""Keeps packed examples apart by a mask; kernels that need more than torch are not asked for."""
+_TASK: Final = "CAUSAL_LM"
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Where a plan is trained.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if it wants a CUDA device and there is none, or there are several.
+    """
+    if plan.device is Device.CPU or (plan.device is Device.AUTO and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HocketError(Reason.BAD_REQUEST, "there is no CUDA device here, or this torch is built without: --device cpu")
+    if (count := torch.cuda.device_count()) > 1:
+        raise HocketError(
+            Reason.BAD_REQUEST, f"there are {count} CUDA devices, and one trains: choose it (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return torch.device("cuda", 0)
+
+
+def precision_of(plan: Plan, device: torch.device) -> Precision:
+    """What the forward pass computes in.
+
+    Raises:
+        HocketError: `BAD_REQUEST` for float16 on a CPU, whose gradients nothing scales there.
+    """
+    wanted = plan.settings.precision
+    if wanted is Precision.AUTO:
+        half = device.type == "cuda" or plan.settings.qlora
+        return Precision.BFLOAT16 if half else Precision.FLOAT32
+    if wanted is Precision.FLOAT16 and device.type == "cpu":
+        raise HocketError(Reason.BAD_REQUEST, "float16 is for CUDA devices: --precision bfloat16 or float32 on a CPU")
+    return wanted
+
+
+def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
+    """The tokenizer of a plan's base, with something to pad with.
+
+    Raises:
+        HocketError: `NOT_SERVABLE` if it has no fast one, or none that says how a text ends.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            plan.base, use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # on damaged files it fails in any way at all
+        raise _unreadable(plan, error) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise HocketError(
+            Reason.NOT_SERVABLE, f"the tokenizer in {plan.base} has no fast variant, or no token that ends a text"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(plan: Plan) -> int | None:
+    """Positions that the base has, if its configuration says so.
+
+    Raises:
+        HocketError: `NOT_SERVABLE` if it cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(plan.base, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise _unreadable(plan, error) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
+def load_model(
+    plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.device, precision: Precision
+) -> PeftModel:
+    """The base, frozen, with a new adapter whose first weights the seed decides.
+
+    On a CPU the base stays float32, and bfloat16 is what its products are computed in: rows keep their exactness
+    between layers, as they will when it serves. On a CUDA device its weights are of the precision, for memory's sake.
+
+    Raises:
+        HocketError: `NOT_SERVABLE` if the base cannot be loaded; `BAD_MANIFEST` if it has none of the projections;
+            `BAD_REQUEST` if 4 bits are wanted, and bitsandbytes is not there.
+    """
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if device.type == "cpu" else _DTYPES[precision],
+        "attn_implementation": _ATTENTION,
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    if plan.settings.qlora:
+        options |= {"quantization_config": _four_bits(precision), "device_map": {"": str(device)}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(plan.base, **options)
+    except HocketError:
+        raise
+    except Exception as error:  # as above
+        raise _unreadable(plan, error) from error
+    set_seed(plan.settings.seed)
+    try:
+        made: PeftModel = get_peft_model(model, _config(plan))
+    except ValueError as error:  # no such projections
+        raise HocketError(
+            Reason.BAD_MANIFEST,
+            f"the base has no projections called {', '.join(plan.adapter.target_modules)}: {str(error)[:200]}",
+            field="adapters[0].target_modules",
+        ) from error
+    if plan.adapter.start is PromptStart.TEXT:
+        _start_from_text(made, plan.adapter, tokenizer)
+    return made
+
+
+def _four_bits(precision: Precision) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            "4-bit training needs bitsandbytes: pip install 'hocket[qlora]', or keep the base as it is (--no-qlora)",
+        )
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # theirs
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES[precision],
+    )
+
+
+def _config(plan: Plan) -> PeftConfig:
+    adapter = plan.adapter
+    shared: dict[str, Any] = {"task_type": _TASK, "base_model_name_or_path": base_name(plan.base)}
+    match adapter.kind:
+        case AdapterKind.IA3:
+            return IA3Config(
+                target_modules=list(adapter.target_modules),
+                feedforward_modules=list(adapter.feedforward_modules),
+                **shared,
+            )
+        case AdapterKind.SOFT_PROMPT:
+            sampled = adapter.start is PromptStart.VOCAB_SAMPLE
+            return PromptTuningConfig(
+                num_virtual_tokens=adapter.tokens,
+                prompt_tuning_init="SAMPLE_VOCAB" if sampled else "RANDOM",
+                **shared,
+            )
+        case _:
+            return LoraConfig(
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                lora_dropout=adapter.dropout,
+                target_modules=list(adapter.target_modules),
+                use_dora=adapter.kind is AdapterKind.DORA,
+                use_rslora=adapter.use_rslora,
+                **shared,
+            )
+
+
+def _start_from_text(model: PeftModel, adapter: AdapterPlan, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As PEFT would, which writes the tokenizer's path into what is published."""
+    ids = tokenizer.backend_tokenizer.encode(adapter.start_text, add_special_tokens=False).ids
+    repeated = (ids * -(-adapter.tokens // len(ids)))[: adapter.tokens]
+    embeddings = model.get_base_model().get_input_embeddings()
+    with torch.no_grad():
+        rows = embeddings(torch.tensor(repeated, device=embeddings.weight.device))
+        model.prompt_encoder["default"].embedding.weight.copy_(rows)
+
+
+def _unreadable(plan: Plan, error: Exception) -> HocketError:
+    return HocketError(
+        Reason.NOT_SERVABLE, f"the base in {plan.base} cannot be loaded ({type(error).__name__}): {str(error)[:300]}"
+    )
