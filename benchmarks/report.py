@@ -68,8 +68,12 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any
     console.print(table)
     for key, value in notes.items():
         console.print(f"{key}: {value}", highlight=False)
-    if not save:
-        return
+    if save:
+        keep(name, rows, notes)
+
+
+def keep(name: str, rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any]) -> None:
+    """Keep rows and notes in a file, with date, revision and hardware. Arguments as of `record`."""
     now = datetime.now(UTC)
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - git is where git is
@@ -89,4 +93,4 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{now:%Y%m%d}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    console.print(f"kept in {path.relative_to(RESULTS.parent.parent)}", highlight=False)
+    Console().print(f"kept in {path.relative_to(RESULTS.parent.parent)}", highlight=False)

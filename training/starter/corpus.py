@@ -1,13 +1,12 @@
 """What the starter base reads: talk, questions with what answers them, stories, and the languages of the experts.
 
-The experts' languages are read only as one meets them in a book: valid statements over a schema, patterns with what they
-match. Which statement answers which question is what an expert adds. The exceptions are honest neighbours of a task:
-news that a paper files under a section, reviews that end in a verdict.
+The experts' languages are read only as one meets them in a book: valid statements over a schema, patterns with what
+they match. Which statement answers which question is what an expert adds. Closest to a task come news that a paper
+files under a section, and reviews that end in a verdict.
 """
 
 from __future__ import annotations
 
-from random import Random
 from typing import TYPE_CHECKING, Final
 
 from training.starter import cypher, esperanto, extraction, measures, patterns, reviews, sql, topics, world
@@ -16,6 +15,7 @@ from training.starter.tokenizer import END_OF_TEXT, END_OF_TURN, TURN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from random import Random
 
 TASKS: Final[dict[str, Task]] = {
     task.name: task

@@ -1,6 +1,6 @@
 """Train the starter base from nothing: `python -m training.starter.pretrain`.
 
-A Qwen3 of about five million parameters, with tied embeddings, so that everything that serves Qwen3 serves it. Each step reads a
+A Qwen3 of about five million parameters, with tied embeddings: whatever serves Qwen3 serves it. Each step reads a
 batch that is a function of the seed and the step's number, so a run that was stopped goes on as if it had not been.
 """
 
@@ -13,7 +13,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,10 +22,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from training.starter.corpus import texts
-from training.starter.tokenizer import CONTEXT, SPECIALS, VOCABULARY, write_tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from training.starter.tokenizer import CONTEXT, VOCABULARY, write_tokenizer
 
 SHAPE: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,
@@ -42,35 +39,85 @@ SHAPE: Final[dict[str, Any]] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-"""The base's size: a quarter of its weights are attention, two thirds the MLPs, the rest words."""
+"""The base's size: 5.2 million parameters, of which a quarter attend, two thirds are the MLPs, and the rest words."""
 SEED: Final = 6
 STEPS: Final = 2_000
 ROWS: Final = 12
-"""Texts of CONTEXT tokens in a step."""
+"""Rows of CONTEXT tokens in a step."""
 RATE: Final = 0.02
-"""Peak learning rate of the matrices (Muon); embeddings and norms take a fraction of it (AdamW)."""
+"""Peak learning rate of the matrices (Muon)."""
 _ADAM_SHARE: Final = 0.15
-_WARM_UP: Final = 100
+"""Of that rate, what embeddings and norms learn by (AdamW)."""
+_WARM_UP_STEPS: Final = 100
+_FALL_SHARE: Final = 0.4
+_GRADIENT_NORM_MAX: Final = 1.0
 _TOKENIZER_TEXTS: Final = 40_000
-_KEEP_EVERY: Final = 200
+_KEEP_EVERY_STEPS: Final = 200
+_MATRIX: Final = 2
 
 
 def batch(tokenizer: Tokenizer, step: int) -> torch.Tensor:
     """The tokens of a step: int64 [ROWS, CONTEXT], documents one after the other."""
-    needed = ROWS * CONTEXT
     ids: list[int] = []
-    for text in texts(Random(f"{SEED}:{step}")):  # noqa: S311  # reproducible, not secret
-        ids += tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) >= needed:
-            return torch.tensor(ids[:needed]).view(ROWS, CONTEXT)
-    raise AssertionError  # texts never end
+    documents = texts(Random(f"{SEED}:{step}"))  # noqa: S311  # reproducible, not secret
+    while len(ids) < ROWS * CONTEXT:
+        ids += tokenizer.encode(next(documents), add_special_tokens=False).ids
+    return torch.tensor(ids[: ROWS * CONTEXT]).view(ROWS, CONTEXT)
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Share of the peak rate at a step: a linear warm-up, level, then a linear fall to zero over the last 40 %."""
-    if step < _WARM_UP:
-        return (step + 1) / _WARM_UP
-    return min(1.0, (steps - step) / (0.4 * steps))
+    """Share of the peak rate at a step: a linear warm-up, level, then a linear fall to zero."""
+    if step < _WARM_UP_STEPS:
+        return (step + 1) / _WARM_UP_STEPS
+    return min(1.0, (steps - step) / (_FALL_SHARE * steps))
+
+
+class Training:
+    """A model in training, from the seed or from where an earlier run was stopped.
+
+    Args:
+        kept: The checkpoint, written whole or not at all.
+    """
+
+    def __init__(self, kept: Path) -> None:
+        torch.manual_seed(SEED)
+        self.model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+        self.step = 0
+        self._kept = kept
+        self._optimizers = _optimizers(self.model)
+        if kept.exists():
+            state = torch.load(kept, weights_only=True)
+            self.step = state["step"]
+            self.model.load_state_dict(state["model"])
+            for optimizer, each in zip(self._optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(each)
+
+    def learn(self, ids: torch.Tensor, rate: float) -> float:
+        """Take one step on tokens [rows, tokens], at a share of the peak rates.
+
+        Returns:
+            The loss: nats per token.
+        """
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _GRADIENT_NORM_MAX)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return loss.item()
+
+    def keep(self) -> None:
+        """Write a checkpoint."""
+        states = [each.state_dict() for each in self._optimizers]
+        part = self._kept.with_suffix(".part")
+        torch.save({"step": self.step, "model": self.model.state_dict(), "optimizers": states}, part)
+        part.replace(self._kept)
 
 
 def pretrain(folder: Path, work: Path, *, steps: int = STEPS) -> None:
@@ -78,70 +125,48 @@ def pretrain(folder: Path, work: Path, *, steps: int = STEPS) -> None:
 
     Args:
         folder: Where the base is written.
-        work: Where a stopped run goes on from.
+        work: Where a stopped run goes on from, and where losses are kept.
         steps: Of ROWS x CONTEXT tokens each.
     """
     work.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
         write_tokenizer(folder, islice(texts(Random(SEED)), _TOKENIZER_TEXTS))  # noqa: S311  # reproducible, not secret
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    torch.manual_seed(SEED)
-    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
-    optimizers = _optimizers(model)
-    begin, kept = 0, work / "base.pt"
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
-        begin = state["step"]
-        model.load_state_dict(state["model"])
-        for optimizer, each in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(each)
+    kept = work / "base.pt"
+    training = Training(kept)
     with (work / "base-losses.jsonl").open("a") as log, _bar() as progress:
-        task = progress.add_task("base", total=steps, completed=begin, loss=math.nan, speed=0)
-        for step in range(begin, steps):
-            started = time.perf_counter()
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate_at(step, steps)
-            ids = batch(tokenizer, step)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = model(input_ids=ids[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            speed = ids.numel() / (time.perf_counter() - started)
-            log.write(json.dumps({"step": step, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}) + "\n")
-            log.flush()
-            progress.update(task, advance=1, loss=loss.item(), speed=speed)
-            if (step + 1) % _KEEP_EVERY == 0 and step + 1 < steps:
-                _keep(kept, step + 1, model, optimizers)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
-    model.to(torch.bfloat16).save_pretrained(folder)
+        task = progress.add_task("base", total=steps, completed=training.step, loss=math.nan, speed=0)
+        for step in range(training.step, steps):
+            begin = time.perf_counter()
+            loss = training.learn(batch(tokenizer, step), rate_at(step, steps))
+            speed = round(ROWS * CONTEXT / (time.perf_counter() - begin))
+            log.write(json.dumps({"step": step, "loss": round(loss, 4), "tokens_per_second": speed}) + "\n")
+            progress.update(task, advance=1, loss=loss, speed=speed)
+            if training.step % _KEEP_EVERY_STEPS == 0:
+                log.flush()
+                training.keep()
+    model = training.model.bfloat16()
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)  # type: ignore[no-untyped-call]  # theirs
+    model.save_pretrained(folder)
     kept.unlink(missing_ok=True)
 
 
 def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) needs about two thirds of the tokens here.
+    Muon is of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
-    matrices = [each for name, each in model.named_parameters() if each.ndim == 2 and "embed" not in name]  # noqa: PLR2004
-    others = [each for name, each in model.named_parameters() if each.ndim != 2 or "embed" in name]  # noqa: PLR2004
-    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.05)
-    adam = torch.optim.AdamW(others, lr=RATE * _ADAM_SHARE, betas=(0.9, 0.95), weight_decay=0.0)
-    for optimizer in (muon, adam):
+    inner = {name for name, each in model.named_parameters() if each.ndim == _MATRIX and "embed" not in name}
+    matrices = [each for name, each in model.named_parameters() if name in inner]
+    others = [each for name, each in model.named_parameters() if name not in inner]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=RATE * _ADAM_SHARE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return [muon, adam]
-
-
-def _keep(path: Path, step: int, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Write a checkpoint whole, or not at all."""
-    parts = {"step": step, "model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
-    torch.save(parts, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    return optimizers
 
 
 def _bar() -> Progress:
@@ -149,7 +174,7 @@ def _bar() -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,} tokens/s"),
         TimeRemainingColumn(),
     )
 
@@ -157,7 +182,7 @@ def _bar() -> Progress:
 def main() -> None:
     """Train the base into a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("starter/base"))
+    parser.add_argument("--folder", type=Path, default=Path("starter/hocket-starter"))
     parser.add_argument("--work", type=Path, default=Path("build/starter"))
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()

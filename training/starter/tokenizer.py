@@ -1,7 +1,7 @@
 """The starter base's tokenizer: byte-level BPE in which a word is the same tokens wherever it stands.
 
-A space is a token of its own and so is every digit. `Rome`, ` Rome` and `'Rome'` then share their tokens, and a model of
-a few million parameters copies from a question into a query by repeating what it read, instead of learning for
+A space is a token of its own and so is every digit. `Rome`, ` Rome` and `'Rome'` then share their tokens, and a model
+of a few million parameters copies from a question into a query by repeating what it read, instead of learning for
 each word how it is written after a space.
 """
 
