@@ -1,7 +1,7 @@
 """What the starter kit is worth on held-out questions: `make scores`.
 
-A suite with the kit is asked, over gRPC, questions of templates and values that no expert was trained on. The base alone
-answers them, another expert, the task's own expert (whom a router that is never wrong would choose), and whoever the
+A suite with the kit is asked, over gRPC, questions of templates and values that no expert was trained on. The base
+alone answers them, another expert, the task's own expert (whom a router that is never wrong would choose), and whoever the
 rules gate chooses; then sentences that need two experts, by each of them and by both at several weights. SQL is run on
 SQLite and its rows compared, JSON is parsed, patterns are tried on strings; the rest is compared with the answer.
 """

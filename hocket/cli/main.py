@@ -45,11 +45,12 @@ class _Verb(NamedTuple):
 _ANSWERS: Final = "Answers"
 _SUITE: Final = "The suite"
 _FILES: Final = "Files and keys"
+_TRAINING: Final = "Training"
 _REGISTRY: Final = "Registry"
 
 VERBS: Final[Mapping[str, _Verb]] = {
     "predict": _Verb("infer", _ANSWERS, "Ask a mixture, and watch its experts answer."),
-    "route": _Verb("infer", _ANSWERS, "Explain which experts would answer, without asking them."),
+    "route": _Verb("route", _ANSWERS, "Explain who would answer, without asking them."),
     "generate": _Verb("generate", _ANSWERS, "Ask a base model and adapter experts for text."),
     "chat": _Verb("chat", _ANSWERS, "Talk with a base model and adapter experts."),
     "up": _Verb("serve", _SUITE, "Start a whole suite on this machine."),
@@ -61,6 +62,9 @@ VERBS: Final[Mapping[str, _Verb]] = {
     "sign": _Verb("package", _FILES, "Bind a name to a package file, and sign that."),
     "trust": _Verb("trust", _FILES, "Decide whose signatures count."),
     "expert": _Verb("expert", _FILES, "Make .expert packages: new, validate, pack."),
+    "train": _Verb("train", _TRAINING, "Train an adapter from a manifest and a dataset."),
+    "dataset": _Verb("dataset", _TRAINING, "Look after datasets: validate, stats, dedupe, split."),
+    "evaluate": _Verb("evaluate", _TRAINING, "Score answers of a running suite on a dataset."),
     "publish": _Verb("publish", _REGISTRY, "Put package files into a registry."),
     "install": _Verb("install", _REGISTRY, "Put packages into a registry, with all that they require."),
     "update": _Verb("install", _REGISTRY, "Put newer versions of adapter experts into a registry."),

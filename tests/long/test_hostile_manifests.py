@@ -18,8 +18,9 @@ import pytest
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import BaseModel, Constraints
 from hocket.packages.expert.manifest import parse_manifest
-from hocket.packages.expert.resolution import Candidate, Requirement, resolve
+from hocket.packages.expert.resolution import Candidate, resolve
 from hocket.packages.strict_json import loads
+from hocket.requirements import Requirement
 from tests.manifests import V2, changed
 
 if TYPE_CHECKING:

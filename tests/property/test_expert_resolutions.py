@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.resolution import Candidate, Requirement, Resolution, resolve
+from hocket.packages.expert.resolution import Candidate, Resolution, resolve
+from hocket.requirements import Requirement
 from hocket.versions import Version
 
 if TYPE_CHECKING:

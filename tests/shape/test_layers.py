@@ -29,6 +29,9 @@ ALLOWED = {
 BASE_UPWARDS = {
     "hocket.authoring": {"hocket.client"},
     "hocket.composition": {"hocket.packages", "hocket.v1"},
+    "hocket.datasets.rows": {"hocket.packages"},
+    "hocket.evaluation.metrics": {"hocket.packages"},
+    "hocket.evaluation.scores": {"hocket.packages"},
     "hocket.index": {"hocket.packages"},
     "hocket.installing": {"hocket.packages"},
     "hocket.keyring": {"hocket.packages"},

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hocket.cli import answer, files, serve
+from hocket.cli.colours import Colours
 from hocket.cli.sampling import read_experts, written
 from hocket.errors import HocketError, Reason
 from hocket.v1 import router_pb2, text_pb2
@@ -247,8 +248,9 @@ def test_a_refusal_is_a_reason_and_advice(hocket: Any, router: Router) -> None:
 
 class TestAtATerminal:
     @pytest.fixture(autouse=True)
-    def _terminal(self, at_terminal: Callable[..., None]) -> None:
+    def _terminal(self, at_terminal: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
         at_terminal("<stdin>", "<stdout>")
+        monkeypatch.setenv("TERM", "dumb")  # one without colours
 
     def test_a_line_tells_who_answered_and_how_fast(self, hocket: Any) -> None:
         outcome = hocket("generate", "list two", *MIXED)
@@ -261,6 +263,24 @@ class TestAtATerminal:
 
     def test_without_experts_it_is_the_base(self, hocket: Any) -> None:
         assert hocket("generate", "list two").err.startswith("Qwen3-0.6B, 3 tokens")
+
+    def test_text_has_the_colour_of_the_experts_that_made_it(
+        self, hocket: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLORTERM", "truecolor")
+        mixture = Colours().style({LOW: 0.7, HIGH: 0.3})
+        assert mixture.color is not None
+        red, green, blue = mixture.color.get_truecolor()
+
+        assert f"\x1b[38;2;{red};{green};{blue}mSure:\x1b[0m" in hocket("generate", "list two", *MIXED).out
+        assert "\x1b[" not in hocket("generate", "list two").out, "the base has the terminal's own colour"
+
+    def test_no_color_is_respected(self, hocket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", "1")
+
+        assert hocket("generate", "list two", *MIXED).out == f"{ANSWER}\n"
 
     def test_an_answer_that_was_cut_off_says_so(self, hocket: Any, router: Router) -> None:
         usage = text_pb2.Usage(completion_token_count=1)

@@ -8,7 +8,8 @@ import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.resolution import Candidate, Requirement, Resolution, resolve
+from hocket.packages.expert.resolution import Candidate, Resolution, resolve
+from hocket.requirements import Requirement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -26,7 +26,7 @@ from hocket.v1.router_pb2 import GenerateRequest
 from hocket.v1.router_pb2_grpc import RouterServiceStub, add_RouterServiceServicer_to_server
 from services.router.aggregators import Aggregators
 from services.router.app import RouterApp
-from services.router.directory import Snapshot
+from services.router.directory import Snapshot, build_gates
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
 from services.router.service import RouterServicer, tokens_of
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 SQL = adapter_package(LOW, "sql", base=BaseModel(name="Qwen3-0.6B"))
 SQL.unsigned_by_policy = True
 WORKER = Worker("w", "local:w", frozenset({"expert"}), 1000, frozenset(), draining=False, base=Base("Qwen3-0.6B", BASE))
-SNAPSHOT = Snapshot(7, {}, {}, {}, {LOW: SQL}, (WORKER,), index([SQL]))
+EXPERTS = index([SQL])
+SNAPSHOT = Snapshot(7, {}, {}, {}, {LOW: SQL}, (WORKER,), EXPERTS, gates=build_gates(EXPERTS, [WORKER], {}))
 
 
 class ScriptedAggregator(AggregatorServiceServicer):

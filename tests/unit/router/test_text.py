@@ -16,7 +16,7 @@ from hocket.v1.package_pb2 import BaseModel, Package, TrustState
 from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest
 from hocket.v1.text_pb2 import Conversation, Message, Sampling, TextInput
 from services.router.bases import REMEMBERED_MAX, REMEMBERED_SECONDS, RecentBases
-from services.router.directory import Snapshot
+from services.router.directory import Snapshot, build_gates
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
 from services.router.text import TextDecision, decide_text
@@ -61,7 +61,9 @@ WORKER = worker()
 
 def snapshot(*packages: Package, workers: Any = (WORKER,), models: tuple[str, ...] = ()) -> Snapshot:
     held = {package.digest: package for package in packages}
-    return Snapshot(7, {}, dict.fromkeys(models), {}, held, tuple(workers), index(held.values()))  # type: ignore[arg-type]  # nobody asks the models anything
+    experts = index(held.values())
+    gates = build_gates(experts, workers, {})
+    return Snapshot(7, {}, dict.fromkeys(models), {}, held, tuple(workers), experts, gates=gates)  # type: ignore[arg-type]  # nobody asks the models anything
 
 
 def asking(*experts: str, **fields: Any) -> GenerateRequest:
