@@ -15,11 +15,10 @@ do the wordings under `test` of each form.
 
 from __future__ import annotations
 
-import sqlite3
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from hocket.evaluation import execution_match
 from training.starter.drawing import asked, chance, invented_of, number_between, number_of
 from training.starter.task import Example, Split, Task
 from training.starter.words import ANIMALS, CITIES, COLOURS, COUNTRIES, FOODS, NAMES, THINGS, held_out, listed
@@ -149,12 +148,6 @@ _RESERVED: Final = frozenset(
 _ROWS: Final = 12
 # Of twelve numbers, two are the literal, three below and seven above it: each comparison keeps another count of rows.
 _OFFSETS: Final = (0, 1, -1, 9, 31, 0, 1, -1, -12, 4, 57, 110)
-_FUNCTIONS: Final = frozenset({"count", "max", "min", "avg", "sum", "total", "lower", "upper", "like", "abs", "round"})
-_ANSWER_CHARACTERS: Final = 1_000
-_ANSWER_ROWS: Final = 1_000
-_VALUE_BYTES: Final = 10_000
-_STEPS: Final = 1_000  # virtual machine instructions between two looks
-_LOOKS: Final = 100
 _LINKED_COLUMNS: Final = 2  # what each of two linked tables surely has
 
 
@@ -799,56 +792,9 @@ def example(random: Random, split: Split) -> Example:
     return Example("\n".join((*shown, question)), query.sql, form.kind, {"script": _script(random, tables, query)})
 
 
-def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """Lets a statement read, and call functions that neither write nor grow."""
-    if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ):
-        return sqlite3.SQLITE_DENY if (first or "").startswith("sqlite_") else sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_FUNCTION and second in _FUNCTIONS:
-        return sqlite3.SQLITE_OK
-    return sqlite3.SQLITE_DENY
-
-
-def execute(asked_about: Example, query: str) -> list[tuple[object, ...]]:
-    """Runs one reading statement on the database of an example, in memory and within bounds.
-
-    Args:
-        asked_about: Whose database.
-        query: The statement, of at most 1,000 characters; whoever wrote it.
-
-    Returns:
-        Its rows.
-
-    Raises:
-        sqlite3.Error: The statement is not one SELECT that this database can answer with at most 1,000 rows in
-            100,000 steps.
-    """
-    if len(query) > _ANSWER_CHARACTERS:
-        raise sqlite3.ProgrammingError("the statement is too long")
-    connection = sqlite3.connect(":memory:")
-    try:
-        connection.executescript(asked_about.facts["script"])
-        looks = iter(range(_LOOKS))
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _VALUE_BYTES)
-        connection.set_authorizer(_authorize)
-        connection.set_progress_handler(lambda: next(looks, None) is None, _STEPS)
-        rows: list[tuple[object, ...]] = connection.execute(query).fetchmany(_ANSWER_ROWS + 1)
-    except (sqlite3.Warning, ValueError) as error:  # a second statement; characters that SQLite cannot read
-        raise sqlite3.ProgrammingError(f"the statement cannot be read: {error}") from error
-    finally:
-        connection.close()
-    if len(rows) > _ANSWER_ROWS:
-        raise sqlite3.ProgrammingError("the statement gives too many rows")
-    return rows
-
-
 def is_right(asked_about: Example, answer: str) -> bool:
     """Whether a statement gives the rows of the right one: in its order where that one orders, else in any."""
-    try:
-        given = execute(asked_about, answer.strip())
-    except sqlite3.Error:
-        return False
-    wanted = execute(asked_about, asked_about.answer)
-    return given == wanted if " ORDER BY " in asked_about.answer else Counter(given) == Counter(wanted)
+    return execution_match(answer, asked_about.answer, asked_about.facts["script"])
 
 
 def document(random: Random) -> str:
