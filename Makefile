@@ -10,7 +10,7 @@ BUF := .tools/buf
 NODE_CLIENT := examples/clients/node/node_modules/.package-lock.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install check test test-all test-compose test-gpu fuzz demo up up-compose bench bench-peers bench-gpu proto clean
+.PHONY: help install check test test-all test-compose test-gpu fuzz demo starter scores up up-compose bench bench-peers bench-gpu proto clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -64,8 +64,15 @@ $(VENV)/.fuzz: $(VENV)/.installed
 	@$(PIP) --editable '.[fuzz]'
 	@touch $@
 
-demo: $(VENV)/.installed ## Train, sign, publish and ask a mixture of digit experts
+demo: $(VENV)/.installed ## Ask the starter kit a dozen questions, then a mixture of digit experts
+	@$(BIN)/python -m examples.starter.demo
 	@$(BIN)/python -m examples.digits.demo
+
+starter: $(VENV)/.installed ## Train the starter kit anew where parts of it are missing: base, experts, signatures
+	@$(BIN)/python -m training.starter.build
+
+scores: $(VENV)/.installed ## What the starter kit is worth on held-out questions; the tables of README and docs/starter.md
+	@$(BIN)/python -m benchmarks.starter --write README.md docs/starter.md
 
 up: $(VENV)/.installed ## Run the four services in one process
 	@$(BIN)/hocket up
@@ -79,6 +86,7 @@ bench: $(VENV)/.installed ## Measure against bare gRPC; results go to benchmarks
 	@$(BIN)/python -m benchmarks.split
 	@$(BIN)/python -m benchmarks.catalogue
 	@$(BIN)/python -m benchmarks.gate
+	@$(BIN)/python -m benchmarks.routing
 	@$(BIN)/python -m benchmarks.breakdown
 	@$(BIN)/python -m benchmarks.packages
 	@$(BIN)/python -m benchmarks.engine

@@ -1,0 +1,1 @@
+"""The starter kit at work: a small base, nine signed experts, and a dozen prompts."""
