@@ -19,7 +19,8 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName
 from hocket.packages import check_release_name, open_package
 from hocket.packages.adapter import AdapterFacts
-from hocket.packages.expert.resolution import Candidate, Requirement, resolve
+from hocket.packages.expert.resolution import Candidate, resolve
+from hocket.requirements import Requirement
 from hocket.sources import InRepository, Named, PackageFile, find, fitting, search
 from hocket.versions import Range, Version
 

@@ -130,6 +130,8 @@ class ScriptedRouter(RouterServiceServicer):
     async def Route(self, request: router_pb2.RouteRequest, context: Any) -> router_pb2.RouteResponse:
         del context
         self._note(request)
+        if request.HasField("text"):
+            return router_pb2.RouteResponse(text=_text_decision(request))
         rows = request.input.shape[0]
         candidates = [
             router_pb2.Candidate(expert=LOW, gate_weight=0.75, weight=1, chosen=True),
@@ -226,6 +228,32 @@ def _text_plan(request: router_pb2.GenerateRequest) -> text_pb2.TextPlan:
         replicas=[plan_pb2.Replica(worker="worker-a", address="127.0.0.1:50054", resident=True)],
         revision=7,
         seed=request.sampling.seed or 42,
+        policy=text_pb2.POLICY_UNSPECIFIED if experts else text_pb2.POLICY_RULES,
+        reason=text_pb2.DECISION_REASON_EXPLICIT if experts else text_pb2.DECISION_REASON_BASE_NO_MATCH,
+    )
+
+
+def _text_decision(request: router_pb2.RouteRequest) -> router_pb2.TextDecision:
+    """The gate has chosen `low`; `high` has an exclude keyword in the text."""
+    asked = router_pb2.GenerateRequest(experts=[router_pb2.ChosenExpert(expert="low")])
+    plan = _text_plan(asked)
+    plan.policy, plan.reason = text_pb2.POLICY_RULES, text_pb2.DECISION_REASON_GATE
+    keyword = router_pb2.Evidence(kind=router_pb2.EVIDENCE_KIND_KEYWORD, text="list all", contribution=1.5)
+    exclude = router_pb2.Evidence(kind=router_pb2.EVIDENCE_KIND_EXCLUDE, text="list", contribution=-2.0)
+    prior = router_pb2.Evidence(kind=router_pb2.EVIDENCE_KIND_PRIOR, text="the base", contribution=0.25)
+    low = router_pb2.TextCandidate(
+        digest=LOW, name="acme/low@1.0.0", score=1.5, probability=0.875, weight=1.0, chosen=True, evidence=[keyword]
+    )
+    high = router_pb2.TextCandidate(digest=HIGH, name="acme/high@1.0.0", score=-2.0, evidence=[exclude])
+    if request.routing.policy == text_pb2.POLICY_HIVELLM:
+        low.hivellm.keyword, low.hivellm.embedding = 0.5, 0.25
+    return router_pb2.TextDecision(
+        plan=plan,
+        base=router_pb2.TextCandidate(digest=BASE, name="Qwen3-0.6B", score=0.25, probability=0.125, evidence=[prior]),
+        candidates=[low, high],
+        candidate_count=20,
+        confidence=0.875,
+        thresholds=router_pb2.GateThresholds(confidence_min=0.6),
     )
 
 

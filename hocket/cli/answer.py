@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from rich.text import Text
 
 from hocket.cli import output
+from hocket.cli.colours import Colours
+from hocket.cli.decisions import why
 from hocket.client import TextDelta, TextFinish, TextPlanned, TextStart
 from hocket.errors import HocketError, Reason
 from hocket.v1.plan_pb2 import Mode
@@ -34,18 +36,20 @@ class Telling:
     """Shows one answer. Leaving it ends the line, and tells what people want to know of what has come.
 
     Standard output carries the answer alone, or JSON alone. At a terminal what is no text is shown in escapes, since
-    nobody knows what a model writes; a program gets every character.
+    nobody knows what a model writes, and in the colours of the experts behind it; a program gets every character.
 
     Args:
         as_json: Whether every event is a line of JSON.
         debug: Whether everything known is shown, on standard error.
+        colours: Of the experts, as earlier answers had them; None for new ones.
 
     Attributes:
         text: What has come so far.
     """
 
-    def __init__(self, *, as_json: bool, debug: bool) -> None:
+    def __init__(self, *, as_json: bool, debug: bool, colours: Colours | None = None) -> None:
         self.text = ""
+        self._colours = colours or Colours()
         self._as_json = as_json
         self._debug = debug and not as_json
         self._at_terminal = sys.stdout.isatty()
@@ -67,7 +71,7 @@ class Telling:
                 _print_finish(self._finish)
         if self._planned is not None and self._finish is not None:
             if self._at_terminal:
-                _dim(_summary(self._planned.plan, self._finish))
+                _print_summary(self._planned.plan, self._finish, self._colours)
             if self._finish.degradations:
                 output.say(f"Note: {'; '.join(map(_explained, self._finish.degradations))}", stderr=True)
 
@@ -99,9 +103,15 @@ class Telling:
                 if self._debug:
                     self._deltas.append(event)
                 if event.text and not self._as_json:
-                    _write(_visible(event.text) if self._at_terminal else event.text)
+                    _write(self._painted(event) if self._at_terminal else event.text)
             case TextFinish():
                 self._finish = event
+
+    def _painted(self, delta: TextDelta) -> str:
+        """Text for a terminal, in the colour of the experts that made it."""
+        experts = () if self._planned is None else self._planned.plan.experts
+        weights = {expert.digest: weight for expert, weight in zip(experts, delta.contributions, strict=False)}
+        return output.painted(_visible(delta.text), self._colours.style(weights))
 
 
 def _write(text: str) -> None:
@@ -114,11 +124,23 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in _KEPT else c.encode("unicode_escape").decode() for c in text)
 
 
-def _summary(plan: TextPlan, finish: TextFinish) -> str:
-    """Who answered, how much, how fast."""
-    who = ", ".join(f"{expert.name or output.short(expert.digest)} {expert.weight:g}" for expert in plan.experts)
+def _print_summary(plan: TextPlan, finish: TextFinish, colours: Colours) -> None:
+    """Say who answered, each in their colour, how much, how fast."""
+    who = [
+        output.plain(
+            f"{expert.name or output.short(expert.digest)} {expert.weight:g}", colours.style({expert.digest: 1})
+        )
+        for expert in plan.experts
+    ]
+    who = who or [output.plain(plan.base_name or output.short(plan.base), "dim")]
+    line = Text(", ", "dim").join([*who, output.plain(_measured(finish), "dim")])
+    output.console(stderr=True).print(line, soft_wrap=True)
+
+
+def _measured(finish: TextFinish) -> str:
+    """How much was answered, and how fast."""
     count = finish.usage.completion_token_count
-    parts = [who or plan.base_name or output.short(plan.base), f"{count} token{'' if count == 1 else 's'}"]
+    parts = [f"{count} token{'' if count == 1 else 's'}"]
     if finish.reason == TEXT_FINISH_REASON_LENGTH:
         parts[-1] += " (cut off: --max-tokens, or the base's context)"
     if finish.speed.decode_tokens_per_second:
@@ -133,6 +155,7 @@ def _print_plan(planned: TextPlanned) -> None:
     plan = planned.plan
     base = f"{plan.base_name} ({plan.base})" if plan.base_name else plan.base
     _dim(f"plan: {Mode.Name(plan.mode).removeprefix('MODE_')} on base {base}")
+    _dim(f"  {why(plan)}")
     for expert in plan.experts:
         _dim(f"  {expert.weight:g} of {expert.name} {expert.digest if expert.digest != expert.name else ''}".rstrip())
     for replica in plan.replicas:

@@ -12,6 +12,7 @@ import typer
 
 from hocket.cli import files, output, sampling, servers
 from hocket.cli.answer import Telling
+from hocket.cli.colours import Colours
 from hocket.cli.generate import turn
 from hocket.cli.own_suite import HAS_ENDED
 from hocket.cli.text_router import text_router
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
 
     from hocket.cli.sampling import WeightedExpert
     from hocket.cli.text_router import TextRouter
+    from hocket.client import Routing
 
 app = typer.Typer(add_completion=False)
 
 _PROMPT: Final = "> "
 _MORE: Final = ". "
 _NONE: Final = "-"
+_AUTO: Final = "auto"
+_EXPERTS_TOLD: Final = {_NONE: "none, the base alone", _AUTO: "chosen by the router for every turn"}
 _REFUSED: Final = 2
 _HELP: Final = f"""\
-/experts sql:0.7,json:0.3   who answers from now on; {_NONE} for the base alone
+/experts sql:0.7,json:0.3   who answers from now on; {_NONE} for the base alone, {_AUTO} to have them chosen
 /base NAME                  on which base; {_NONE} for the one that the experts ride on
 /system TEXT                what the system says first; {_NONE} for nothing
 /reset                      forget what was said
@@ -50,6 +54,8 @@ def chat(
     context: typer.Context,
     *,
     experts: sampling.Experts = "",
+    max_experts: sampling.MaxExperts = None,
+    base_only: sampling.BaseOnly = False,
     base: sampling.Base = "",
     system: sampling.System = None,
     options: SamplingOptions,
@@ -60,6 +66,9 @@ def chat(
     json: output.Json = False,
 ) -> None:
     """Talk with a base model and adapter experts.
+
+    Without --experts the router chooses for every turn who answers, by what
+    is said in it.
 
     What was said goes with every turn. /help lists what can be changed on
     the way, /experts and /system among it. Ctrl-C ends a running answer,
@@ -73,9 +82,10 @@ def chat(
     $ cat questions.txt | hocket chat > answers.txt
     """
     chosen = sampling.read_experts(experts)
+    routing = sampling.read_routing(experts=chosen, base_only=base_only, max_experts=max_experts)
     stdin = files.standard_input()
     with text_router(context, router=router, device=device, data=data, base=base, shown=not json) as asked:
-        talk = _Talk(asked, stdin, options, chosen, asked.base, system, debug=debug, as_json=json)
+        talk = _Talk(asked, stdin, options, chosen, routing, max_experts, asked.base, system, debug=debug, as_json=json)
         talk.run()
     if talk.refused and not talk.at_terminal:
         raise typer.Exit(_REFUSED)
@@ -97,6 +107,8 @@ class _Talk:
     stdin: TextIOWrapper
     options: SamplingOptions
     experts: list[WeightedExpert]
+    routing: Routing | None
+    max_experts: int | None
     base: str
     system: str | None
     _: KW_ONLY
@@ -106,6 +118,7 @@ class _Talk:
     refused: bool = False
     at_terminal: bool = field(init=False)
     _saved: set[Path] = field(default_factory=set)
+    _colours: Colours = field(default_factory=Colours)
 
     def __post_init__(self) -> None:
         self.at_terminal = self.stdin.isatty() and sys.stdout.isatty()
@@ -154,12 +167,16 @@ class _Talk:
             raise HocketError(Reason.TOO_LARGE, "what was said is larger than 1 MiB")
         asked = turn("user", said)
         system = [] if self.system is None else [turn("system", self.system)]
-        telling = Telling(as_json=self.as_json, debug=self.debug)
+        telling = Telling(as_json=self.as_json, debug=self.debug, colours=self._colours)
         try:
             with self.asked.explained(), telling:
                 telling.show(
                     self.asked.client.generate(
-                        messages=[*system, *self.turns, asked], experts=self.experts, base=self.base, **self.options
+                        messages=[*system, *self.turns, asked],
+                        experts=self.experts,
+                        routing=self.routing,
+                        base=self.base,
+                        **self.options,
                     )
                 )
         except HocketError as error:
@@ -188,9 +205,20 @@ class _Talk:
             output.say(line, stderr=True)
 
     def _choose_experts(self, text: str) -> None:
-        if text:
-            self.experts = [] if text == _NONE else sampling.read_experts(text)
-        self._tell(f"experts: {sampling.written(self.experts) or 'none, the base alone'}")
+        if text in {_NONE, _AUTO}:
+            self.experts = []
+            self.routing = sampling.read_routing(
+                experts=[], base_only=text == _NONE, max_experts=None if text == _NONE else self.max_experts
+            )
+        elif text:
+            self.experts, self.routing = sampling.read_experts(text), None
+        self._tell(f"experts: {_EXPERTS_TOLD.get(who := self._who(), who)}")
+
+    def _who(self) -> str:
+        """Who answers, as `/experts` reads it."""
+        if self.routing is not None and self.routing.policy == "base":
+            return _NONE
+        return sampling.written(self.experts) or _AUTO
 
     def _choose_base(self, text: str) -> None:
         if text:
@@ -220,7 +248,7 @@ class _Talk:
             raise HocketError(Reason.BAD_REQUEST, f"{path} is there already: choose another name")
         system = [] if self.system is None else [turn("system", self.system)]
         document = {
-            "experts": sampling.written(self.experts),
+            "experts": self._who(),
             "base": self.base,
             "messages": [*system, *self.turns],
         }

@@ -11,7 +11,8 @@ from hocket.cli import describe, names, output, servers
 from hocket.composition import candidates
 from hocket.errors import HocketError
 from hocket.identity import is_digest
-from hocket.packages.expert.resolution import Requirement, resolve
+from hocket.packages.expert.resolution import resolve
+from hocket.requirements import Requirement
 from hocket.v1.package_pb2 import TRUST_STATE_ACTIVE
 from hocket.versions import Range, Version
 

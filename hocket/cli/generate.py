@@ -27,6 +27,8 @@ def generate(
     ] = None,
     *,
     experts: sampling.Experts = "",
+    max_experts: sampling.MaxExperts = None,
+    base_only: sampling.BaseOnly = False,
     base: sampling.Base = "",
     system: sampling.System = None,
     raw: Annotated[
@@ -41,7 +43,9 @@ def generate(
 ) -> None:
     """Ask a base model and adapter experts for text.
 
-    The answer streams as it is made. Into a pipe goes the answer alone.
+    Without --experts the router chooses who answers: `hocket route` tells
+    whom and why. The answer streams as it is made. Into a pipe goes the
+    answer alone.
     With --json every event is one line: plan, start, deltas, finish.
 
     What is not said about choosing tokens is left to the heaviest expert,
@@ -54,9 +58,10 @@ def generate(
     $ hocket generate "what is 2 + 2?" --device auto
     """
     chosen = sampling.read_experts(experts)
+    routing = sampling.read_routing(experts=chosen, base_only=base_only, max_experts=max_experts)
     if raw and system is not None:
         raise HocketError(Reason.BAD_REQUEST, "--raw is read as it is: write the system's part into it")
-    text = _read_prompt(prompt, raw=raw)
+    text = read_prompt(prompt, raw=raw)
     if options["top_logprobs"] is not None and not (debug or json):
         raise HocketError(Reason.BAD_REQUEST, "only --debug and --json show what --logprobs asks for: add one of them")
     with (
@@ -69,6 +74,7 @@ def generate(
             messages=None if system is None else [turn("system", system), turn("user", text)],
             raw=text if raw else None,
             experts=chosen,
+            routing=routing,
             base=asked.base,
             **options,
         )
@@ -80,15 +86,21 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _read_prompt(prompt: str | None, *, raw: bool) -> str:
-    """The prompt that was given. The newline at the end of a pipe is no part of it, except in raw text."""
+def read_prompt(prompt: str | None, *, raw: bool) -> str:
+    """The prompt that was given; for `-` or nothing, standard input.
+
+    The newline at the end of a pipe is no part of it, except in raw text.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if there is none, or it is no text; `TOO_LARGE`.
+    """
     if prompt is not None and prompt != _STDIN:
         text = prompt
     else:
         stdin = files.standard_input()
         if stdin.isatty():
             if prompt is None:
-                raise HocketError(Reason.BAD_REQUEST, "give a prompt: hocket generate 'PROMPT', or through a pipe")
+                raise HocketError(Reason.BAD_REQUEST, "give a prompt as an argument, or through a pipe")
             output.say("reading the prompt from the terminal: end with Ctrl-D", stderr=True)
         data = bytes(stdin.buffer.read(TEXT_BYTES_MAX + 1))
         if len(data) > TEXT_BYTES_MAX:

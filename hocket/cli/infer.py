@@ -1,4 +1,4 @@
-"""`hocket predict` and `hocket route`: answers with everyone who gave them, and decisions explained."""
+"""`hocket predict`: answers with everyone who gave them."""
 
 from __future__ import annotations
 
@@ -21,31 +21,27 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hocket.v1.plan_pb2 import Contribution, Plan
-    from hocket.v1.router_pb2 import RouteResponse
 
 app = typer.Typer()
-
-Model = Annotated[
-    str, typer.Argument(help=r"Mixture name, publisher/name@version, or digest\[#ordinal].", show_default=False)
-]
-TopK = Annotated[
-    int | None, typer.Option(metavar="N", min=1, max=1_000_000, help="Experts per row, not the mixture's own number.")
-]
 
 _BAR_WIDTH: Final = 12
 _ROWS_SHOWN: Final = 20
 _SCORES_SHOWN: Final = 10
-_CANDIDATES_SHOWN: Final = 12
 _STATE_STYLES: Final = {"arrived": "green", "pending": "dim"}
 
 
 @app.command()
 def predict(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help=r"Mixture name, publisher/name@version, or digest\[#ordinal].", show_default=False)
+    ],
     *,
     source: rows.Input = None,
     row: rows.Rows = None,
-    top_k: TopK = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1_000_000, help="Experts per row, not the mixture's own number."),
+    ] = None,
     partials: Annotated[
         bool | None, typer.Option(help="Follow the answer as experts arrive.", show_default="at a terminal")
     ] = None,
@@ -94,33 +90,6 @@ def predict(
                     board.show(event)
     if board is not None and board.answer is not None:
         _print_answer(board.answer)
-
-
-@app.command()
-def route(
-    model: Model,
-    *,
-    source: rows.Input = None,
-    row: rows.Rows = None,
-    top_k: TopK = None,
-    router: servers.Router = servers.ROUTER_ADDRESS,
-    json: output.Json = False,
-) -> None:
-    """Explain which experts would answer, without asking them.
-
-    For each row every member with the gate's weight, best first, and the
-    weight it gets if it is chosen.
-
-    $ hocket route iris --row 5.1,3.5,1.4,0.2
-    """
-    matrix = rows.read_rows(source, row)
-    with servers.router(router) as client:
-        decision = client.route(model, matrix, top_k=top_k)
-        names = {} if json else describe.expert_names(client.get_mixture(model).members)
-    if json:
-        output.emit(output.message_json(decision))
-    else:
-        _print_decision(decision, names)
 
 
 @contextmanager
@@ -227,33 +196,6 @@ def _print_answer(answer: Answer) -> None:
     if answer.finish.degradations:
         output.say(f"Given up on the way: {', '.join(answer.finish.degradations)}")
     output.say(f"Request id {answer.request_id}", stderr=True)
-
-
-def _print_decision(decision: RouteResponse, names: Mapping[str, str]) -> None:
-    plan = decision.plan
-    lines: list[tuple[object, ...]] = []
-    for row, ranking in enumerate(decision.rows[:_ROWS_SHOWN]):
-        for place, candidate in enumerate(ranking.candidates[:_CANDIDATES_SHOWN]):
-            lines.append(
-                (
-                    str(row) if place == 0 else " ",
-                    names.get(candidate.expert, output.short(candidate.expert)),
-                    output.plain(output.bar(candidate.gate_weight, _BAR_WIDTH), "cyan"),
-                    f"{candidate.gate_weight:.4f}",
-                    output.plain("chosen", "green") if candidate.chosen else " ",
-                    f"{candidate.weight:.4f}" if candidate.chosen else " ",
-                )
-            )
-    title = f"{plan.model}, {output.short(plan.digest)}, registry revision {plan.revision}"
-    columns = ("row>", "expert", "gate", "weight>", "", "final weight>")
-    output.console().print(output.table(columns, lines, title=title))
-    if len(decision.rows) > _ROWS_SHOWN:
-        output.say(f"... and {len(decision.rows) - _ROWS_SHOWN} more rows: --json has them all")
-    for expert in plan.overflowed:
-        output.say(f"{names.get(expert, expert)} is full: its rows went to the next of the ranking")
-    for planned in plan.experts:
-        if planned.unavailable_reason:
-            output.say(f"{names.get(planned.expert, planned.expert)} cannot run: {planned.unavailable_reason}")
 
 
 def _event_json(event: Planned | Partial | Answer) -> dict[str, Any]:

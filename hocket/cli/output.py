@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
+from rich.console import COLOR_SYSTEMS, Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from google.protobuf.message import Message
+    from rich.style import Style
 
     from hocket.errors import HocketError
 
@@ -64,10 +65,17 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else _PIPE_COLUMNS, highlight=False)
 
 
-def plain(text: object, style: str = "") -> Text:
+def plain(text: object, style: str | Style = "") -> Text:
     """Text from a file or a server, whose control characters must not reach the terminal."""
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return Text(visible, style=style)
+
+
+def painted(text: str, style: Style) -> str:
+    """Text with what a terminal needs to show it in a style: nothing where it shows no colours."""
+    out = console()
+    system = None if out.no_color or out.color_system is None else COLOR_SYSTEMS[out.color_system]
+    return style.render(text, color_system=system)
 
 
 def say(text: str, *, stderr: bool = False) -> None:

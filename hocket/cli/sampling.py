@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
+from hocket.client import Routing
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
-from hocket.text_limits import WEIGHT_MAX, is_weight
+from hocket.text_limits import EXPERTS_MAX, WEIGHT_MAX, is_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 WeightedExpert: TypeAlias = tuple[str, float] | str
 """What names an expert, with its weight; alone where the server decides, which means 1."""
@@ -31,7 +33,7 @@ Experts = Annotated[
     typer.Option(
         metavar="NAME[:WEIGHT],...",
         help="Adapter experts to compose, each by name, publisher/name@version or digest; weight 1 if none is given.",
-        show_default="the base alone",
+        show_default="the router chooses",
         rich_help_panel=_CHOICE,
     ),
 ]
@@ -43,6 +45,20 @@ Base = Annotated[
         show_default="the one that the experts ride on",
         rich_help_panel=_CHOICE,
     ),
+]
+MaxExperts = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=EXPERTS_MAX,
+        help="Without --experts: compose up to so many where the router is undecided.",
+        show_default="1",
+        rich_help_panel=_CHOICE,
+    ),
+]
+BaseOnly = Annotated[
+    bool, typer.Option("--base-only", help="Ask the base alone, whatever is asked.", rich_help_panel=_CHOICE)
 ]
 System = Annotated[
     str | None,
@@ -141,6 +157,8 @@ _FLAGS: Final = {
     **{f"sampling.{_FIELDS.get(name, name)}": f"--{name.replace('_', '-')}" for name in _OPTIONS},
     "experts": "--experts",
     "base": "--base",
+    "routing.allow": "--allow",
+    "routing.deny": "--deny",
 }
 
 
@@ -166,6 +184,37 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter)
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # what `inspect.signature` looks for
     return run
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say of a refusal that names a field of the request by which option that is."""
+    try:
+        yield
+    except HocketError as error:
+        raise in_options(error) from error
+
+
+def read_routing(*, experts: list[WeightedExpert], base_only: bool, max_experts: int | None) -> Routing | None:
+    """How the experts of a text are chosen, as the options say; None where they say nothing, or name them.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if two of these are given that contradict each other.
+    """
+    given = [
+        flag
+        for flag, is_given in (
+            ("--experts", bool(experts)),
+            ("--base-only", base_only),
+            ("--max-experts", max_experts is not None),
+        )
+        if is_given
+    ]
+    if len(given) > 1:
+        raise HocketError(Reason.BAD_REQUEST, f"{given[0]} leaves nothing for {given[1]} to say: leave out one of them")
+    if base_only:
+        return Routing("base")
+    return None if max_experts is None else Routing(expert_count_max=max_experts)
 
 
 def in_options(error: HocketError) -> HocketError:

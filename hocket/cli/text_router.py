@@ -39,11 +39,8 @@ class TextRouter:
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Say in words of the command line what calls fail with."""
-        try:
-            with self.failures():
-                yield
-        except HocketError as error:
-            raise sampling.in_options(error) from error
+        with sampling.explained(), self.failures():
+            yield
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from hocket.client.registry import FetchedMixture, RegistryClient
-from hocket.client.router import Answer, Partial, Planned, RouterClient, TextAnswer, TextPlanned
+from hocket.client.router import Answer, Partial, Planned, RouterClient, Routing, TextAnswer, TextPlanned
 from hocket.rpc.channel import client_channel, router_channel
 from hocket.rpc.tls import open_tls
 from hocket.v1.text_pb2 import TextDelta, TextFinish, TextStart
@@ -44,6 +44,7 @@ __all__ = [
     "Planned",
     "RegistryClient",
     "RouterClient",
+    "Routing",
     "TextAnswer",
     "TextDelta",
     "TextFinish",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         FetchedMixture,
         Partial,
         Planned,
+        Routing,
         TextAnswer,
         TextDelta,
         TextFinish,
@@ -159,6 +160,7 @@ class RouterClient:
         messages: Sequence[Mapping[str, str]] | None = None,
         raw: str | None = None,
         experts: WeightedExperts = (),
+        routing: Routing | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -169,6 +171,7 @@ class RouterClient:
             messages=messages,
             raw=raw,
             experts=experts,
+            routing=routing,
             base=base,
             timeout_seconds=timeout_seconds,
             **sampling,
@@ -182,6 +185,7 @@ class RouterClient:
         messages: Sequence[Mapping[str, str]] | None = None,
         raw: str | None = None,
         experts: WeightedExperts = (),
+        routing: Routing | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -192,6 +196,7 @@ class RouterClient:
             messages=messages,
             raw=raw,
             experts=experts,
+            routing=routing,
             base=base,
             timeout_seconds=timeout_seconds,
             **sampling,
@@ -201,6 +206,22 @@ class RouterClient:
     def route(self, model: str, rows: ArrayLike, *, top_k: int | None = None) -> router_pb2.RouteResponse:
         """What `predict` would do now, with every score; nothing runs."""
         return self._session.run(self._router.route(model, rows, top_k=top_k))
+
+    def route_text(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        raw: str | None = None,
+        experts: WeightedExperts = (),
+        routing: Routing | None = None,
+        base: str = "",
+    ) -> router_pb2.TextDecision:
+        """What `generate` would do now, with every score; nothing runs."""
+        decision = self._router.route_text(
+            prompt, messages=messages, raw=raw, experts=experts, routing=routing, base=base
+        )
+        return self._session.run(decision)
 
     def list_mixtures(self) -> Generator[router_pb2.MixtureSummary, None, None]:
         """Every model the router knows, by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -14,7 +14,7 @@ from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
 from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc, text_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
     from typing import Unpack
 
     import grpc
@@ -140,7 +140,30 @@ class SamplingOptions(TypedDict, total=False):
 WeightedExperts: TypeAlias = "Mapping[str, float] | Sequence[str | tuple[str, float]] | str"
 """Experts to compose: names or digests, each with its weight; one without weighs 1."""
 
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How experts are chosen for a text that names none.
+
+    Args:
+        policy: `rules`, `hivellm`, or `base` for the base alone.
+        allow: Only these experts, by name or digest; none for all.
+        deny: Not these.
+        expert_count_max: Most experts that are composed, 1 to 10.
+    """
+
+    policy: Literal["rules", "hivellm", "base"] = "rules"
+    allow: Sequence[str] = ()
+    deny: Sequence[str] = ()
+    expert_count_max: int = 1
+
+
 _SECONDS_MAX = 1e9
+_POLICIES = {
+    "rules": text_pb2.POLICY_RULES,
+    "hivellm": text_pb2.POLICY_HIVELLM,
+    "base": text_pb2.POLICY_BASE,
+}
 _ON_MISSING = {"fail": plan_pb2.ON_MISSING_FAIL, "renormalise": plan_pb2.ON_MISSING_RENORMALISE}
 
 
@@ -249,6 +272,7 @@ class RouterClient:
         messages: Sequence[Mapping[str, str]] | None = None,
         raw: str | None = None,
         experts: WeightedExperts = (),
+        routing: Routing | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -261,7 +285,8 @@ class RouterClient:
             prompt: One turn of a user. Give this, `messages` or `raw`.
             messages: A conversation: `{"role": "user", "content": "..."}` for each turn, in order.
             raw: Text that the model reads as it is, without a template.
-            experts: What to compose, with weights; none for the base alone.
+            experts: What to compose, with weights; none to have them chosen.
+            routing: How they are chosen; None for by the rules, at most one. Only without `experts`.
             base: Its digest or name; empty for the one that the experts ride on, or the only one there is.
             timeout_seconds: Deadline of the call; None leaves it to the server, where it is ten minutes by default.
             **sampling: How tokens are chosen.
@@ -272,6 +297,7 @@ class RouterClient:
         request = router_pb2.GenerateRequest(
             input=_text_input(prompt, messages, raw),
             experts=_chosen(experts),
+            routing=_routing(routing),
             base=_text("base", base),
             sampling=_sampling(sampling),
         )
@@ -308,6 +334,7 @@ class RouterClient:
         messages: Sequence[Mapping[str, str]] | None = None,
         raw: str | None = None,
         experts: WeightedExperts = (),
+        routing: Routing | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -318,6 +345,7 @@ class RouterClient:
             messages=messages,
             raw=raw,
             experts=experts,
+            routing=routing,
             base=base,
             timeout_seconds=timeout_seconds,
             **sampling,
@@ -351,6 +379,31 @@ class RouterClient:
         request = router_pb2.RouteRequest(model=_text("model", model), input=_tensor(rows), top_k=_count(top_k))
         with refusals():
             return await self._stub.Route(request, timeout=self._timeout_seconds, metadata=call_metadata())
+
+    async def route_text(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        raw: str | None = None,
+        experts: WeightedExperts = (),
+        routing: Routing | None = None,
+        base: str = "",
+    ) -> router_pb2.TextDecision:
+        """What `generate` would do now, with every score; nothing runs. Arguments are those of `generate`.
+
+        Raises:
+            HocketError: As the contract of Route says.
+        """
+        request = router_pb2.RouteRequest(
+            text=_text_input(prompt, messages, raw),
+            experts=_chosen(experts),
+            routing=_routing(routing),
+            base=_text("base", base),
+        )
+        with refusals():
+            response = await self._stub.Route(request, timeout=self._timeout_seconds, metadata=call_metadata())
+        return response.text
 
     async def list_mixtures(self) -> AsyncGenerator[router_pb2.MixtureSummary, None]:
         """Every model the router knows, by name."""
@@ -452,6 +505,33 @@ def _chosen(experts: WeightedExperts) -> list[router_pb2.ChosenExpert]:
             f'experts are names, or names with weights such as {{"sql": 0.7, "json": 0.3}}: {error}',
             field="experts",
         ) from error
+
+
+def _routing(routing: Routing | None) -> router_pb2.Routing | None:
+    if routing is None:
+        return None
+    if routing.policy not in _POLICIES:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"the policy is 'rules', 'hivellm' or 'base', not {routing.policy!a:.80}",
+            field="routing.policy",
+        )
+    named = {
+        field: [_text(f"routing.{field}", each) for each in each_of]
+        for field, each_of in (("allow", _listed(routing.allow)), ("deny", _listed(routing.deny)))
+    }
+    try:
+        return router_pb2.Routing(policy=_POLICIES[routing.policy], expert_count_max=routing.expert_count_max, **named)
+    except (TypeError, ValueError) as error:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"expert_count_max cannot be {routing.expert_count_max!a:.80}: give a number from 1 to 10",
+            field="routing.expert_count_max",
+        ) from error
+
+
+def _listed(names: Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _sampling(options: SamplingOptions) -> text_pb2.Sampling:

@@ -29,43 +29,57 @@ from hocket.v1 import tensor_pb2 as hocket_dot_v1_dot_tensor__pb2
 from hocket.v1 import text_pb2 as hocket_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hocket/v1/router.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17hocket/v1/package.proto\x1a\x14hocket/v1/plan.proto\x1a\x16hocket/v1/tensor.proto\x1a\x14hocket/v1/text.proto\"\xfd\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08partials\x18\x04 \x01(\x08\x12\x19\n\x0cmin_coverage\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x34\n\x11straggler_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\non_missing\x18\x07 \x01(\x0e\x32\x14.hocket.v1.OnMissingB\x08\n\x06_top_kB\x0f\n\r_min_coverage\"\xa2\x01\n\x0fPredictResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.hocket.v1.PlanH\x00\x12)\n\x07partial\x18\x03 \x01(\x0b\x32\x16.hocket.v1.CombinationH\x00\x12&\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x15.hocket.v1.PredictionH\x00\x42\x07\n\x05\x65vent\"\x95\x01\n\x0fGenerateRequest\x12#\n\x05input\x18\x01 \x01(\x0b\x32\x14.hocket.v1.TextInput\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.hocket.v1.ChosenExpert\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.hocket.v1.Sampling\">\n\x0c\x43hosenExpert\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xcb\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x13.hocket.v1.TextPlanH\x00\x12%\n\x05start\x18\x03 \x01(\x0b\x32\x14.hocket.v1.TextStartH\x00\x12%\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x14.hocket.v1.TextDeltaH\x00\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x15.hocket.v1.TextFinishH\x00\x42\x07\n\x05\x65vent\"]\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_top_k\"T\n\rRouteResponse\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.hocket.v1.Plan\x12$\n\x04rows\x18\x02 \x03(\x0b\x32\x16.hocket.v1.RowDecision\"7\n\x0bRowDecision\x12(\n\ncandidates\x18\x01 \x03(\x0b\x32\x14.hocket.v1.Candidate\"P\n\tCandidate\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x13\n\x0bgate_weight\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x04 \x01(\x08\"<\n\x13ListMixturesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\\\n\x14ListMixturesResponse\x12+\n\x08mixtures\x18\x01 \x03(\x0b\x32\x19.hocket.v1.MixtureSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x81\x01\n\x0eMixtureSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpert_count\x18\x03 \x01(\r\x12\x15\n\rfeature_count\x18\x04 \x01(\r\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.hocket.v1.TrustState\"\"\n\x11GetMixtureRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb0\x02\n\x12GetMixtureResponse\x12*\n\x07summary\x18\x01 \x01(\x0b\x32\x19.hocket.v1.MixtureSummary\x12\x0c\n\x04gate\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1c\n\x0f\x63\x61pacity_factor\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12\x14\n\x0c\x63olumn_count\x18\x06 \x01(\r\x12,\n\x0coutput_range\x18\x07 \x01(\x0b\x32\x16.hocket.v1.OutputRange\x12#\n\x07release\x18\x08 \x01(\x0b\x32\x12.hocket.v1.Release\x12&\n\x07members\x18\t \x03(\x0b\x32\x15.hocket.v1.MemberInfoB\x12\n\x10_capacity_factor\"[\n\nMemberInfo\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12#\n\x07package\x18\x02 \x01(\x0b\x32\x12.hocket.v1.Package\x12\x18\n\x10resident_workers\x18\x03 \x03(\t2\xf2\x02\n\rRouterService\x12\x42\n\x07Predict\x12\x19.hocket.v1.PredictRequest\x1a\x1a.hocket.v1.PredictResponse0\x01\x12\x45\n\x08Generate\x12\x1a.hocket.v1.GenerateRequest\x1a\x1b.hocket.v1.GenerateResponse0\x01\x12:\n\x05Route\x12\x17.hocket.v1.RouteRequest\x1a\x18.hocket.v1.RouteResponse\x12O\n\x0cListMixtures\x12\x1e.hocket.v1.ListMixturesRequest\x1a\x1f.hocket.v1.ListMixturesResponse\x12I\n\nGetMixture\x12\x1c.hocket.v1.GetMixtureRequest\x1a\x1d.hocket.v1.GetMixtureResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hocket/v1/router.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17hocket/v1/package.proto\x1a\x14hocket/v1/plan.proto\x1a\x16hocket/v1/tensor.proto\x1a\x14hocket/v1/text.proto\"\xfd\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08partials\x18\x04 \x01(\x08\x12\x19\n\x0cmin_coverage\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x34\n\x11straggler_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\non_missing\x18\x07 \x01(\x0e\x32\x14.hocket.v1.OnMissingB\x08\n\x06_top_kB\x0f\n\r_min_coverage\"\xa2\x01\n\x0fPredictResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.hocket.v1.PlanH\x00\x12)\n\x07partial\x18\x03 \x01(\x0b\x32\x16.hocket.v1.CombinationH\x00\x12&\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x15.hocket.v1.PredictionH\x00\x42\x07\n\x05\x65vent\"\xba\x01\n\x0fGenerateRequest\x12#\n\x05input\x18\x01 \x01(\x0b\x32\x14.hocket.v1.TextInput\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.hocket.v1.ChosenExpert\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.hocket.v1.Sampling\x12#\n\x07routing\x18\x05 \x01(\x0b\x32\x12.hocket.v1.Routing\"c\n\x07Routing\x12!\n\x06policy\x18\x01 \x01(\x0e\x32\x11.hocket.v1.Policy\x12\r\n\x05\x61llow\x18\x02 \x03(\t\x12\x0c\n\x04\x64\x65ny\x18\x03 \x03(\t\x12\x18\n\x10\x65xpert_count_max\x18\x04 \x01(\r\">\n\x0c\x43hosenExpert\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xcb\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x13.hocket.v1.TextPlanH\x00\x12%\n\x05start\x18\x03 \x01(\x0b\x32\x14.hocket.v1.TextStartH\x00\x12%\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x14.hocket.v1.TextDeltaH\x00\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x15.hocket.v1.TextFinishH\x00\x42\x07\n\x05\x65vent\"\xde\x01\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12 \n\x05input\x18\x02 \x01(\x0b\x32\x11.hocket.v1.Tensor\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\"\n\x04text\x18\x04 \x01(\x0b\x32\x14.hocket.v1.TextInput\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.hocket.v1.ChosenExpert\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12#\n\x07routing\x18\x07 \x01(\x0b\x32\x12.hocket.v1.RoutingB\x08\n\x06_top_k\"{\n\rRouteResponse\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.hocket.v1.Plan\x12$\n\x04rows\x18\x02 \x03(\x0b\x32\x16.hocket.v1.RowDecision\x12%\n\x04text\x18\x03 \x01(\x0b\x32\x17.hocket.v1.TextDecision\"\xe3\x01\n\x0cTextDecision\x12!\n\x04plan\x18\x01 \x01(\x0b\x32\x13.hocket.v1.TextPlan\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.hocket.v1.TextCandidate\x12,\n\ncandidates\x18\x03 \x03(\x0b\x32\x18.hocket.v1.TextCandidate\x12\x17\n\x0f\x63\x61ndidate_count\x18\x04 \x01(\r\x12\x12\n\nconfidence\x18\x05 \x01(\x01\x12-\n\nthresholds\x18\x06 \x01(\x0b\x32\x19.hocket.v1.GateThresholds\"\xc3\x01\n\rTextCandidate\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x13\n\x0bprobability\x18\x04 \x01(\x01\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x06 \x01(\x08\x12%\n\x08\x65vidence\x18\x07 \x03(\x0b\x32\x13.hocket.v1.Evidence\x12)\n\x07hivellm\x18\x08 \x01(\x0b\x32\x18.hocket.v1.HivellmScores\"U\n\x08\x45vidence\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.hocket.v1.EvidenceKind\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x0c\x63ontribution\x18\x03 \x01(\x01\"3\n\rHivellmScores\x12\x0f\n\x07keyword\x18\x01 \x01(\x01\x12\x11\n\tembedding\x18\x02 \x01(\x01\"h\n\x0eGateThresholds\x12\x16\n\x0e\x63onfidence_min\x18\x01 \x01(\x01\x12\x11\n\tshare_min\x18\x02 \x01(\x01\x12\x17\n\x0fprobability_min\x18\x03 \x01(\x01\x12\x12\n\nweight_min\x18\x04 \x01(\x01\"7\n\x0bRowDecision\x12(\n\ncandidates\x18\x01 \x03(\x0b\x32\x14.hocket.v1.Candidate\"P\n\tCandidate\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x13\n\x0bgate_weight\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x04 \x01(\x08\"<\n\x13ListMixturesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\\\n\x14ListMixturesResponse\x12+\n\x08mixtures\x18\x01 \x03(\x0b\x32\x19.hocket.v1.MixtureSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x81\x01\n\x0eMixtureSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpert_count\x18\x03 \x01(\r\x12\x15\n\rfeature_count\x18\x04 \x01(\r\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.hocket.v1.TrustState\"\"\n\x11GetMixtureRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb0\x02\n\x12GetMixtureResponse\x12*\n\x07summary\x18\x01 \x01(\x0b\x32\x19.hocket.v1.MixtureSummary\x12\x0c\n\x04gate\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x1c\n\x0f\x63\x61pacity_factor\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06labels\x18\x05 \x03(\t\x12\x14\n\x0c\x63olumn_count\x18\x06 \x01(\r\x12,\n\x0coutput_range\x18\x07 \x01(\x0b\x32\x16.hocket.v1.OutputRange\x12#\n\x07release\x18\x08 \x01(\x0b\x32\x12.hocket.v1.Release\x12&\n\x07members\x18\t \x03(\x0b\x32\x15.hocket.v1.MemberInfoB\x12\n\x10_capacity_factor\"[\n\nMemberInfo\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12#\n\x07package\x18\x02 \x01(\x0b\x32\x12.hocket.v1.Package\x12\x18\n\x10resident_workers\x18\x03 \x03(\t*\x84\x02\n\x0c\x45videnceKind\x12\x1d\n\x19\x45VIDENCE_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VIDENCE_KIND_KEYWORD\x10\x01\x12\x19\n\x15\x45VIDENCE_KIND_EXCLUDE\x10\x02\x12\x1c\n\x18\x45VIDENCE_KIND_CAPABILITY\x10\x03\x12\x19\n\x15\x45VIDENCE_KIND_PATTERN\x10\x04\x12\x16\n\x12\x45VIDENCE_KIND_HINT\x10\x05\x12\x1a\n\x16\x45VIDENCE_KIND_PRIORITY\x10\x06\x12\x17\n\x13\x45VIDENCE_KIND_PRIOR\x10\x07\x12\x19\n\x15\x45VIDENCE_KIND_GENERIC\x10\x08\x32\xf2\x02\n\rRouterService\x12\x42\n\x07Predict\x12\x19.hocket.v1.PredictRequest\x1a\x1a.hocket.v1.PredictResponse0\x01\x12\x45\n\x08Generate\x12\x1a.hocket.v1.GenerateRequest\x1a\x1b.hocket.v1.GenerateResponse0\x01\x12:\n\x05Route\x12\x17.hocket.v1.RouteRequest\x1a\x18.hocket.v1.RouteResponse\x12O\n\x0cListMixtures\x12\x1e.hocket.v1.ListMixturesRequest\x1a\x1f.hocket.v1.ListMixturesResponse\x12I\n\nGetMixture\x12\x1c.hocket.v1.GetMixtureRequest\x1a\x1d.hocket.v1.GetMixtureResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_EVIDENCEKIND']._serialized_start=3031
+  _globals['_EVIDENCEKIND']._serialized_end=3291
   _globals['_PREDICTREQUEST']._serialized_start=163
   _globals['_PREDICTREQUEST']._serialized_end=416
   _globals['_PREDICTRESPONSE']._serialized_start=419
   _globals['_PREDICTRESPONSE']._serialized_end=581
   _globals['_GENERATEREQUEST']._serialized_start=584
-  _globals['_GENERATEREQUEST']._serialized_end=733
-  _globals['_CHOSENEXPERT']._serialized_start=735
-  _globals['_CHOSENEXPERT']._serialized_end=797
-  _globals['_GENERATERESPONSE']._serialized_start=800
-  _globals['_GENERATERESPONSE']._serialized_end=1003
-  _globals['_ROUTEREQUEST']._serialized_start=1005
-  _globals['_ROUTEREQUEST']._serialized_end=1098
-  _globals['_ROUTERESPONSE']._serialized_start=1100
-  _globals['_ROUTERESPONSE']._serialized_end=1184
-  _globals['_ROWDECISION']._serialized_start=1186
-  _globals['_ROWDECISION']._serialized_end=1241
-  _globals['_CANDIDATE']._serialized_start=1243
-  _globals['_CANDIDATE']._serialized_end=1323
-  _globals['_LISTMIXTURESREQUEST']._serialized_start=1325
-  _globals['_LISTMIXTURESREQUEST']._serialized_end=1385
-  _globals['_LISTMIXTURESRESPONSE']._serialized_start=1387
-  _globals['_LISTMIXTURESRESPONSE']._serialized_end=1479
-  _globals['_MIXTURESUMMARY']._serialized_start=1482
-  _globals['_MIXTURESUMMARY']._serialized_end=1611
-  _globals['_GETMIXTUREREQUEST']._serialized_start=1613
-  _globals['_GETMIXTUREREQUEST']._serialized_end=1647
-  _globals['_GETMIXTURERESPONSE']._serialized_start=1650
-  _globals['_GETMIXTURERESPONSE']._serialized_end=1954
-  _globals['_MEMBERINFO']._serialized_start=1956
-  _globals['_MEMBERINFO']._serialized_end=2047
-  _globals['_ROUTERSERVICE']._serialized_start=2050
-  _globals['_ROUTERSERVICE']._serialized_end=2420
+  _globals['_GENERATEREQUEST']._serialized_end=770
+  _globals['_ROUTING']._serialized_start=772
+  _globals['_ROUTING']._serialized_end=871
+  _globals['_CHOSENEXPERT']._serialized_start=873
+  _globals['_CHOSENEXPERT']._serialized_end=935
+  _globals['_GENERATERESPONSE']._serialized_start=938
+  _globals['_GENERATERESPONSE']._serialized_end=1141
+  _globals['_ROUTEREQUEST']._serialized_start=1144
+  _globals['_ROUTEREQUEST']._serialized_end=1366
+  _globals['_ROUTERESPONSE']._serialized_start=1368
+  _globals['_ROUTERESPONSE']._serialized_end=1491
+  _globals['_TEXTDECISION']._serialized_start=1494
+  _globals['_TEXTDECISION']._serialized_end=1721
+  _globals['_TEXTCANDIDATE']._serialized_start=1724
+  _globals['_TEXTCANDIDATE']._serialized_end=1919
+  _globals['_EVIDENCE']._serialized_start=1921
+  _globals['_EVIDENCE']._serialized_end=2006
+  _globals['_HIVELLMSCORES']._serialized_start=2008
+  _globals['_HIVELLMSCORES']._serialized_end=2059
+  _globals['_GATETHRESHOLDS']._serialized_start=2061
+  _globals['_GATETHRESHOLDS']._serialized_end=2165
+  _globals['_ROWDECISION']._serialized_start=2167
+  _globals['_ROWDECISION']._serialized_end=2222
+  _globals['_CANDIDATE']._serialized_start=2224
+  _globals['_CANDIDATE']._serialized_end=2304
+  _globals['_LISTMIXTURESREQUEST']._serialized_start=2306
+  _globals['_LISTMIXTURESREQUEST']._serialized_end=2366
+  _globals['_LISTMIXTURESRESPONSE']._serialized_start=2368
+  _globals['_LISTMIXTURESRESPONSE']._serialized_end=2460
+  _globals['_MIXTURESUMMARY']._serialized_start=2463
+  _globals['_MIXTURESUMMARY']._serialized_end=2592
+  _globals['_GETMIXTUREREQUEST']._serialized_start=2594
+  _globals['_GETMIXTUREREQUEST']._serialized_end=2628
+  _globals['_GETMIXTURERESPONSE']._serialized_start=2631
+  _globals['_GETMIXTURERESPONSE']._serialized_end=2935
+  _globals['_MEMBERINFO']._serialized_start=2937
+  _globals['_MEMBERINFO']._serialized_end=3028
+  _globals['_ROUTERSERVICE']._serialized_start=3294
+  _globals['_ROUTERSERVICE']._serialized_end=3664
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hocket.v1 import package_pb2 as _package_pb2
 from hocket.v1 import plan_pb2 as _plan_pb2
 from hocket.v1 import tensor_pb2 as _tensor_pb2
@@ -22,6 +23,58 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _EvidenceKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EvidenceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EvidenceKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVIDENCE_KIND_UNSPECIFIED: _EvidenceKind.ValueType  # 0
+    """Never sent."""
+    EVIDENCE_KIND_KEYWORD: _EvidenceKind.ValueType  # 1
+    """A keyword of the expert."""
+    EVIDENCE_KIND_EXCLUDE: _EvidenceKind.ValueType  # 2
+    """A keyword that speaks against it."""
+    EVIDENCE_KIND_CAPABILITY: _EvidenceKind.ValueType  # 3
+    """The value of one of its capabilities."""
+    EVIDENCE_KIND_PATTERN: _EvidenceKind.ValueType  # 4
+    """Syntax, or words, that experts with one of its capabilities are for."""
+    EVIDENCE_KIND_HINT: _EvidenceKind.ValueType  # 5
+    """Its `router_hint` is true."""
+    EVIDENCE_KIND_PRIORITY: _EvidenceKind.ValueType  # 6
+    """Its priority, which lessens a score above 0."""
+    EVIDENCE_KIND_PRIOR: _EvidenceKind.ValueType  # 7
+    """What the base has from the start."""
+    EVIDENCE_KIND_GENERIC: _EvidenceKind.ValueType  # 8
+    """The text, or a sentence of it, begins as a general question does: for the base. For an expert, what its words lose by
+    naming only the topic of such a question.
+    """
+
+class EvidenceKind(_EvidenceKind, metaclass=_EvidenceKindEnumTypeWrapper):
+    """What speaks for or against one that could answer."""
+
+EVIDENCE_KIND_UNSPECIFIED: EvidenceKind.ValueType  # 0
+"""Never sent."""
+EVIDENCE_KIND_KEYWORD: EvidenceKind.ValueType  # 1
+"""A keyword of the expert."""
+EVIDENCE_KIND_EXCLUDE: EvidenceKind.ValueType  # 2
+"""A keyword that speaks against it."""
+EVIDENCE_KIND_CAPABILITY: EvidenceKind.ValueType  # 3
+"""The value of one of its capabilities."""
+EVIDENCE_KIND_PATTERN: EvidenceKind.ValueType  # 4
+"""Syntax, or words, that experts with one of its capabilities are for."""
+EVIDENCE_KIND_HINT: EvidenceKind.ValueType  # 5
+"""Its `router_hint` is true."""
+EVIDENCE_KIND_PRIORITY: EvidenceKind.ValueType  # 6
+"""Its priority, which lessens a score above 0."""
+EVIDENCE_KIND_PRIOR: EvidenceKind.ValueType  # 7
+"""What the base has from the start."""
+EVIDENCE_KIND_GENERIC: EvidenceKind.ValueType  # 8
+"""The text, or a sentence of it, begins as a general question does: for the base. For an expert, what its words lose by
+naming only the topic of such a question.
+"""
+Global___EvidenceKind: _TypeAlias = EvidenceKind  # noqa: Y015
 
 @_typing.final
 class PredictRequest(_message.Message):
@@ -132,6 +185,7 @@ class GenerateRequest(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     base: _builtins.str
     """Which base: its digest, or its name where one live base has it. Empty: the one that the experts ride on; without
     experts, the only one there is.
@@ -142,11 +196,17 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChosenExpert]:
-        """The experts to compose, at most 10, each once; none for the base alone."""
+        """The experts to compose, at most 10, each once; none to leave the choice to `routing`."""
 
     @_builtins.property
     def sampling(self) -> _text_pb2.Sampling:
         """How tokens are chosen."""
+
+    @_builtins.property
+    def routing(self) -> Global___Routing:
+        """How experts are chosen where none is named. Absent: by the rules, at most one. Naming experts beside anything in it
+        is refused.
+        """
 
     def __init__(
         self,
@@ -155,14 +215,57 @@ class GenerateRequest(_message.Message):
         experts: _abc.Iterable[Global___ChosenExpert] | None = ...,
         base: _builtins.str = ...,
         sampling: _text_pb2.Sampling | None = ...,
+        routing: Global___Routing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "routing", b"routing", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "experts", b"experts", "input", b"input", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "experts", b"experts", "input", b"input", "routing", b"routing", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Routing(_message.Message):
+    """How experts are chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    DENY_FIELD_NUMBER: _builtins.int
+    EXPERT_COUNT_MAX_FIELD_NUMBER: _builtins.int
+    policy: _text_pb2.Policy.ValueType
+    """By what."""
+    expert_count_max: _builtins.int
+    """Most experts that are composed; 0 for 1, at most 10. More than one is chosen only where the gate is undecided
+    between experts that go together; their weights then sum to 1.
+    """
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these may be chosen, each named as in ChosenExpert; none for all. A name without a version means whichever
+        version the gate would choose. At most 256.
+        """
+
+    @_builtins.property
+    def deny(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These may not be chosen, named in the same way, also where `allow` names them. At most 256."""
+
+    def __init__(
+        self,
+        *,
+        policy: _text_pb2.Policy.ValueType = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        deny: _abc.Iterable[_builtins.str] | None = ...,
+        expert_count_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "deny", b"deny", "expert_count_max", b"expert_count_max", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Routing: _TypeAlias = Routing  # noqa: Y015
 
 @_typing.final
 class ChosenExpert(_message.Message):
@@ -245,20 +348,38 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class RouteRequest(_message.Message):
-    """What to decide about."""
+    """What to decide about: rows, by `model`, `input` and `top_k`, or a text, by the other fields."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As in PredictRequest."""
     top_k: _builtins.int
     """As in PredictRequest."""
+    base: _builtins.str
+    """As in GenerateRequest."""
     @_builtins.property
     def input(self) -> _tensor_pb2.Tensor:
         """As in PredictRequest."""
+
+    @_builtins.property
+    def text(self) -> _text_pb2.TextInput:
+        """As `input` of GenerateRequest."""
+
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChosenExpert]:
+        """As in GenerateRequest."""
+
+    @_builtins.property
+    def routing(self) -> Global___Routing:
+        """As in GenerateRequest."""
 
     def __init__(
         self,
@@ -266,10 +387,14 @@ class RouteRequest(_message.Message):
         model: _builtins.str = ...,
         input: _tensor_pb2.Tensor | None = ...,
         top_k: _builtins.int | None = ...,
+        text: _text_pb2.TextInput | None = ...,
+        experts: _abc.Iterable[Global___ChosenExpert] | None = ...,
+        base: _builtins.str = ...,
+        routing: Global___Routing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "input", b"input", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "input", b"input", "routing", b"routing", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "input", b"input", "model", b"model", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "base", b"base", "experts", b"experts", "input", b"input", "model", b"model", "routing", b"routing", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
@@ -285,6 +410,7 @@ class RouteResponse(_message.Message):
 
     PLAN_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """What Predict would do now."""
@@ -293,19 +419,220 @@ class RouteResponse(_message.Message):
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowDecision]:
         """For each row, every candidate with its score, best first."""
 
+    @_builtins.property
+    def text(self) -> Global___TextDecision:
+        """For a text, what Generate would do now, and why."""
+
     def __init__(
         self,
         *,
         plan: _plan_pb2.Plan | None = ...,
         rows: _abc.Iterable[Global___RowDecision] | None = ...,
+        text: Global___TextDecision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "rows", b"rows", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouteResponse: _TypeAlias = RouteResponse  # noqa: Y015
+
+@_typing.final
+class TextDecision(_message.Message):
+    """Who would answer a text, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    candidate_count: _builtins.int
+    """How many of these there are, those that are not listed included."""
+    confidence: _builtins.float
+    """The best expert's probability, divided by the sum of its own and the base's. Only of POLICY_RULES."""
+    @_builtins.property
+    def plan(self) -> _text_pb2.TextPlan:
+        """What Generate would do now; it names the policy and the reason."""
+
+    @_builtins.property
+    def base(self) -> Global___TextCandidate:
+        """The base, as one of those that could answer."""
+
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextCandidate]:
+        """The experts that something in the text speaks for or against, best first; of equals the one with the lower digest.
+        At most 32 of them. None where the caller has named the experts, or asked for the base alone.
+        """
+
+    @_builtins.property
+    def thresholds(self) -> Global___GateThresholds:
+        """What it took to be chosen. Only of POLICY_RULES."""
+
+    def __init__(
+        self,
+        *,
+        plan: _text_pb2.TextPlan | None = ...,
+        base: Global___TextCandidate | None = ...,
+        candidates: _abc.Iterable[Global___TextCandidate] | None = ...,
+        candidate_count: _builtins.int = ...,
+        confidence: _builtins.float = ...,
+        thresholds: Global___GateThresholds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "plan", b"plan", "thresholds", b"thresholds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "candidate_count", b"candidate_count", "candidates", b"candidates", "confidence", b"confidence", "plan", b"plan", "thresholds", b"thresholds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextDecision: _TypeAlias = TextDecision  # noqa: Y015
+
+@_typing.final
+class TextCandidate(_message.Message):
+    """One that could answer a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    HIVELLM_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the expert, or of the base."""
+    name: _builtins.str
+    """`publisher/name@version` of an expert; what a base is called."""
+    score: _builtins.float
+    """How much the text speaks for it: the sum of its evidence."""
+    probability: _builtins.float
+    """The share of it, among the base and all experts with a score above 0: these sum to 1. Only of POLICY_RULES."""
+    weight: _builtins.float
+    """Its weight in the plan; 0 when not chosen."""
+    chosen: _builtins.bool
+    """Whether it answers."""
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evidence]:
+        """What its score is made of."""
+
+    @_builtins.property
+    def hivellm(self) -> Global___HivellmScores:
+        """What the format's own other routers would say. Only of POLICY_HIVELLM, where it decides nothing."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        name: _builtins.str = ...,
+        score: _builtins.float = ...,
+        probability: _builtins.float = ...,
+        weight: _builtins.float = ...,
+        chosen: _builtins.bool = ...,
+        evidence: _abc.Iterable[Global___Evidence] | None = ...,
+        hivellm: Global___HivellmScores | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hivellm", b"hivellm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "digest", b"digest", "evidence", b"evidence", "hivellm", b"hivellm", "name", b"name", "probability", b"probability", "score", b"score", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextCandidate: _TypeAlias = TextCandidate  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    """Something in a text that speaks for or against one that could answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    kind: Global___EvidenceKind.ValueType
+    """What kind of thing."""
+    text: _builtins.str
+    """Which: the keyword, the capability, the pattern."""
+    contribution: _builtins.float
+    """What it adds to the score."""
+    def __init__(
+        self,
+        *,
+        kind: Global___EvidenceKind.ValueType = ...,
+        text: _builtins.str = ...,
+        contribution: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
+
+@_typing.final
+class HivellmScores(_message.Message):
+    """Scores of routers of the format's own tools."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYWORD_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    keyword: _builtins.float
+    """Of the keyword router."""
+    embedding: _builtins.float
+    """Of the embedding router."""
+    def __init__(
+        self,
+        *,
+        keyword: _builtins.float = ...,
+        embedding: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "keyword", b"keyword"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HivellmScores: _TypeAlias = HivellmScores  # noqa: Y015
+
+@_typing.final
+class GateThresholds(_message.Message):
+    """What it took to be chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIDENCE_MIN_FIELD_NUMBER: _builtins.int
+    SHARE_MIN_FIELD_NUMBER: _builtins.int
+    PROBABILITY_MIN_FIELD_NUMBER: _builtins.int
+    WEIGHT_MIN_FIELD_NUMBER: _builtins.int
+    confidence_min: _builtins.float
+    """Least confidence at which an expert answers in place of the base."""
+    share_min: _builtins.float
+    """Of several, least share of the best one's probability."""
+    probability_min: _builtins.float
+    """Of several, least probability."""
+    weight_min: _builtins.float
+    """Of several, least weight."""
+    def __init__(
+        self,
+        *,
+        confidence_min: _builtins.float = ...,
+        share_min: _builtins.float = ...,
+        probability_min: _builtins.float = ...,
+        weight_min: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_min", b"confidence_min", "probability_min", b"probability_min", "share_min", b"share_min", "weight_min", b"weight_min"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateThresholds: _TypeAlias = GateThresholds  # noqa: Y015
 
 @_typing.final
 class RowDecision(_message.Message):

@@ -93,14 +93,14 @@ class RouterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
-        exactly one finish.
+        """Answers a text by a base language model and experts, those that the caller names, else those that the gate chooses:
+        the plan, then a start, deltas, then exactly one finish.
 
         A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
         own answer.
 
-        INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
-        may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
+        INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have, and for experts named beside
+        routing that would choose others; `TOO_LARGE` for more text than may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
         FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
         for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
         RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
@@ -117,8 +117,9 @@ class RouterServiceServicer(object):
     def Route(self, request, context):
         """Decides without running anything: the plan, and every score behind it.
 
-        Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
-        `BAD_REQUEST` for more than 65,536 rows times experts.
+        For rows it fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+        `BAD_REQUEST` for more than 65,536 rows times experts. For a text it fails as Generate does up to that point.
+        INVALID_ARGUMENT `BAD_REQUEST` also for a request with both, or neither.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

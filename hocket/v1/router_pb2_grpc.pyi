@@ -53,14 +53,14 @@ class RouterServiceStub:
     is there.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]
-    """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
-    exactly one finish.
+    """Answers a text by a base language model and experts, those that the caller names, else those that the gate chooses:
+    the plan, then a start, deltas, then exactly one finish.
 
     A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
     own answer.
 
-    INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
-    may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
+    INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have, and for experts named beside
+    routing that would choose others; `TOO_LARGE` for more text than may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
     FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
     for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
     RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
@@ -73,8 +73,9 @@ class RouterServiceStub:
     Route: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]
     """Decides without running anything: the plan, and every score behind it.
 
-    Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
-    `BAD_REQUEST` for more than 65,536 rows times experts.
+    For rows it fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+    `BAD_REQUEST` for more than 65,536 rows times experts. For a text it fails as Generate does up to that point.
+    INVALID_ARGUMENT `BAD_REQUEST` also for a request with both, or neither.
     """
     ListMixtures: _grpc.UnaryUnaryMultiCallable[_router_pb2.ListMixturesRequest, _router_pb2.ListMixturesResponse]
     """Lists what can be addressed: mixtures, mixtures made from packages, and lone experts.
@@ -113,14 +114,14 @@ class RouterServiceAsyncStub(RouterServiceStub):
     is there.
     """
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
-    exactly one finish.
+    """Answers a text by a base language model and experts, those that the caller names, else those that the gate chooses:
+    the plan, then a start, deltas, then exactly one finish.
 
     A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
     own answer.
 
-    INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
-    may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
+    INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have, and for experts named beside
+    routing that would choose others; `TOO_LARGE` for more text than may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
     FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
     for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
     RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
@@ -133,8 +134,9 @@ class RouterServiceAsyncStub(RouterServiceStub):
     Route: _aio.UnaryUnaryMultiCallable[_router_pb2.RouteRequest, _router_pb2.RouteResponse]  # type: ignore[assignment]
     """Decides without running anything: the plan, and every score behind it.
 
-    Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
-    `BAD_REQUEST` for more than 65,536 rows times experts.
+    For rows it fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+    `BAD_REQUEST` for more than 65,536 rows times experts. For a text it fails as Generate does up to that point.
+    INVALID_ARGUMENT `BAD_REQUEST` also for a request with both, or neither.
     """
     ListMixtures: _aio.UnaryUnaryMultiCallable[_router_pb2.ListMixturesRequest, _router_pb2.ListMixturesResponse]  # type: ignore[assignment]
     """Lists what can be addressed: mixtures, mixtures made from packages, and lone experts.
@@ -182,14 +184,14 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.GenerateResponse], _abc.AsyncIterator[_router_pb2.GenerateResponse]]:
-        """Answers a text by a base language model and the experts that the caller names: the plan, then a start, deltas, then
-        exactly one finish.
+        """Answers a text by a base language model and experts, those that the caller names, else those that the gate chooses:
+        the plan, then a start, deltas, then exactly one finish.
 
         A missing deadline becomes ten minutes (a setting), whether or not the caller reads. One that reads slowly pauses its
         own answer.
 
-        INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have; `TOO_LARGE` for more text than
-        may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
+        INVALID_ARGUMENT: `BAD_REQUEST`, also for a name that several experts or bases have, and for experts named beside
+        routing that would choose others; `TOO_LARGE` for more text than may be sent. NOT_FOUND: `UNKNOWN_EXPERT`; `UNKNOWN_BASE` when no worker has or lately had that base.
         FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for an expert that is withdrawn; `NOT_SERVABLE`
         for one that is no adapter; `BASE_MISMATCH` when no known base is one that all of them ride on; `TOO_MANY_EXPERTS`.
         RESOURCE_EXHAUSTED: `QUEUE_FULL` also when too many texts run, in all or on this base; `DEVICE_MEMORY` when the
@@ -208,8 +210,9 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_router_pb2.RouteResponse, _abc.Awaitable[_router_pb2.RouteResponse]]:
         """Decides without running anything: the plan, and every score behind it.
 
-        Fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
-        `BAD_REQUEST` for more than 65,536 rows times experts.
+        For rows it fails as Predict does up to the point where experts would be asked, and with INVALID_ARGUMENT
+        `BAD_REQUEST` for more than 65,536 rows times experts. For a text it fails as Generate does up to that point.
+        INVALID_ARGUMENT `BAD_REQUEST` also for a request with both, or neither.
         """
 
     @_abc_1.abstractmethod

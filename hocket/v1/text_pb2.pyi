@@ -21,6 +21,74 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Policy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Policy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_UNSPECIFIED: _Policy.ValueType  # 0
+    """In a request: as RULES. In a plan: nobody had to decide, since the caller has named the experts."""
+    POLICY_RULES: _Policy.ValueType  # 1
+    """By what the experts say about themselves, weighed against the base; see docs/routing.md."""
+    POLICY_HIVELLM: _Policy.ValueType  # 2
+    """As the format's own tools do: the list of general questions, then the chat router's score. One expert at most."""
+    POLICY_BASE: _Policy.ValueType  # 3
+    """The base alone."""
+
+class Policy(_Policy, metaclass=_PolicyEnumTypeWrapper):
+    """How it is decided who answers a text."""
+
+POLICY_UNSPECIFIED: Policy.ValueType  # 0
+"""In a request: as RULES. In a plan: nobody had to decide, since the caller has named the experts."""
+POLICY_RULES: Policy.ValueType  # 1
+"""By what the experts say about themselves, weighed against the base; see docs/routing.md."""
+POLICY_HIVELLM: Policy.ValueType  # 2
+"""As the format's own tools do: the list of general questions, then the chat router's score. One expert at most."""
+POLICY_BASE: Policy.ValueType  # 3
+"""The base alone."""
+Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+class _DecisionReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecisionReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_REASON_UNSPECIFIED: _DecisionReason.ValueType  # 0
+    """Never sent."""
+    DECISION_REASON_EXPLICIT: _DecisionReason.ValueType  # 1
+    """The caller has named the experts."""
+    DECISION_REASON_GATE: _DecisionReason.ValueType  # 2
+    """The gate has chosen them."""
+    DECISION_REASON_BASE_GENERIC: _DecisionReason.ValueType  # 3
+    """The base, because this is a general question."""
+    DECISION_REASON_BASE_LOW_CONFIDENCE: _DecisionReason.ValueType  # 4
+    """The base, because no expert is clearly better placed."""
+    DECISION_REASON_BASE_NO_MATCH: _DecisionReason.ValueType  # 5
+    """The base, because nothing in the text speaks for an expert that may answer."""
+    DECISION_REASON_POLICY: _DecisionReason.ValueType  # 6
+    """The base, because the caller asked for it alone."""
+
+class DecisionReason(_DecisionReason, metaclass=_DecisionReasonEnumTypeWrapper):
+    """Why these answer a text."""
+
+DECISION_REASON_UNSPECIFIED: DecisionReason.ValueType  # 0
+"""Never sent."""
+DECISION_REASON_EXPLICIT: DecisionReason.ValueType  # 1
+"""The caller has named the experts."""
+DECISION_REASON_GATE: DecisionReason.ValueType  # 2
+"""The gate has chosen them."""
+DECISION_REASON_BASE_GENERIC: DecisionReason.ValueType  # 3
+"""The base, because this is a general question."""
+DECISION_REASON_BASE_LOW_CONFIDENCE: DecisionReason.ValueType  # 4
+"""The base, because no expert is clearly better placed."""
+DECISION_REASON_BASE_NO_MATCH: DecisionReason.ValueType  # 5
+"""The base, because nothing in the text speaks for an expert that may answer."""
+DECISION_REASON_POLICY: DecisionReason.ValueType  # 6
+"""The base, because the caller asked for it alone."""
+Global___DecisionReason: _TypeAlias = DecisionReason  # noqa: Y015
+
 class _TextFinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -269,6 +337,8 @@ class TextPlan(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     mode: _plan_pb2.Mode.ValueType
     """PASS for the base alone or one expert, ADAPTER_MIX for several composed in one pass."""
     base: _builtins.str
@@ -279,9 +349,13 @@ class TextPlan(_message.Message):
     """Registry revision of the snapshot that decided."""
     seed: _builtins.int
     """The seed of the answer: the request's, or one that was drawn for it."""
+    policy: Global___Policy.ValueType
+    """Who has decided."""
+    reason: Global___DecisionReason.ValueType
+    """Why these."""
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextExpert]:
-        """The experts, in the order of the request."""
+        """The experts, in the order of the request; where the gate has chosen them, the heaviest first."""
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.Replica]:
@@ -299,10 +373,12 @@ class TextPlan(_message.Message):
         replicas: _abc.Iterable[_plan_pb2.Replica] | None = ...,
         revision: _builtins.int = ...,
         seed: _builtins.int = ...,
+        policy: Global___Policy.ValueType = ...,
+        reason: Global___DecisionReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "base_name", b"base_name", "experts", b"experts", "mode", b"mode", "replicas", b"replicas", "revision", b"revision", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "base_name", b"base_name", "experts", b"experts", "mode", b"mode", "policy", b"policy", "reason", b"reason", "replicas", b"replicas", "revision", b"revision", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

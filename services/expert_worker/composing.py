@@ -10,7 +10,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from hocket.errors import HocketError, Reason
-from hocket.packages.expert.resolution import Candidate, Requirement, resolve
+from hocket.packages.expert.resolution import Candidate, resolve
+from hocket.requirements import Requirement
 from hocket.text_limits import EXPERTS_MAX
 from hocket.versions import Comparator, Range, Version
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.composition import candidates
 from hocket.errors import HocketError, Reason
-from hocket.packages.expert.resolution import Requirement, resolve
+from hocket.packages.expert.resolution import resolve
+from hocket.requirements import Requirement
 from hocket.v1.package_pb2 import AdapterFacts, Package, Release, TrustState
 from hocket.versions import Range, Version
 from services.registry.admission import EXPERT_FORMAT, State

@@ -22,14 +22,15 @@ from hocket.mixtures import MixtureRef, SoftmaxGate, parse_mixture, read_gate
 from hocket.rpc.channel import LOCAL
 from hocket.telemetry import metrics
 from hocket.v1.registry_pb2 import Synced, WatchResponse
-from services.router.bases import RecentBases
+from services.router.bases import RecentBases, announced
 from services.router.experts import Experts, index
 from services.router.gating import fixed_gate, softmax_gate
 from services.router.model import REFUSALS, Body, Model, listed_name, lone_model, mixture_model, release_name
 from services.router.placement import Base, Worker
+from services.router.rules import RulesGate
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
     from hocket.client.registry import FetchedMixture, RegistryClient
     from hocket.v1.mixture_pb2 import Mixture
@@ -72,6 +73,7 @@ class Snapshot:
         experts: Adapter experts. They answer text, so none of them is a model.
         gone_bases: Bases that workers served a while ago and none does now, each with the `time.monotonic()` second
             until which it is known.
+        gates: By digest of each base that live workers serve, the gate over the experts that ride on it.
     """
 
     revision: int
@@ -82,6 +84,7 @@ class Snapshot:
     workers: tuple[Worker, ...]
     experts: Experts = field(default_factory=Experts)
     gone_bases: tuple[tuple[Base, float], ...] = ()
+    gates: Mapping[str, RulesGate] = field(default_factory=dict)
 
     def resolve(self, address: str) -> Model:
         """The model behind a mixture name, `publisher/name@version`, a digest or `digest#ordinal`.
@@ -426,14 +429,20 @@ class Directory:
             listed, addresses, withdrawn = self._view.index()
             packages = dict(self._view.packages)
             experts = index(packages.values())
+            gates = build_gates(experts, workers, {} if self._snapshot is None else self._snapshot.gates)
             self._snapshot = Snapshot(
-                self._revision, listed, addresses, withdrawn, packages, workers, experts, gone_bases
+                self._revision, listed, addresses, withdrawn, packages, workers, experts, gone_bases, gates
             )
             self._models_due = False
             if self._kept is None:
                 self._view.fetched.clear()  # only the copy on disk needs them
         else:
-            self._snapshot = replace(self._snapshot, revision=self._revision, workers=workers, gone_bases=gone_bases)
+            known = self._snapshot.gates
+            if known.keys() != announced(workers).keys():
+                known = build_gates(self._snapshot.experts, workers, known)
+            self._snapshot = replace(
+                self._snapshot, revision=self._revision, workers=workers, gone_bases=gone_bases, gates=known
+            )
         metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)
         self._changed.set()
         self._unkept.set()
@@ -444,6 +453,18 @@ class Directory:
         yield from (WatchResponse(mixture=mixture) for mixture in self._view.mixtures.values())
         yield from (WatchResponse(worker=worker) for worker in self._workers.values())
         yield WatchResponse(revision=self._revision, epoch=self._epoch, synced=Synced())
+
+
+def build_gates(experts: Experts, workers: Iterable[Worker], before: Mapping[str, RulesGate]) -> dict[str, RulesGate]:
+    """A gate for each base that workers serve, by digest.
+
+    Args:
+        experts: All there are.
+        workers: Live ones.
+        before: The gates until now: what they have read of packages that are the same is not read again.
+    """
+    read = {terms.package.digest: terms for gate in before.values() for terms in gate.terms}
+    return {digest: RulesGate(experts.riding_on(base), read) for digest, base in announced(workers).items()}
 
 
 async def _bring(view: _View, digest: str, fetch: Fetch) -> None:

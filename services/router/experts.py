@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
 from hocket.versions import Version
@@ -17,6 +18,7 @@ from services.router.model import REFUSALS, listed_name, release_name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from hocket.bases import Described
     from hocket.v1.package_pb2 import Package
 
 _log: Final = structlog.get_logger("router")
@@ -38,11 +40,13 @@ class Expert:
         package: What the registry says about its package.
         name: `publisher/name@version`, or the digest where nobody has released it.
         refusal: Why it may not be used under this name; None if it may.
+        rank: Of two versions the one with the higher rank stands for the name.
     """
 
     package: Package
     name: str
     refusal: Reason | None
+    rank: tuple[object, ...] = field(default=(), compare=False)
 
     def check_servable(self) -> None:
         """Pass if it may serve.
@@ -61,10 +65,12 @@ class Experts:
     Args:
         by_address: By digest, by `publisher/name@version`, and the newest version by `publisher/name`.
         owners: Who has an expert of a name, whether or not it may serve: nobody steps into a withdrawn one's name.
+        digests: Of every version of a `publisher/name`.
     """
 
     by_address: Mapping[str, Expert] = field(default_factory=dict)
     owners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    digests: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def find(self, address: str, field: str) -> Expert | None:
         """The expert behind a digest or `[publisher/]name[@version]`; None if there is none.
@@ -97,6 +103,25 @@ class Experts:
             )
         return self.by_address.get(meant[0]) if meant else None
 
+    def riding_on(self, base: Described) -> list[Expert]:
+        """Who may answer on a base without being named, by digest.
+
+        Of each `publisher/name` the version that stands for it among those that ride on the base and may serve; each
+        package once. Experts that require others are used only when they are named, with those others.
+        """
+        newest: dict[str, Expert] = {}
+        for expert in self.by_address.values():
+            facts = expert.package.adapter
+            if expert.refusal is not None or not facts.HasField("routing") or facts.constraints.requirements:
+                continue
+            of_name, mark, _ = expert.name.rpartition("@")
+            held = newest.get(of_name)
+            outranks = held is None or expert.rank > held.rank
+            if mark and outranks and compatibility(facts.base, base).match is not Match.DIFFERENT:
+                newest[of_name] = expert
+        by_digest = {expert.package.digest: expert for _, expert in sorted(newest.items(), reverse=True)}
+        return [expert for _, expert in sorted(by_digest.items())]
+
     def advice(self, address: str) -> str:
         """What somebody may have meant by an address that leads nowhere, as the end of a sentence."""
         if is_digest(address.lower()) and not is_digest(address):
@@ -121,25 +146,31 @@ def index(packages: Iterable[Package]) -> Experts:
     else; where none may serve, the newest one does, with the reason why it may not.
     """
     by_address: dict[str, Expert] = {}
-    newest: dict[str, tuple[tuple[object, ...], Expert]] = {}
+    newest: dict[str, Expert] = {}
     owners: dict[str, set[str]] = {}
+    digests: dict[str, set[str]] = {}
     for package in packages:
         if not package.HasField("adapter"):
             continue
         withdrawn = REFUSALS.get(package.state)
         for release in package.releases:
-            expert = Expert(package, release_name(release), withdrawn or REFUSALS.get(release.state))
+            name, refusal = release_name(release), withdrawn or REFUSALS.get(release.state)
             try:
                 version = Version.parse(release.version)
             except HocketError as error:
-                _log.warning("release not understood", release=expert.name, message=error.message)
+                _log.warning("release not understood", release=name, message=error.message)
                 continue
-            by_address[expert.name] = expert
-            rank = (expert.refusal is None, not version.is_prerelease, version.order)
+            rank = (refusal is None, not version.is_prerelease, version.order)
+            by_address[name] = expert = Expert(package, name, refusal, rank)
             of_name = f"{release.publisher}/{release.name}"
-            if of_name not in newest or rank > newest[of_name][0]:
-                newest[of_name] = (rank, expert)
+            if of_name not in newest or rank > newest[of_name].rank:
+                newest[of_name] = expert
             owners.setdefault(release.name, set()).add(release.publisher)
+            digests.setdefault(of_name, set()).add(package.digest)
         by_address[package.digest] = Expert(package, listed_name(package), withdrawn)
-    by_address |= {of_name: expert for of_name, (_, expert) in newest.items()}
-    return Experts(by_address, {name: tuple(sorted(publishers)) for name, publishers in owners.items()})
+    by_address |= newest
+    return Experts(
+        by_address,
+        {name: tuple(sorted(publishers)) for name, publishers in owners.items()},
+        {of_name: frozenset(of_versions) for of_name, of_versions in digests.items()},
+    )

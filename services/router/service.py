@@ -17,7 +17,7 @@ from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry.context import request_id
 from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
 from services.router.session import Decision, decide, work
-from services.router.text import decide_text
+from services.router.text import decide_text, explain_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,6 +35,7 @@ CANDIDATES_MAX: Final = 65_536
 """Rows times experts that Route explains at once."""
 _INLINE_WORK_MAX: Final = 2**22
 """Multiplications up to which a decision is made in the event loop: a few milliseconds."""
+_NOTHING_ASKED: Final = router_pb2.RouteRequest()
 _PAGE_DEFAULT: Final = 100
 _PAGE_MAX: Final = 1000
 _ON_MISSING: Final = frozenset(plan_pb2.OnMissing.values())
@@ -118,6 +119,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Route(self, request: router_pb2.RouteRequest, context: Context) -> router_pb2.RouteResponse:
         """The decision alone, with every score."""
         del context
+        if request.HasField("text"):
+            return router_pb2.RouteResponse(text=self._explained(request))
+        for field in ("experts", "base", "routing"):
+            if getattr(request, field) != getattr(_NOTHING_ASKED, field):
+                raise HocketError(Reason.BAD_REQUEST, f"{field} is for a text: send one, or leave it out", field=field)
         decision = await self._decide(request, self._resolve(request))
         if decision.selection.weights.size > CANDIDATES_MAX:
             raise HocketError(
@@ -154,10 +160,23 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         snapshot = self._directory.snapshot
         return _describe(snapshot.resolve(request.model), snapshot)
 
+    def _explained(self, request: router_pb2.RouteRequest) -> router_pb2.TextDecision:
+        """What Generate would do about a text."""
+        if request.model or request.HasField("input") or request.HasField("top_k"):
+            raise HocketError(
+                Reason.BAD_REQUEST, "model, input and top_k are for rows: leave out them, or the text", field="text"
+            )
+        asked = router_pb2.GenerateRequest(
+            input=request.text, experts=request.experts, base=request.base, routing=request.routing
+        )
+        return explain_text(decide_text(self._directory.snapshot, self._loads, asked), request.text)
+
     def _resolve(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Model:
         """What the request addresses."""
         if not request.model:
-            raise HocketError(Reason.BAD_REQUEST, "model is missing: name what should answer", field="model")
+            raise HocketError(
+                Reason.BAD_REQUEST, "model is missing: name what should answer, or send a text", field="model"
+            )
         if not request.HasField("input"):
             raise HocketError(Reason.BAD_REQUEST, "input is missing: send rows as an FP32 tensor", field="input")
         return self._directory.snapshot.resolve(request.model)

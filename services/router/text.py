@@ -1,4 +1,4 @@
-"""One request for text: find its experts, choose a base, place it. The outcome is a plan.
+"""One request for text: find its experts or have the gate choose them, choose a base, place it. The outcome is a plan.
 
 Whether the experts go together otherwise, by what they require and exclude, is decided by the worker that reads their
 packages.
@@ -11,24 +11,32 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.telemetry import metrics
 from hocket.text_limits import EXPERTS_MAX, LAST_ROLES, MESSAGES_MAX, ROLES, TEXT_BYTES_MAX, WEIGHT_MAX, is_weight
-from hocket.v1 import plan_pb2, text_pb2
+from hocket.v1 import plan_pb2, router_pb2, text_pb2
+from services.router import choosing, hivellm
 from services.router.bases import RETRY_SECONDS, choose_base, shown
+from services.router.choosing import Bounds, Choice
 from services.router.placement import place_text
+from services.router.prompt_features import gate_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest
+    from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest, Routing
     from services.router.directory import Snapshot
     from services.router.experts import Expert
     from services.router.placement import Base, Loads, Placed, Worker
+    from services.router.rules import Evidence
 
 _SEED_BITS: Final = 53
 """Seeds that are drawn: numbers that every client can repeat, those included whose numbers are all doubles."""
 _SHOWN_CHARS_MAX: Final = 256
+NAMED_MAX: Final = 256
+"""Experts that a request may allow, or deny."""
+_POLICIES: Final = frozenset(text_pb2.Policy.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +45,14 @@ class TextDecision:
 
     Args:
         plan: Who computes, as a message.
+        choice: How the gate has come to its experts.
         placed: The base with the first replica, and each expert, for the load counts.
         degradations: What the plan already gives up.
         seconds: Time the decision took.
     """
 
     plan: text_pb2.TextPlan
+    choice: Choice
     placed: Placed
     degradations: Sequence[str]
     seconds: float
@@ -67,9 +77,14 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
     """
     begin = time.perf_counter()
     _check_input(request.input)
+    _check_routing(request)
     chosen = _experts(snapshot, request.experts)
+    base, by_name = choose_base(request.base, [expert for expert, _ in chosen], snapshot)
+    choice = _choice(snapshot, request, base)
+    if not chosen:
+        chosen = [*choice.chosen]
+        by_name = any(_is_by_name(expert, base) for expert, _ in chosen)
     experts = [expert for expert, _ in chosen]
-    base, by_name = choose_base(request.base, experts, snapshot)
     digests = frozenset(expert.package.digest for expert in experts)
     size_bytes = sum(expert.package.adapter.parameter_bytes for expert in experts)
     workers = place_text(digests, size_bytes, base.digest, snapshot.workers, loads)
@@ -89,6 +104,8 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
         ],
         revision=snapshot.revision,
         seed=request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(_SEED_BITS),
+        policy=choice.policy,
+        reason=choice.reason,
     )
     placed = [(base.digest, workers[0].name), *((digest, None) for digest in digests)]
     degradations = []
@@ -96,7 +113,110 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
         degradations.append("UNSIGNED_EXPERT")
     if by_name:
         degradations.append("BASE_BY_NAME")
-    return TextDecision(plan, placed, degradations, time.perf_counter() - begin)
+    return TextDecision(plan, choice, placed, degradations, time.perf_counter() - begin)
+
+
+def explain_text(decision: TextDecision, given: text_pb2.TextInput) -> router_pb2.TextDecision:
+    """A decision with everything behind it."""
+    plan, choice = decision.plan, decision.choice
+    explained = router_pb2.TextDecision(
+        plan=plan,
+        base=router_pb2.TextCandidate(
+            digest=plan.base,
+            name=plan.base_name,
+            score=sum(each.contribution for each in choice.base_evidence),
+            probability=choice.base_probability,
+            chosen=not plan.experts,
+            evidence=_evidence(choice.base_evidence),
+        ),
+        candidates=[
+            router_pb2.TextCandidate(
+                digest=each.expert.package.digest,
+                name=each.expert.name,
+                score=each.score,
+                probability=each.probability,
+                weight=each.weight,
+                chosen=each.weight > 0,
+                evidence=_evidence(each.evidence()),
+            )
+            for each in choice.candidates
+        ],
+        candidate_count=choice.candidate_count,
+        confidence=choice.confidence,
+    )
+    if choice.policy == text_pb2.POLICY_RULES:
+        explained.thresholds.CopyFrom(
+            router_pb2.GateThresholds(
+                confidence_min=choosing.CONFIDENCE_MIN,
+                share_min=choosing.SHARE_MIN,
+                probability_min=choosing.PROBABILITY_MIN,
+                weight_min=choosing.WEIGHT_MIN,
+            )
+        )
+    elif choice.policy == text_pb2.POLICY_HIVELLM:
+        text = gate_text(given)
+        for candidate, each in zip(explained.candidates, choice.candidates, strict=True):
+            facts = each.expert.package.adapter
+            candidate.hivellm.keyword = hivellm.keyword_score(text, facts)
+            candidate.hivellm.embedding = hivellm.embedding_score(text, facts)
+    return explained
+
+
+def _evidence(evidence: Iterable[Evidence]) -> list[router_pb2.Evidence]:
+    return [router_pb2.Evidence(kind=each.kind, text=each.text, contribution=each.contribution) for each in evidence]
+
+
+def _choice(snapshot: Snapshot, request: GenerateRequest, base: Base) -> Choice:
+    """Which experts answer a request, if it names none."""
+    if request.experts:
+        return Choice(text_pb2.POLICY_UNSPECIFIED, text_pb2.DECISION_REASON_EXPLICIT)
+    routing = request.routing
+    if routing.policy == text_pb2.POLICY_BASE:
+        return Choice(text_pb2.POLICY_BASE, text_pb2.DECISION_REASON_POLICY)
+    rooms = [worker.budget_bytes for worker in snapshot.workers if worker.serves(base.digest) and not worker.draining]
+    bounds = Bounds(
+        allowed=_named(snapshot, routing.allow, "allow") if routing.allow else None,
+        denied=_named(snapshot, routing.deny, "deny"),
+        size_bytes_max=max(rooms, default=0),
+        count_max=routing.expert_count_max or 1,
+    )
+    choose = choosing.by_hivellm if routing.policy == text_pb2.POLICY_HIVELLM else choosing.by_rules
+    return choose(snapshot.gates[base.digest], gate_text(request.input), bounds)
+
+
+def _check_routing(request: GenerateRequest) -> None:
+    routing: Routing = request.routing
+    if request.experts and routing.ByteSize():
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            "experts are named, so nothing is left to choose: leave out routing, or the experts",
+            field="routing",
+        )
+    if routing.policy not in _POLICIES:
+        raise HocketError(Reason.BAD_REQUEST, "the policy must be RULES, HIVELLM or BASE", field="routing.policy")
+    if routing.expert_count_max > EXPERTS_MAX:
+        raise HocketError(
+            Reason.TOO_MANY_EXPERTS,
+            f"{routing.expert_count_max} experts are more than the {EXPERTS_MAX} that go together",
+            field="routing.expert_count_max",
+        )
+
+
+def _named(snapshot: Snapshot, addresses: Sequence[str], field: str) -> frozenset[str]:
+    """The digests that names in a request stand for; of a name without a version, those of every version."""
+    if len(addresses) > NAMED_MAX:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"{len(addresses)} experts are named; at most {NAMED_MAX} may be",
+            field=f"routing.{field}",
+        )
+    named: set[str] = set()
+    for place, address in enumerate(addresses):
+        expert = _find(snapshot, address, f"routing.{field}[{place}]")
+        named.add(expert.package.digest)
+        if address != expert.package.digest and "@" not in address:
+            named |= snapshot.experts.digests[expert.name.rpartition("@")[0]]
+    return frozenset(named)
 
 
 def _no_room(base: Base, size_bytes: int, workers: Sequence[Worker]) -> HocketError:
@@ -180,13 +300,23 @@ def _experts(snapshot: Snapshot, chosen: Sequence[ChosenExpert]) -> list[tuple[E
     return [*found.values()]
 
 
+def _is_by_name(expert: Expert, base: Base) -> bool:
+    return compatibility(expert.package.adapter.base, base).match is Match.BY_NAME
+
+
 def _expert(snapshot: Snapshot, address: str, field: str) -> Expert:
+    """The expert behind an address, which may serve."""
+    expert = _find(snapshot, address, field)
+    expert.check_servable()
+    return expert
+
+
+def _find(snapshot: Snapshot, address: str, field: str) -> Expert:
     shown = address[:_SHOWN_CHARS_MAX]
     if not address:
         raise HocketError(Reason.BAD_REQUEST, "an expert has no name: send a name or a digest", field=field)
     expert = snapshot.experts.find(address, field)
     if expert is not None:
-        expert.check_servable()
         return expert
     of, mark, ordinal = address.partition("#")
     if mark and of in snapshot.experts.by_address:

@@ -14,7 +14,6 @@ hard ends in a refusal.
 from __future__ import annotations
 
 import heapq
-import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
@@ -23,17 +22,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
-from hocket.identity import check_name
+from hocket.requirements import Requirement, spelled
 from hocket.text_limits import EXPERTS_MAX
-from hocket.versions import ANY, Range, Version
+from hocket.versions import Range, Version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from hocket.packages.adapter import BaseModel, Constraints
 
-_PATTERN_CHARS_MAX: Final = 512
-_PATTERN: Final = re.compile(r"(?:([^/@<>=\s]+)/)?([^/@<>=\s]+) *(?:@(.*)|([<>=].*))?")
 _WORK_MAX: Final = 100_000
 """Of one resolution, in steps such as asking whether a range allows a version: a microsecond each."""
 _SHOWN_MAX: Final = 5
@@ -47,48 +44,6 @@ _REASONS: Final = (
 """Of several problems, which gives its reason to the refusal."""
 
 _Key: TypeAlias = tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Requirement:
-    """A pattern that names experts.
-
-    Attributes:
-        name: Of the expert, whole.
-        range: Of its versions.
-        publisher: Whose; None where the place it stands in decides.
-    """
-
-    name: str
-    range: Range = ANY
-    publisher: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Requirement:
-        """Read `name`, `name@range`, `name<=0.9.0` or either with `publisher/` before it.
-
-        Raises:
-            HocketError: `BAD_REQUEST` for anything else.
-        """
-        match = _PATTERN.fullmatch(text) if len(text) <= _PATTERN_CHARS_MAX else None
-        if match is None:
-            raise HocketError(
-                Reason.BAD_REQUEST, f"{text[:80]!r} names no experts: write name, name@range or publisher/name@range"
-            )
-        publisher, name, after_at, after_name = match.groups()
-        stated = after_at if after_at is not None else after_name
-        return cls(
-            name=check_name(name),
-            range=ANY if stated is None else Range.parse(stated),
-            publisher=None if publisher is None else check_name(publisher, "publisher"),
-        )
-
-    def owner(self, publisher: str) -> str:
-        """Whose expert is meant, where a bare name means one of this publisher's."""
-        return publisher if self.publisher is None else self.publisher
-
-    def __str__(self) -> str:
-        return f"{_spelled(self.publisher, self.name)}{f'@{self.range}' if self.range.comparators else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +67,7 @@ class Candidate:
     constraints: Constraints
 
     def __str__(self) -> str:
-        return f"{_spelled(self.publisher, self.name)}@{self.version}"
+        return f"{spelled(self.publisher, self.name)}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +330,7 @@ class _Search:
         for need in needs:
             by_key.setdefault(need.key, need)
         self._spend(len(needs))
-        listed = ", ".join(_spelled(*key) for key in by_key)[:1000]
+        listed = ", ".join(spelled(*key) for key in by_key)[:1000]
         if len(by_key) > EXPERTS_MAX:
             said = f"{len(by_key)} experts are needed, and at most {EXPERTS_MAX} go together: {listed}"
             traits = set().union(*(need.traits() for need in islice(by_key.values(), EXPERTS_MAX + 1)))
@@ -443,7 +398,7 @@ class _Search:
         """What is needed of an expert, and what there is of it."""
         self._spend(20)
         there = _few([each.version for each in self._releases(key)])
-        said = [_few(dict.fromkeys(map(str, needs))), f"of {_spelled(*key)} there is {there or 'none'}"]
+        said = [_few(dict.fromkeys(map(str, needs))), f"of {spelled(*key)} there is {there or 'none'}"]
         return {"; ".join([*said, *sorted(self._unreadable[key])[:_SHOWN_MAX]]): Reason.REQUIREMENT_MISSING}
 
     def _spend(self, steps: int) -> None:
@@ -501,10 +456,6 @@ def _warnings(experts: Sequence[_Expert]) -> dict[str, None]:
     """What is only probably so; each once."""
     compared = (compatibility(one.candidate.base, other.candidate.base) for one, other in combinations(experts, 2))
     return dict.fromkeys(f"the bases: {each.explanation}" for each in compared if each.match is Match.BY_NAME)
-
-
-def _spelled(publisher: str | None, name: str) -> str:
-    return f"{publisher}/{name}" if publisher else name
 
 
 def _few(texts: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hocket.errors import HocketError
 from hocket.identity import check_name
 from hocket.packages.expert.names import CONFIG, GRAMMAR, PROJECTIONS, WEIGHTS
-from hocket.packages.expert.resolution import Requirement
+from hocket.requirements import Requirement
 from hocket.versions import Range, Version
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from hocket.packages.expert.archive import read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.names import MANIFEST
 from hocket.packages.expert.reader import decode_archive
-from hocket.packages.expert.resolution import Requirement
 from hocket.packages.expert.strict import Problem, problems
 from hocket.packages.limits import DEFAULT_LIMITS
+from hocket.requirements import Requirement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -14,12 +14,12 @@ import pytest
 
 from hocket.cli import answer
 from hocket.errors import HocketError, Reason
+from hocket.v1 import router_pb2, text_pb2
 from tests.fakes import ScriptedRouter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from hocket.v1 import router_pb2
 
 pytestmark = pytest.mark.usefixtures("router_address")
 
@@ -160,10 +160,19 @@ class TestCommands:
         assert [(each.expert, each.weight) for each in first.experts] == [("sql", 0.5), ("json", 0.0)]
         assert (first.base, turns(first)[0]) == ("qwen3-0.6b", ("system", "be short"))
         assert (list(second.experts), second.base, turns(second)[0]) == ([], "", ("user", "first"))
+        assert second.routing.policy == text_pb2.POLICY_BASE
         told = [line for line in outcome.err.splitlines() if line.split(":")[0] in {"experts", "base", "system"}]
         here = ["experts: sql:0.5,json", "base: qwen3-0.6b", "system: be short"]
         gone = ["experts: none, the base alone", "base: the one that the experts ride on", "system: nothing"]
         assert told == [*here, *here, *gone, *gone]
+
+    def test_the_router_chooses_until_somebody_else_does(self, hocket: Any, router: Router) -> None:
+        said = "/experts\nfirst\n/experts -\nsecond\n/experts auto\nthird\n"
+        outcome = hocket("chat", "--max-experts", 2, stdin=said)
+        mixing = router_pb2.Routing(policy=text_pb2.POLICY_RULES, expert_count_max=2)
+        alone = router_pb2.Routing(policy=text_pb2.POLICY_BASE, expert_count_max=1)
+        assert [request.routing for request in router.requests] == [mixing, alone, mixing]
+        assert outcome.err.count("experts: chosen by the router for every turn") == 2
 
     def test_a_command_that_cannot_be_meant_changes_nothing(self, hocket: Any, router: Router) -> None:
         outcome = hocket("chat", "--experts", "sql", stdin="/experts sql:much\nfirst\n")

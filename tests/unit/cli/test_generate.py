@@ -152,6 +152,28 @@ def test_what_is_not_said_is_left_to_the_server(hocket: Any, router: Router) -> 
     assert request == router_pb2.GenerateRequest(input=text_pb2.TextInput(prompt="hi"), sampling=text_pb2.Sampling())
 
 
+def test_how_experts_are_chosen_is_sent(hocket: Any, router: Router) -> None:
+    hocket("generate", "hi", "--max-experts", 3)
+    hocket("generate", "hi", "--base-only")
+    mixing, alone = router.requests
+    assert mixing.routing == router_pb2.Routing(policy=text_pb2.POLICY_RULES, expert_count_max=3)
+    assert alone.routing == router_pb2.Routing(policy=text_pb2.POLICY_BASE, expert_count_max=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--experts", "sql", "--base-only"),
+        ("--experts", "sql", "--max-experts", 2),
+        ("--base-only", "--max-experts", 2),
+    ],
+)
+def test_options_that_leave_each_other_nothing_to_say_are_refused(hocket: Any, options: tuple[object, ...]) -> None:
+    outcome = hocket("generate", "hi", *options)
+    assert outcome.code == 2
+    assert "leave out one of them" in outcome.err
+
+
 def test_raw_text_is_sent_as_it_is(hocket: Any, router: Router) -> None:
     hocket("generate", "--raw", stdin="<|im_start|>user\n")
     hocket("generate", "--raw", "<|im_start|>")
@@ -298,7 +320,7 @@ class TestAtATerminal:
         outcome = hocket("generate")
 
         assert outcome.code == 2
-        assert "give a prompt: hocket generate 'PROMPT'" in outcome.err
+        assert "give a prompt as an argument" in outcome.err
 
     def test_a_prompt_may_be_typed(self, hocket: Any, router: Router) -> None:
         assert "end with Ctrl-D" in hocket("generate", "-", stdin="typed\n").err
@@ -313,20 +335,21 @@ def test_debug_shows_everything_on_standard_error(hocket: Any, router: Router) -
 
     assert outcome.out == "one;\n"
     lines = [line.strip() for line in outcome.err.splitlines()]
-    assert lines[:4] == [
+    assert lines[:5] == [
         f"plan: ADAPTER_MIX on base Qwen3-0.6B ({BASE})",
+        "the experts were named",
         f"0.7 of acme/sql@1.0.0 {LOW}",
         f"0.3 of acme/json@1.0.0 {HIGH}",
         "worker worker-a at 127.0.0.1:50054, holds every expert",
     ]
-    assert lines[4] == "seed 42, registry revision 7, request id request-1"
-    assert lines[5] == "start: worker-a, 12 tokens of prompt after 4 of soft prompts, template qwen3, waited 3.0 ms"
-    assert lines[6] == "temperature 0.0, top_p 1.0, seed 42, max_tokens 512, top_logprobs 1"
-    assert lines[7].split() == ["text", "token", "ids", "logprobs", "most", "probable", "weights"]
-    assert lines[8].split() == ["'one;'", "9", "-0.500", "9:-0.500", "0.7", "0.3"]
-    assert lines[9] == "finish: STOP at ';', 12 tokens of prompt, 3 of answer"
-    assert lines[10] == "route 0.2 ms, wait 3.0 ms, prefill 20.0 ms, decode 40.0 ms"
-    assert lines[11].startswith("prefill 600.0 tokens per second, decode 50.0; 4 steps, from token to token 20.0 ms")
+    assert lines[5] == "seed 42, registry revision 7, request id request-1"
+    assert lines[6] == "start: worker-a, 12 tokens of prompt after 4 of soft prompts, template qwen3, waited 3.0 ms"
+    assert lines[7] == "temperature 0.0, top_p 1.0, seed 42, max_tokens 512, top_logprobs 1"
+    assert lines[8].split() == ["text", "token", "ids", "logprobs", "most", "probable", "weights"]
+    assert lines[9].split() == ["'one;'", "9", "-0.500", "9:-0.500", "0.7", "0.3"]
+    assert lines[10] == "finish: STOP at ';', 12 tokens of prompt, 3 of answer"
+    assert lines[11] == "route 0.2 ms, wait 3.0 ms, prefill 20.0 ms, decode 40.0 ms"
+    assert lines[12].startswith("prefill 600.0 tokens per second, decode 50.0; 4 steps, from token to token 20.0 ms")
 
 
 class TestExperts:

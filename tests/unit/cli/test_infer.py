@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
@@ -9,8 +9,13 @@ from rich.console import Console
 from hocket.cli import infer, output
 from hocket.client import Answer, blocking
 from hocket.errors import HocketError, Reason
+from hocket.v1 import text_pb2
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
+from hocket.v1.router_pb2 import RouteRequest, Routing
 from tests.fakes import HIGH, LOW, MIXTURE, ScriptedRegistry, ScriptedRouter, serving
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("router_address")
 
@@ -157,3 +162,77 @@ def test_an_incomplete_answer_names_the_option_that_takes_it(hocket: Any, router
     router.refusal = HocketError(Reason.COVERAGE, "expert low is missing")
 
     assert "--renormalise" in hocket("predict", "digits", *ROWS, "--json").document["error"]["message"]
+
+
+def test_a_decision_about_a_text_is_explained(hocket: Any, router: ScriptedRouter) -> None:
+    outcome = hocket("route", "list all names")
+    for text in (
+        "Qwen3-0.6B (base)", "acme/low@1.0.0", "chosen", "0.875", "keyword 'list all' +1.50", "exclude 'list' -2.00",
+        "the gate has chosen (confidence 0.88, an expert needs 0.6)", "... and 8 more",
+    ):  # fmt: skip
+        assert text in outcome.out, text
+    [request] = router.requests
+    assert request.text.prompt == "list all names"
+    assert request.routing.policy == text_pb2.POLICY_RULES
+
+
+def test_what_is_said_about_a_choice_reaches_the_request(hocket: Any, router: ScriptedRouter) -> None:
+    outcome = hocket(
+        "route", "-", "--policy", "hivellm", "--allow", "a", "--allow", "b", "--deny", "c", "--max-experts", 4,
+        "--base", "qwen", stdin="hi\n",
+    )  # fmt: skip
+    [request] = router.requests
+    assert request == RouteRequest(
+        text=text_pb2.TextInput(prompt="hi"),
+        base="qwen",
+        routing=Routing(policy=text_pb2.POLICY_HIVELLM, allow=["a", "b"], deny=["c"], expert_count_max=4),
+    )
+    assert "keyword router 0.5000, embedding router 0.2500" in outcome.out
+
+
+def test_a_decision_about_a_text_as_json_is_the_message(hocket: Any) -> None:
+    document = hocket("route", "list all names", "--json").document
+    assert document["plan"]["reason"] == "DECISION_REASON_GATE"
+    assert document["candidates"][0]["evidence"] == [
+        {"kind": "EVIDENCE_KIND_KEYWORD", "text": "list all", "contribution": 1.5}
+    ]
+
+
+def test_a_batch_is_a_line_for_every_line(hocket: Any, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("first\r\nsecond ü\n\nlast".encode())
+    outcome = hocket("route", "--batch", path)
+    assert outcome.code == 0
+    assert [line["prompt"] for line in outcome.lines] == ["first", "second ü", "", "last"]
+    assert {line["decision"]["plan"]["reason"] for line in outcome.lines} == {"DECISION_REASON_GATE"}
+    assert hocket("route", "--batch", "-", stdin="one\n").document["prompt"] == "one"
+
+
+def test_a_batch_goes_on_after_a_refusal_and_says_so(hocket: Any, router: ScriptedRouter) -> None:
+    router.refusal = HocketError(Reason.NO_REPLICA, "nobody")
+    outcome = hocket("route", "--batch", "-", stdin="one\ntwo\n")
+    assert outcome.code == 2
+    assert outcome.lines == [
+        {"prompt": prompt, "error": {"reason": "NO_REPLICA", "message": "nobody"}} for prompt in ("one", "two")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "told"),
+    [
+        (("digits", *ROWS, "--policy", "rules"), "", "--policy is for a text"),
+        (("digits", *ROWS, "--batch", "-"), "", "--batch is for a text"),
+        (ROWS, "", "name the model"),
+        (("text", "--batch", "-"), "", "leave out the argument"),
+        (("--batch", "nowhere.txt"), "", "nowhere.txt cannot be read"),
+        (("--batch", "-"), b"\xff\n", "line 1 is not text in UTF-8"),
+        (("--batch", "-"), "a\n" + "x" * (2**20 + 1), "line 2 is longer"),
+        (("",), "", "the prompt is empty"),
+    ],
+)
+def test_what_cannot_be_decided_about_is_refused(
+    hocket: Any, arguments: tuple[str, ...], stdin: str | bytes, told: str
+) -> None:
+    outcome = hocket("route", *arguments, stdin=stdin)
+    assert outcome.code == 2
+    assert told in outcome.err

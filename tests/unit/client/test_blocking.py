@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hocket.client import Answer, Partial, Planned, TextDelta, TextFinish, TextPlanned, TextStart, blocking
+from hocket.client import Answer, Partial, Planned, Routing, TextDelta, TextFinish, TextPlanned, TextStart, blocking
 from hocket.client.blocking import RouterClient, connect, connect_registry
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.mixtures import FixedGate, MixtureRecord, MixtureRef
+from hocket.v1 import text_pb2
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from hocket.v1.router_pb2_grpc import add_RouterServiceServicer_to_server
 from tests.fakes import LOW, MIXTURE, ScriptedRegistry, ScriptedRouter, serving
@@ -115,6 +116,14 @@ def test_a_decision_a_list_and_a_description(router: RouterClient) -> None:
     assert router.route("digits", ROW).rows[0].candidates[0].expert == LOW
     assert [mixture.name for mixture in router.list_mixtures()] == ["digits", "fruit"]
     assert router.get_mixture("digits").labels == ["0", "1"]
+
+
+def test_a_decision_about_a_text(router: RouterClient, scripted: ScriptedRouter) -> None:
+    decision = router.route_text("hi", routing=Routing(allow=["low"], expert_count_max=2))
+    assert decision.candidates[0].name == "acme/low@1.0.0"
+    assert scripted.requests[-1].routing.expert_count_max == 2
+    router.answer_text("hi", routing=Routing("base"))
+    assert scripted.requests[-1].routing.policy == text_pb2.POLICY_BASE
 
 
 def test_a_refusal_arrives_as_the_server_raised_it(router: RouterClient, scripted: ScriptedRouter) -> None:

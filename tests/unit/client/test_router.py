@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from hocket.client.router import Answer, RouterClient, TextPlanned
+from hocket.client.router import Answer, RouterClient, Routing, TextPlanned
 from hocket.errors import HocketError, Reason
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
@@ -291,3 +291,36 @@ async def test_a_server_that_goes_away_in_mid_answer_is_not_one_that_was_never_t
             await RouterClient(channel).answer_text("hello")
     await server.stop(None)
     assert caught.value.reason is reason
+
+
+async def test_how_experts_are_chosen_is_sent_as_it_was_given(router: RouterClient, scripted: ScriptedRouter) -> None:
+    await router.route_text("hi", routing=Routing("hivellm", "low", ["high"], 3), base="b")
+    await router.route_text(raw="hi", experts=["low"])
+    chosen, named = scripted.requests
+    assert chosen == router_pb2.RouteRequest(
+        text=text_pb2.TextInput(prompt="hi"),
+        base="b",
+        routing=router_pb2.Routing(policy=text_pb2.POLICY_HIVELLM, allow=["low"], deny=["high"], expert_count_max=3),
+    )
+    assert named == router_pb2.RouteRequest(
+        text=text_pb2.TextInput(raw="hi"), experts=[router_pb2.ChosenExpert(expert="low")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("routing", "field"),
+    [
+        (Routing("magic"), "routing.policy"),  # type: ignore[arg-type]  # what somebody may write
+        (Routing(allow=[7]), "routing.allow"),  # type: ignore[list-item]  # the same
+        (Routing(deny=["\ud800"]), "routing.deny"),
+        (Routing(expert_count_max=-1), "routing.expert_count_max"),
+        (Routing(expert_count_max="many"), "routing.expert_count_max"),  # type: ignore[arg-type]  # the same
+    ],
+)
+async def test_routing_that_cannot_be_sent_is_refused(
+    router: RouterClient, scripted: ScriptedRouter, routing: Routing, field: str
+) -> None:
+    with pytest.raises(HocketError) as caught:
+        await router.route_text("hi", routing=routing)
+    assert (caught.value.reason, caught.value.field) == (Reason.BAD_REQUEST, field)
+    assert scripted.requests == []

@@ -11,18 +11,18 @@ import grpc
 import pytest
 
 from hocket.client.aggregator import AggregatorClient
-from hocket.client.router import RouterClient, TextPlanned
+from hocket.client.router import RouterClient, Routing, TextPlanned
 from hocket.errors import HocketError, Reason
 from hocket.rpc.channel import Channels
 from hocket.rpc.handlers import LOAD_KEY, Handlers, add_trailing
 from hocket.rpc.local import LocalChannel
 from hocket.rpc.status import from_rpc_error
-from hocket.v1 import text_pb2
+from hocket.v1 import router_pb2, text_pb2
 from hocket.v1.aggregator_pb2 import CombineRequest, CombineResponse
 from hocket.v1.aggregator_pb2_grpc import AggregatorServiceServicer, add_AggregatorServiceServicer_to_server
 from hocket.v1.expert_worker_pb2 import WorkerLoad
 from hocket.v1.package_pb2 import BaseModel
-from hocket.v1.router_pb2 import GenerateRequest
+from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest, RouteRequest
 from hocket.v1.router_pb2_grpc import RouterServiceStub, add_RouterServiceServicer_to_server
 from services.router.aggregators import Aggregators
 from services.router.app import RouterApp
@@ -32,6 +32,8 @@ from services.router.placement import Base, Loads, Worker
 from services.router.service import RouterServicer, tokens_of
 from services.router.settings import RouterSettings
 from tests.fakes import BASE, LOW, adapter_package
+from tests.routing import BASE as ROUTING_BASE
+from tests.routing import asking_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -100,10 +102,10 @@ class Suite:
         behind, self.handlers = Handlers(), Handlers(texts={"Generate": tokens_of})
         behind.add(add_AggregatorServiceServicer_to_server, self.aggregator)
         self.loads = Loads()
-        directory = SimpleNamespace(snapshot=SNAPSHOT)
+        self.directory = SimpleNamespace(snapshot=SNAPSHOT)
         router = RouterServicer(
             RouterSettings(**settings),
-            directory,  # type: ignore[arg-type]  # all it needs of a directory
+            self.directory,  # type: ignore[arg-type]  # all it needs of a directory
             self.loads,
             Aggregators([AggregatorClient(LocalChannel(behind))], 0.5),
         )
@@ -263,3 +265,84 @@ async def test_what_cannot_be_planned_reaches_no_aggregator() -> None:
     assert caught.value.reason is Reason.UNKNOWN_EXPERT
     assert suite.aggregator.requests == []
     assert suite.counts == ({}, {})
+
+
+KEYED = [asking_for(number, name, "graph", name) for number, name in ((30, "path"), (31, "tree"))]
+KEYED_EXPERTS = index(KEYED)
+AT_HAND = Worker("w", "local:w", frozenset({"expert"}), 1000, frozenset(), draining=False, base=ROUTING_BASE)
+ROUTED = Snapshot(
+    7, {}, {}, {}, {each.digest: each for each in KEYED}, (AT_HAND,), KEYED_EXPERTS,
+    gates=build_gates(KEYED_EXPERTS, [AT_HAND], {}),
+)  # fmt: skip
+
+
+def routing_suite() -> Suite:
+    suite = Suite()
+    suite.directory.snapshot = ROUTED
+    return suite
+
+
+async def test_a_decision_about_a_text_is_explained_and_runs_nothing() -> None:
+    suite = routing_suite()
+    decision = await suite.client.route_text("a graph with a path")
+    assert suite.aggregator.requests == []
+    assert suite.counts == ({}, {})
+    assert (decision.plan.policy, decision.plan.reason) == (text_pb2.POLICY_RULES, text_pb2.DECISION_REASON_GATE)
+    assert [expert.name for expert in decision.plan.experts] == ["acme/path@1.0.0"]
+    assert [replica.worker for replica in decision.plan.replicas] == ["w"]
+    best, other = decision.candidates
+    assert (best.name, best.chosen, best.weight, other.chosen) == ("acme/path@1.0.0", True, 1.0, False)
+    assert best.score == pytest.approx(sum(each.contribution for each in best.evidence))
+    assert [each.text for each in best.evidence] == ["graph", "path"]
+    assert (decision.base.name, decision.base.chosen, decision.candidate_count) == (ROUTING_BASE.name, False, 2)
+    assert decision.base.probability + best.probability + other.probability == pytest.approx(1.0)
+    assert decision.confidence >= decision.thresholds.confidence_min == 0.6
+
+
+async def test_the_scores_of_the_formats_own_routers_stand_in_the_explanation() -> None:
+    decision = await routing_suite().client.route_text("graph path", routing=Routing("hivellm"))
+    assert [(each.name, each.hivellm.keyword) for each in decision.candidates] == [
+        ("acme/path@1.0.0", 1.0),
+        ("acme/tree@1.0.0", 0.5),
+    ]
+    assert all(each.hivellm.embedding > 0 for each in decision.candidates)
+    assert not decision.HasField("thresholds")
+
+
+async def test_where_nothing_is_decided_there_are_no_candidates() -> None:
+    client = routing_suite().client
+    for decision in (
+        await client.route_text("graph", routing=Routing("base")),
+        await client.route_text("graph", experts=["tree"]),
+    ):
+        assert (list(decision.candidates), decision.candidate_count) == ([], 0)
+    assert decision.plan.reason == text_pb2.DECISION_REASON_EXPLICIT
+    assert not decision.base.chosen
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (RouteRequest(text=text_pb2.TextInput(prompt="x"), model="digits"), "text"),
+        (RouteRequest(text=text_pb2.TextInput(prompt="x"), top_k=1), "text"),
+        (RouteRequest(model="digits", base="b"), "base"),
+        (RouteRequest(model="digits", experts=[ChosenExpert(expert="e")]), "experts"),
+        (RouteRequest(model="digits", routing=router_pb2.Routing(deny=["e"])), "routing"),
+        (RouteRequest(), "model"),
+        (RouteRequest(text=text_pb2.TextInput()), "input"),
+    ],
+)
+async def test_a_question_about_rows_and_a_text_or_neither_is_refused(request_: RouteRequest, field: str) -> None:
+    stub: Any = RouterServiceStub(LocalChannel(routing_suite().handlers))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Route(request_)
+    refused = from_rpc_error(caught.value)
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, field)
+
+
+async def test_a_generated_text_is_answered_by_whom_the_gate_chooses() -> None:
+    suite = routing_suite()
+    answer = await suite.client.answer_text("a path", max_tokens=4)
+    assert [expert.name for expert in answer.plan.experts] == ["acme/path@1.0.0"]
+    [request] = suite.aggregator.requests
+    assert request.text.plan == answer.plan

@@ -11,16 +11,17 @@ import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.text_limits import EXPERTS_MAX, MESSAGES_MAX, TEXT_BYTES_MAX
-from hocket.v1 import plan_pb2
+from hocket.v1 import plan_pb2, text_pb2
 from hocket.v1.package_pb2 import BaseModel, Package, TrustState
-from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest
+from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest, Routing
 from hocket.v1.text_pb2 import Conversation, Message, Sampling, TextInput
 from services.router.bases import REMEMBERED_MAX, REMEMBERED_SECONDS, RecentBases
 from services.router.directory import Snapshot, build_gates
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
-from services.router.text import TextDecision, decide_text
+from services.router.text import NAMED_MAX, TextDecision, decide_text
 from tests.fakes import adapter_package, expert_package
+from tests.routing import asking_for
 
 ACTIVE, YANKED = TrustState.TRUST_STATE_ACTIVE, TrustState.TRUST_STATE_YANKED
 WITHDRAWN = {
@@ -473,6 +474,119 @@ def test_what_fits_no_worker_of_the_base_is_refused_for_good() -> None:
     leaving = worker("c", budget_bytes=200, draining=True)
     assert refusal(snapshot(SQL, JSON, workers=[small, leaving]), asking("sql", "json")).reason is Reason.NO_REPLICA
     assert len(planned(snapshot(SQL, JSON, workers=[worker(budget_bytes=200)]), "sql", "json")) == 2
+
+
+# Who is chosen where nobody is named.
+
+
+KEYED = [asking_for(20, "graph", "graph", parameter_bytes=100), asking_for(21, "tree", "graph", "tree")]
+RIDING = Base(KEYED[0].adapter.base.name, KEYED[0].adapter.base.digest)
+
+
+def routed(text: str, workers: Any = None, **routing: Any) -> TextDecision:
+    here = snapshot(*KEYED, workers=workers or [worker(base=RIDING)])
+    return decided(here, GenerateRequest(input=TextInput(prompt=text), routing=Routing(**routing)))
+
+
+def test_the_gate_chooses_and_says_why() -> None:
+    plan = routed("a tree").plan
+    assert [(expert.name, expert.weight) for expert in plan.experts] == [("acme/tree@1.0.0", 1.0)]
+    assert (plan.policy, plan.reason) == (text_pb2.POLICY_RULES, text_pb2.DECISION_REASON_GATE)
+    nobody = routed("hello").plan
+    assert (list(nobody.experts), nobody.reason) == ([], text_pb2.DECISION_REASON_BASE_NO_MATCH)
+    several = routed("graph", expert_count_max=2).plan
+    assert [(each.name, each.weight) for each in several.experts] == [
+        ("acme/graph@1.0.0", 0.5),
+        ("acme/tree@1.0.0", 0.5),
+    ]
+    assert several.mode == plan_pb2.MODE_ADAPTER_MIX
+
+
+def test_the_base_alone_and_named_experts_are_no_choice_of_the_gate() -> None:
+    alone = routed("a tree", policy=text_pb2.POLICY_BASE).plan
+    assert (list(alone.experts), alone.policy, alone.reason) == (
+        [], text_pb2.POLICY_BASE, text_pb2.DECISION_REASON_POLICY,
+    )  # fmt: skip
+    named = decided(snapshot(SQL), asking("sql")).plan
+    assert (named.policy, named.reason) == (text_pb2.POLICY_UNSPECIFIED, text_pb2.DECISION_REASON_EXPLICIT)
+
+
+def test_the_formats_own_policy_may_decide() -> None:
+    plan = routed("find the graphical", policy=text_pb2.POLICY_HIVELLM).plan
+    assert [expert.name for expert in plan.experts] == ["acme/graph@1.0.0"]
+    assert plan.policy == text_pb2.POLICY_HIVELLM
+
+
+def names_of(**routing: Any) -> list[str]:
+    return [expert.name for expert in routed("graph", **routing).plan.experts]
+
+
+def test_lists_narrow_the_choice_by_name_and_by_digest() -> None:
+    assert names_of(deny=["graph"]) == names_of(allow=["acme/tree"]) == ["acme/tree@1.0.0"]
+    assert names_of(deny=[KEYED[0].digest]) == names_of(deny=["acme/graph@1.0.0"]) == ["acme/tree@1.0.0"]
+    assert names_of(allow=["graph"], deny=["graph"]) == []
+
+
+def test_a_name_without_a_version_means_every_version() -> None:
+    old = asking_for(22, "leaf", "leaf")
+    new = adapter(23, "leaf", version="9.0.0", base=GEMMA, routing=old.adapter.routing)
+    here = snapshot(old, new, workers=[worker(base=RIDING)])
+    for routing, chosen in ((Routing(allow=["leaf"]), ["acme/leaf@1.0.0"]), (Routing(deny=["leaf"]), [])):
+        request = GenerateRequest(input=TextInput(prompt="leaf"), routing=routing)
+        assert [expert.name for expert in decided(here, request).plan.experts] == chosen
+
+
+def test_what_has_no_room_on_any_worker_is_not_chosen() -> None:
+    assert names_of() == ["acme/graph@1.0.0"]
+    small = [worker(base=RIDING, budget_bytes=99), worker("big", base=RIDING, budget_bytes=1000, draining=True)]
+    assert [each.name for each in routed("graph", small).plan.experts] == ["acme/tree@1.0.0"]
+
+
+def test_a_chosen_expert_that_belongs_by_name_alone_is_flagged() -> None:
+    named = asking_for(24, "named", "leaf")
+    named.adapter.base.digest = ""
+    here = snapshot(named, workers=[worker(base=RIDING)])
+    assert decided(here, GenerateRequest(input=TextInput(prompt="leaf"))).degradations == ["BASE_BY_NAME"]
+    assert decided(here, GenerateRequest(input=TextInput(prompt="hello"))).degradations == []
+
+
+@pytest.mark.parametrize(
+    ("routing", "reason", "field"),
+    [
+        (Routing(allow=["graph", "nobody"]), Reason.UNKNOWN_EXPERT, "routing.allow[1]"),
+        (Routing(deny=[""]), Reason.BAD_REQUEST, "routing.deny[0]"),
+        (Routing(deny=["graph"] * (NAMED_MAX + 1)), Reason.BAD_REQUEST, "routing.deny"),
+        (Routing(expert_count_max=EXPERTS_MAX + 1), Reason.TOO_MANY_EXPERTS, "routing.expert_count_max"),
+        (Routing(policy=99), Reason.BAD_REQUEST, "routing.policy"),  # type: ignore[arg-type]  # from another release
+    ],
+)
+def test_routing_that_makes_no_sense_is_refused(routing: Routing, reason: Reason, field: str) -> None:
+    here = snapshot(*KEYED, workers=[worker(base=RIDING)])
+    refused = refusal(here, GenerateRequest(input=TextInput(prompt="graph"), routing=routing))
+    assert (refused.reason, refused.field) == (reason, field)
+    assert names_of(deny=["tree"] * NAMED_MAX, expert_count_max=EXPERTS_MAX) == ["acme/graph@1.0.0"]
+
+
+def test_experts_beside_routing_are_refused() -> None:
+    refused = refusal(snapshot(SQL), asking("sql", routing=Routing(policy=text_pb2.POLICY_RULES)))
+    assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "routing")
+    assert planned(snapshot(SQL), "sql", routing=Routing()) == ["acme/sql@1.0.0"]
+
+
+def test_a_withdrawn_expert_is_chosen_no_more() -> None:
+    gone = asking_for(25, "leaf", "leaf")
+    gone.state = YANKED
+    here = snapshot(gone, workers=[worker(base=RIDING)])
+    assert list(decided(here, GenerateRequest(input=TextInput(prompt="leaf"))).plan.experts) == []
+
+
+def test_gates_follow_bases_and_read_a_package_once() -> None:
+    experts = index(KEYED)
+    before = build_gates(experts, [worker(base=RIDING)], {})
+    after = build_gates(experts, [worker(base=RIDING), worker("g", GEMMA)], before)
+    assert before.keys() == {RIDING.digest}
+    assert after[RIDING.digest].terms[0] is before[RIDING.digest].terms[0]
+    assert after[GEMMA.digest].experts == ()
 
 
 # A base whose workers are leaving, or have just gone.
