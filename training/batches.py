@@ -26,14 +26,16 @@ class Collator:
 
     Attributes:
         pad_id: What fills rows up.
-        is_packed: Whether rows hold several examples, whose lengths are `seq_lengths`.
     """
 
     pad_id: int
-    is_packed: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels` and either `attention_mask` or `position_ids`, all int64 `[rows, tokens]`."""
+        """`input_ids`, `labels` and either `attention_mask` or `position_ids`, all int64 `[rows, tokens]`.
+
+        Rows with `seq_lengths` hold several examples of these lengths; then all of them do.
+        """
+        is_packed = "seq_lengths" in rows[0]
         size = (len(rows), max(len(row["input_ids"]) for row in rows))
         ids = torch.full(size, self.pad_id)
         labels = torch.full(size, NO_LOSS)
@@ -42,11 +44,11 @@ class Collator:
             length = len(row["input_ids"])
             ids[place, :length] = torch.tensor(row["input_ids"])
             labels[place, :length] = torch.tensor(row["labels"])
-            if self.is_packed:
+            if is_packed:
                 lengths = row["seq_lengths"]
                 places[place, :length] = torch.cat([torch.arange(each) for each in lengths])
                 starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
                 labels[place, starts] = NO_LOSS  # no example foretells how the next begins
             else:
                 places[place, :length] = 1
-        return {"input_ids": ids, "labels": labels, "position_ids" if self.is_packed else "attention_mask": places}
+        return {"input_ids": ids, "labels": labels, "position_ids" if is_packed else "attention_mask": places}

@@ -16,7 +16,6 @@ from transformers import (
     set_seed,
 )
 
-from hocket.base_folder import base_name
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import AdapterKind
 from training.plan import Device, Precision, PromptStart
@@ -45,7 +44,9 @@ def device_of(plan: Plan) -> torch.device:
     if plan.device is Device.CPU or (plan.device is Device.AUTO and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise HocketError(Reason.BAD_REQUEST, "there is no CUDA device here, or this torch is built without: --device cpu")
+        raise HocketError(
+            Reason.BAD_REQUEST, "there is no CUDA device here, or this torch is built without: --device cpu"
+        )
     if (count := torch.cuda.device_count()) > 1:
         raise HocketError(
             Reason.BAD_REQUEST, f"there are {count} CUDA devices, and one trains: choose it (CUDA_VISIBLE_DEVICES=0)"
@@ -103,9 +104,7 @@ def context_length(plan: Plan) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def load_model(
-    plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.device, precision: Precision
-) -> PeftModel:
+def load_model(plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.device, precision: Precision) -> PeftModel:
     """The base, frozen, with a new adapter whose first weights the seed decides.
 
     On a CPU the base stays float32, and bfloat16 is what its products are computed in: rows keep their exactness
@@ -130,6 +129,10 @@ def load_model(
         raise
     except Exception as error:  # as above
         raise _unreadable(plan, error) from error
+    module: Any
+    for module in model.modules():  # bitsandbytes would round them anew for the first evaluation, on some CPUs
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     set_seed(plan.settings.seed)
     try:
         made: PeftModel = get_peft_model(model, _config(plan))
@@ -160,7 +163,7 @@ def _four_bits(precision: Precision) -> BitsAndBytesConfig:
 
 def _config(plan: Plan) -> PeftConfig:
     adapter = plan.adapter
-    shared: dict[str, Any] = {"task_type": _TASK, "base_model_name_or_path": base_name(plan.base)}
+    shared: dict[str, Any] = {"task_type": _TASK}
     match adapter.kind:
         case AdapterKind.IA3:
             return IA3Config(
@@ -191,10 +194,11 @@ def _start_from_text(model: PeftModel, adapter: AdapterPlan, tokenizer: PreTrain
     """As PEFT would, which writes the tokenizer's path into what is published."""
     ids = tokenizer.backend_tokenizer.encode(adapter.start_text, add_special_tokens=False).ids
     repeated = (ids * -(-adapter.tokens // len(ids)))[: adapter.tokens]
-    embeddings = model.get_base_model().get_input_embeddings()
+    base: Any = model.get_base_model()
+    embeddings = base.get_input_embeddings()
+    prompt: Any = model.prompt_encoder["default"]
     with torch.no_grad():
-        rows = embeddings(torch.tensor(repeated, device=embeddings.weight.device))
-        model.prompt_encoder["default"].embedding.weight.copy_(rows)
+        prompt.embedding.weight.copy_(embeddings(torch.tensor(repeated, device=embeddings.weight.device)))
 
 
 def _unreadable(plan: Plan, error: Exception) -> HocketError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-
 from typing import TYPE_CHECKING, Any, Final
 
 from hocket.base_folder import base_digest, base_name
@@ -120,7 +119,7 @@ class Settings:
     learning_rate: float = _setting(5e-5, "At its highest.", "learning_rate", least=1e-12, most=100)
     batch_size: int = _setting(8, "Rows of a pass.", "batch_size", least=1)
     gradient_accumulation_steps: int = _setting(1, "Passes of a step.", "gradient_accumulation_steps", least=1)
-    warmup_ratio: float = _setting(0.1, "Share of all steps to warm up.", "warmup_ratio", least=0, most=1)
+    warmup_ratio: float = _setting(0.1, "Share of all steps to warm up.", "warmup_ratio", least=0, most=0.99)
     warmup_steps: int = _setting(0, "Steps to warm up; 0: by the ratio.", "warmup_steps", least=0)
     lr_scheduler: str = _setting("cosine", f"One of {', '.join(SCHEDULERS)}.", "lr_scheduler")
     scheduler_cycles: int = _setting(0, "Restarts of cosine_with_restarts; 0: one cycle.", least=0)
@@ -132,13 +131,17 @@ class Settings:
     packing: bool = _setting(False, "Put short examples together into rows of the greatest length.", "packing")  # noqa: FBT003
     group_by_length: bool = _setting(False, "Put examples of like length into a batch.", "group_by_length")  # noqa: FBT003
     gradient_checkpointing: bool = _setting(False, "Less memory for a third more time.", "gradient_checkpointing")  # noqa: FBT003
-    precision: Precision = _setting(Precision.AUTO, "auto (float32 on a CPU, else bfloat16), or one of these, or float16 (CUDA).")
+    precision: Precision = _setting(  # noqa: RUF009 - as the others, which ruff takes for constants
+        Precision.AUTO, "auto (float32 on a CPU, else bfloat16), or one of these, or float16 (CUDA)."
+    )
     qlora: bool = _setting(False, "Keep the base in 4 bits (NF4, quantised twice) while training.")  # noqa: FBT003
     eval_steps: int = _setting(0, "Steps between evaluations; 0: as checkpoints.", "eval_steps", least=0)
     save_steps: int = _setting(250, "Steps between checkpoints.", "save_steps", least=1)
-    save_total_limit: int = _setting(2, "Checkpoints on disk at most, the best among them.", "save_total_limit", least=1)
+    save_total_limit: int = _setting(
+        2, "Checkpoints on disk at most, the best among them.", "save_total_limit", least=1
+    )
     logging_steps: int = _setting(10, "Steps between points of the loss curve.", "logging_steps", least=1)
-    keep: Keep = _setting(Keep.BEST, "best (by evaluation loss, where there is evaluation data) or final.")
+    keep: Keep = _setting(Keep.BEST, "best (by evaluation loss, where there is evaluation data) or final.")  # noqa: RUF009 - as above
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,8 +179,20 @@ class Plan:
         """What prompts are put into, as the worker will; None for the base's chat template."""
         return self.manifest.bases[self.base_place].base.prompt_template
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a manifest asks for, and does not get; for people."""
+        found = []
+        if _config(self.manifest).get("use_unsloth"):
+            found.append("training.config.use_unsloth is set aside: training is that of PEFT and TRL")
+        if self.manifest.soft_prompts and self.adapter.kind is not AdapterKind.SOFT_PROMPT:
+            found.append("soft_prompts[] are not trained with another adapter: make a manifest for them alone")
+        if self.eval_data is None and self.settings.keep is Keep.BEST:
+            found.append("without evaluation data (--eval-data) the final weights are kept")
+        return tuple(found)
 
-def plan_training(
+
+def plan_training(  # noqa: PLR0913 - the command's own options, by name
     manifest: Path,
     *,
     base: Path,
@@ -223,7 +238,8 @@ def plan_training(
     adapter = _adapter(parsed, place)
     if chosen.packing and adapter.kind is AdapterKind.SOFT_PROMPT:
         raise HocketError(
-            Reason.BAD_REQUEST, "a soft prompt stands before every example, so that these cannot be packed: --no-packing"
+            Reason.BAD_REQUEST,
+            "a soft prompt stands before every example, so that these cannot be packed: --no-packing",
         )
     return Plan(parsed, place, base, digest, data, eval_data, out, adapter, chosen, device, resume)
 
@@ -269,9 +285,25 @@ def _settings(manifest: Manifest, place: int, told: Mapping[str, object]) -> Set
     config = _config(manifest)
     if (method := config.get("method")) not in {None, "sft"}:
         raise _bad("method", f"is {method!r:.40}; supervised fine-tuning (sft) is what there is")
-    chosen: dict[str, object] = {}
+    chosen = _stated(config)
     if manifest.bases[place].base.quantization == _INT4:
         chosen["qlora"] = True
+    chosen |= {name: _checked(name, value, None) for name, value in told.items()}
+    if "warmup_ratio" in told and "warmup_steps" not in told:
+        chosen["warmup_steps"] = 0
+    made = Settings(**chosen)  # type: ignore[arg-type]  # each is checked above
+    if made.save_steps % (made.eval_steps or made.save_steps):
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"checkpoints every {made.save_steps} steps, and evaluations every {made.eval_steps}: the best checkpoint "
+            "is not known then; let the second number divide the first (--save-steps, --eval-steps)",
+        )
+    return made
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, object]:
+    """What a manifest's `training.config` states, by fields of `Settings`."""
+    chosen: dict[str, object] = {}
     if (cycles := (config.get("lr_scheduler_kwargs") or {}).get("num_cycles")) is not None:
         chosen["scheduler_cycles"] = _checked("scheduler_cycles", cycles, "training.config.lr_scheduler_kwargs")
     precisions = [
@@ -288,23 +320,13 @@ def _settings(manifest: Manifest, place: int, told: Mapping[str, object]) -> Set
                 value = True
             if value is not None:
                 chosen[each.name] = _checked(each.name, value, f"training.config.{key}")
-    chosen |= {name: _checked(name, value, None) for name, value in told.items()}
-    if "warmup_ratio" in told and "warmup_steps" not in told:
-        chosen["warmup_steps"] = 0
-    made = Settings(**chosen)  # type: ignore[arg-type]  # each is checked above
-    if made.save_steps % (made.eval_steps or made.save_steps):
-        raise HocketError(
-            Reason.BAD_REQUEST,
-            f"checkpoints every {made.save_steps} steps, and evaluations every {made.eval_steps}: the best checkpoint "
-            "is not known then; let the second number divide the first (--save-steps, --eval-steps)",
-        )
-    return made
+    return chosen
 
 
 def _checked(name: str, value: object, path: str | None) -> object:
     """A value of a setting in its own type, if it has it and lies within the bounds."""
     [declared] = [each for each in fields(Settings) if each.name == name]
-    kind = type(declared.default)
+    kind: Any = type(declared.default)
     metadata = declared.metadata
     choices = {"lr_scheduler": SCHEDULERS, "optimizer": OPTIMIZERS}.get(name)
     if issubclass(kind, StrEnum):
@@ -323,7 +345,9 @@ def _checked(name: str, value: object, path: str | None) -> object:
         return kind(value)
     where = path or f"--{name.replace('_', '-')}"
     raise HocketError(
-        Reason.BAD_REQUEST if path is None else Reason.BAD_MANIFEST, f"{where} is {value!r:.40}: it {problem}", field=where
+        Reason.BAD_REQUEST if path is None else Reason.BAD_MANIFEST,
+        f"{where} is {value!r:.40}: it {problem}",
+        field=where,
     )
 
 
@@ -331,7 +355,9 @@ def _adapter(manifest: Manifest, place: int) -> AdapterPlan:
     """The adapter of a base, as manifests declare it. What `adapters[]` leaves out is looked for in the config."""
     adapters = manifest.bases[place].adapters
     if len(adapters) > 1:
-        raise HocketError(Reason.BAD_MANIFEST, "a package holds one adapter: make a manifest for each", field="adapters")
+        raise HocketError(
+            Reason.BAD_MANIFEST, "a package holds one adapter: make a manifest for each", field="adapters"
+        )
     [stated] = adapters
     kind = _KINDS.get(stated.type)
     if kind is None:
@@ -378,12 +404,14 @@ def _low_rank(
         )
     if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         raise HocketError(
-            Reason.BAD_MANIFEST, f"dropout is {dropout!r:.20}: it must be from 0 to below 1", field="adapters[0].dropout"
+            Reason.BAD_MANIFEST,
+            f"dropout is {dropout!r:.20}: it must be from 0 to below 1",
+            field="adapters[0].dropout",
         )
     if stated.scaling not in {None, _RANK_SCALING, *_STANDARD_SCALINGS}:
         raise HocketError(
             Reason.BAD_MANIFEST,
-            f"adapters[0].scaling is {stated.scaling!r:.40}: standard (alpha / r) and rsqrt (alpha / sqrt(r)) are known",
+            f"adapters[0].scaling is {stated.scaling!r:.40}: standard (alpha / r) and rsqrt (alpha / sqrt(r)) do",
             field="adapters[0].scaling",
         )
     return AdapterPlan(

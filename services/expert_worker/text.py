@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
-from hocket.rpc.convert import duration
-from hocket.rpc.handlers import remaining_seconds
-from hocket.telemetry import metrics
-from hocket.text_limits import WEIGHT_MAX, is_weight
-from hocket.v1 import text_pb2
-from services.expert_worker.composing import check_count, check_together
-from services.expert_worker.engine.defaults import Requested, complete
-from services.expert_worker.engine.expert import AdapterExpert, prompts_of
-from services.expert_worker.engine.prompts import (
+from hocket.prompts import (
     Conversation,
     RawText,
     Turn,
@@ -28,6 +20,14 @@ from services.expert_worker.engine.prompts import (
     longest_token_bytes,
     render,
 )
+from hocket.rpc.convert import duration
+from hocket.rpc.handlers import remaining_seconds
+from hocket.telemetry import metrics
+from hocket.text_limits import WEIGHT_MAX, is_weight
+from hocket.v1 import text_pb2
+from services.expert_worker.composing import check_count, check_together
+from services.expert_worker.engine.defaults import Requested, complete
+from services.expert_worker.engine.expert import AdapterExpert, prompts_of
 from services.expert_worker.engine.sequence import Delta, Finished, FinishReason, Started, TextRequest
 from services.expert_worker.residency import loading_seconds
 from services.expert_worker.tokenising import SmallestFirst
@@ -35,11 +35,11 @@ from services.expert_worker.tokenising import SmallestFirst
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from hocket.prompts import Input, Prompt
     from hocket.rpc.handlers import Context
     from hocket.v1.expert_worker_pb2 import TextEngine as TextEngineMessage
     from services.expert_worker.engine.engine import Answer
     from services.expert_worker.engine.expert import Mixture
-    from services.expert_worker.engine.prompts import Input, Prompt
     from services.expert_worker.engine.sampling import Choice
     from services.expert_worker.residency import Residency, ResidentPackage
     from services.expert_worker.text_engine import TextEngine

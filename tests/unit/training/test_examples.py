@@ -36,7 +36,7 @@ def examples(shop: Workshop, tokenizer: Any, rows: list[dict[str, Any]], **optio
 def test_the_prompt_is_token_for_token_what_the_worker_reads(
     template: str | None, text: str, shop: Workshop, tokenizer: Any
 ) -> None:
-    from services.expert_worker.text import UserPrompt, render  # noqa: PLC0415 - slow
+    from services.expert_worker.text import UserPrompt, render  # type: ignore[attr-defined]  # as it uses them  # noqa: PLC0415 - slow
 
     capabilities = ["task:text2sql"]
     [example] = examples(
@@ -50,7 +50,7 @@ def test_the_prompt_is_token_for_token_what_the_worker_reads(
 
 
 def test_of_a_conversation_only_the_last_turn_is_learnt(shop: Workshop, tokenizer: Any) -> None:
-    from services.expert_worker.text import Conversation, Turn, render  # noqa: PLC0415 - slow
+    from services.expert_worker.text import Conversation, Turn, render  # type: ignore[attr-defined]  # as it uses them  # noqa: PLC0415 - slow
 
     turns = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
     messages = [{"role": role, "content": content} for role, content in [*turns, ("assistant", "four")]]

@@ -82,7 +82,9 @@ def test_a_soft_prompt_is_as_its_declaration_says(shop: Workshop) -> None:
 
 def test_ia3_scales_the_input_of_feed_forward_projections_unless_told(shop: Workshop) -> None:
     stated = {key: value for key, value in ADAPTERS["ia3"].items() if key != "feedforward_modules"}
-    assert planned(shop, shop.manifest("ia3", base={"adapters": [stated]})).adapter.feedforward_modules == ("down_proj",)
+    assert planned(shop, shop.manifest("ia3", base={"adapters": [stated]})).adapter.feedforward_modules == (
+        "down_proj",
+    )
 
 
 def test_schema_1_is_read_too(shop: Workshop) -> None:
@@ -134,7 +136,11 @@ def test_a_manifest_for_another_base_is_refused(shop: Workshop) -> None:
         ({"config": {"seed": True}}, Reason.BAD_MANIFEST, "must be a number"),
         ({"config": {"weight_decay": "much"}}, Reason.BAD_MANIFEST, "must be a number"),
         ({"config": {"lr_scheduler": "wavy"}}, Reason.BAD_MANIFEST, "one of linear"),
-        ({"config": {"lr_scheduler_kwargs": {"num_cycles": -1}}}, Reason.BAD_MANIFEST, "num_cycles|lr_scheduler_kwargs"),
+        (
+            {"config": {"lr_scheduler_kwargs": {"num_cycles": -1}}},
+            Reason.BAD_MANIFEST,
+            "num_cycles|lr_scheduler_kwargs",
+        ),
         ({"config": {"eval_steps": 100}}, Reason.BAD_REQUEST, "divide"),
         ({"base": {"adapters": [{"type": "lokr", "target_modules": ["q_proj"]}]}}, Reason.UNSUPPORTED_TYPE, "lokr"),
         ({"base": {"adapters": [ADAPTERS["lora"]] * 2}}, Reason.BAD_MANIFEST, "one adapter"),

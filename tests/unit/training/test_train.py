@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from hocket.base_folder import base_digest
 from hocket.cli.main import app
 from hocket.errors import HocketError, Reason
 from hocket.packages.expert.validation import validate
-from tests.trainings import QUICK, Workshop, questions
+from tests.trainings import Workshop, questions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from training.train import Outcome, Progress
 
+STEADY: Final[dict[str, Any]] = {"save_steps": 2, "batch_size": 16, "learning_rate": 0.03}
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
@@ -34,7 +35,7 @@ def trained(plan: Any, on_progress: Any = None) -> Outcome:
 def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workshop, Outcome, list[Progress]]:
     shop = Workshop(tiny, tmp_path_factory.mktemp("done"))
     told: list[Progress] = []
-    return shop, trained(shop.plan(save_steps=2), told.append), told
+    return shop, trained(shop.plan(**STEADY), told.append), told
 
 
 def test_the_loss_falls_and_progress_is_told(done: tuple[Workshop, Outcome, list[Progress]]) -> None:
@@ -44,7 +45,9 @@ def test_the_loss_falls_and_progress_is_told(done: tuple[Workshop, Outcome, list
     assert losses[-1] < losses[0]
     assert outcome.train_loss == losses[-1]
     assert [each.step for each in told if each.eval_loss is not None] == [2, 4]
-    assert [each.done for each in told if each.phase == "training" and each.loss is None and each.eval_loss is None] == [
+    assert [
+        each.done for each in told if each.phase == "training" and each.loss is None and each.eval_loss is None
+    ] == [
         1,
         2,
         3,
@@ -73,7 +76,7 @@ def test_the_manifest_is_filled_in(done: tuple[Workshop, Outcome, list[Progress]
     assert base["hocket_base"] == base_digest(shop.base)
     assert adapter["size_bytes"] == (shop.folder / "out" / "adapter_model.safetensors").stat().st_size
     assert document["training"]["packaging_checkpoint"] == outcome.kept
-    assert document["training"]["config"]["learning_rate"] == QUICK["learning_rate"]
+    assert document["training"]["config"]["learning_rate"] == STEADY["learning_rate"]
     assert document["evaluation"]["metrics"]["eval_loss"] == outcome.eval_loss
     assert document["evaluation"]["test_set_size"] == outcome.eval_examples == 4
     assert str(shop.folder) not in json.dumps(document)
@@ -103,10 +106,10 @@ def test_a_resumed_training_ends_with_the_same_weights(
     done: tuple[Workshop, Outcome, list[Progress]], shop: Workshop
 ) -> None:
     earlier = done[0].folder / "out"
-    plan = shop.plan(save_steps=2)
+    plan = shop.plan(**STEADY)
     with pytest.raises(HocketError, match="Stop"):
         trained(plan, stop_after(3))
-    outcome = trained(shop.plan(save_steps=2, resume=True))
+    outcome = trained(shop.plan(resume=True, **STEADY))
     assert outcome.steps == 4
     resumed, whole = (load_file(out / "adapter_model.safetensors") for out in (shop.folder / "out", earlier))
     assert all((resumed[name] == whole[name]).all() for name in whole)
@@ -122,21 +125,39 @@ def stop_after(step: int) -> Any:
     return stop
 
 
+@pytest.mark.parametrize("kind", ["dora", "ia3", "soft_prompt"])
+def test_every_kind_comes_out_valid(kind: str, shop: Workshop) -> None:
+    from training.plan import plan_training  # noqa: PLC0415 - beside the others
+
+    declared = [{"name": "style", "path": "style.safetensors", "tokens": 5, "init_text": "be brief"}]
+    manifest = shop.manifest(kind, **({"soft_prompts": declared} if kind == "soft_prompt" else {}))
+    document = json.loads(manifest.read_text())
+    [base] = document.pop("base_models")
+    adapters = base.pop("adapters")
+    manifest.write_text(json.dumps({**document, "schema_version": "1.0", "base_model": base, "adapters": adapters}))
+    settings = {"max_steps": 2, "batch_size": 4, "scheduler_cycles": 2, "lr_scheduler": "cosine_with_restarts"}
+    plan = plan_training(manifest, base=shop.base, out=shop.folder / "out", data=shop.data(), settings=settings)
+    outcome = trained(plan)
+    assert (outcome.kept, outcome.eval_loss) == ("final", None)
+    result = CliRunner().invoke(app, ["expert", "validate", str(shop.folder / "out"), "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["errors"]) == (0, [])
+
+
 def test_checkpoints_are_not_mixed_with_another_training(
     done: tuple[Workshop, Outcome, list[Progress]], shop: Workshop
 ) -> None:
     shutil.copytree(done[0].folder / "out", shop.folder / "out")
     with pytest.raises(HocketError, match="--resume"):
-        trained(shop.plan(save_steps=2))
+        trained(shop.plan(**STEADY))
     with pytest.raises(HocketError, match=r"learning_rate differ"):
-        trained(shop.plan(save_steps=2, resume=True, learning_rate=0.02))
+        trained(shop.plan(resume=True, **{**STEADY, "learning_rate": 0.02}))
     (shop.folder / "out" / "checkpoints" / "plan.json").unlink()
     with pytest.raises(HocketError, match="another folder"):
-        trained(shop.plan(save_steps=2, resume=True))
+        trained(shop.plan(resume=True, **STEADY))
     (shop.folder / "out" / "checkpoints").rename(shop.folder / "away")
     (shop.folder / "out" / "checkpoints").write_bytes(b"a file")
     with pytest.raises(HocketError, match="cannot use"):
-        trained(shop.plan(save_steps=2))
+        trained(shop.plan(**STEADY))
 
 
 def test_data_without_a_row_that_fits_are_refused(shop: Workshop) -> None:
@@ -174,8 +195,13 @@ def test_a_base_that_is_damaged_is_refused(shop: Workshop) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_it(shop: Workshop) -> None:
+    copy = shop.folder / "tiny"
+    shutil.copytree(shop.base, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(HocketError, match="no number"):
-        trained(shop.plan(learning_rate=100.0, max_grad_norm=0.0, warmup_ratio=0.0, max_steps=40, optimizer="sgd"))
+        trained(Workshop(copy, shop.folder).plan())
 
 
 def test_float16_is_not_for_a_cpu(shop: Workshop) -> None:
@@ -221,13 +247,13 @@ def test_packed_examples_do_not_see_each_other(tiny: Path) -> None:
 
     from training.batches import NO_LOSS, Collator  # noqa: PLC0415 - slow
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa")
     pieces = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
     rows = [
         {"input_ids": pieces[0] + pieces[1], "labels": pieces[0] + pieces[1], "seq_lengths": [4, 3]},
         {"input_ids": pieces[2], "labels": pieces[2], "seq_lengths": [5]},
     ]
-    batch = Collator(pad_id=0, is_packed=True)(rows)
+    batch = Collator(pad_id=0)(rows)
     assert batch["labels"].tolist() == [[NO_LOSS, 6, 7, 8, NO_LOSS, 10, 11], [NO_LOSS, 13, 14, 15, 16, *[NO_LOSS] * 2]]
     with torch.no_grad():
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -250,5 +276,7 @@ def test_the_script_trains_and_speaks_json(shop: Workshop, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["error"]["reason"] == "BAD_REQUEST"
     assert main([*given, *options, "--resume"]) == 0  # it is at its end already
     assert "hocket expert pack" in capsys.readouterr().out
+    assert main([*given, "--threads", "1", *options[2:], "--max-steps", "1", "--out", str(shop.folder / "other")]) == 0
+    assert "loss" in capsys.readouterr().err
     assert main([*given, "--threads", "0"]) == 2
     assert "--threads" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from tests.tokenizers import CHAT, END, SPECIALS, byte_level, sentence_piece
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from services.expert_worker.engine.prompts import Input, Prompt
+    from hocket.prompts import Input, Prompt
 
 SQL = ("language:en", "task:text2SQL", "format:json")
 CONVERSATION = (("system", "be brief"), ("user", "one"), ("assistant", "1"), ("tool", "two"))
@@ -42,19 +42,19 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def rendered(given: Input | str, tokenizer: PreTrainedTokenizerFast, *how: Any) -> Prompt:
-    from services.expert_worker.engine.prompts import UserPrompt, render  # noqa: PLC0415 - transformers is slow
+    from hocket.prompts import UserPrompt, render  # noqa: PLC0415 - transformers is slow
 
     return render(UserPrompt(given) if isinstance(given, str) else given, tokenizer, *how)
 
 
 def raw(text: str) -> Input:
-    from services.expert_worker.engine.prompts import RawText  # noqa: PLC0415 - slow
+    from hocket.prompts import RawText  # noqa: PLC0415 - slow
 
     return RawText(text)
 
 
 def conversation(*turns: tuple[str, str]) -> Input:
-    from services.expert_worker.engine.prompts import Conversation, Turn  # noqa: PLC0415 - slow
+    from hocket.prompts import Conversation, Turn  # noqa: PLC0415 - slow
 
     return Conversation(tuple(Turn(*turn) for turn in turns))
 
@@ -402,7 +402,7 @@ def test_a_blank_line_in_a_conversation_is_no_border_for_qwen3(tokenizer: PreTra
 
 
 def test_text_that_is_too_long_however_few_tokens_it_takes_is_refused_before_it_becomes_tokens() -> None:
-    from services.expert_worker.engine.prompts import UserPrompt, check_size, longest_token_bytes  # noqa: PLC0415
+    from hocket.prompts import UserPrompt, check_size, longest_token_bytes  # noqa: PLC0415
 
     tokenizer = _tokenizer(CHAT)
     longest = longest_token_bytes(tokenizer)

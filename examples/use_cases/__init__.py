@@ -1,0 +1,1 @@
+"""Three uses of the starter kit: sorting documents, translating a file, asking a database."""
