@@ -27,7 +27,7 @@ _TOKENS_MAX: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Sorted:
+class Verdict:
     """Where a text belongs.
 
     Args:
@@ -43,7 +43,7 @@ class Sorted:
     experts: dict[str, float]
 
 
-def sorted_by(given: Sequence[TextAnswer]) -> list[Sorted]:
+def sorted_by(given: Sequence[TextAnswer]) -> list[Verdict]:
     """Read labels and their probabilities off answers.
 
     A token is told by its id. Which topic it begins, the answers themselves say: so topics that no text was given are
@@ -55,7 +55,7 @@ def sorted_by(given: Sequence[TextAnswer]) -> list[Sorted]:
         first = answer.tokens[0].top if answer.tokens else ()
         labels = {begins[token.id]: math.exp(token.logprob) for token in first if token.id in begins}
         probability = math.exp(sum(token.logprob for token in answer.tokens))
-        found.append(Sorted(plain(answer.text), probability, labels, who(answer)))
+        found.append(Verdict(plain(answer.text), probability, labels, who(answer)))
     return found
 
 

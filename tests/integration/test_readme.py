@@ -38,7 +38,7 @@ sys.exit(subprocess.run([*common, *(data or ["-d", "{{}}"]), f"http://{{address}
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf is not installed: run `make check` once")
 async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    assert (len(BEFORE), len(BLOCKS)) == (1, 8)
+    assert (len(BEFORE), len(BLOCKS)) == (1, 9)
     shim = tmp_path / "bin" / "grpcurl"
     shim.parent.mkdir()
     shim.write_text(GRPCURL)
@@ -56,7 +56,8 @@ async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         "acme/linear@1.0.0",
         "setosa",
         "acme/expert-tiny@1.0.0",
-        "42424242",  # what the tiny base makes of it
+        "The capital of Japan is Tokyo.",
+        "180 minutes",
         "ADAPTER_MIX",
         "refused, as it should be",
     ):
@@ -70,6 +71,7 @@ def _run(folder: Path, blocks: list[str], router: str, registry: str) -> str:
         ("127.0.0.1:50052", registry),
         ("/tmp/", f"{folder}/"),  # noqa: S108 - the README's words
         ("~/.config", str(folder / "config")),
+        ("~/.local/share", str(folder / "share")),
     ):
         text = text.replace(written, actual)
     environment = {

@@ -31,6 +31,10 @@ _WARNINGS_MAX: Final = 64
 _SHA256: Final = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
 
 
+_RANKLESS: Final = ("ia3", "soft_prompt", "prompt_tuning")
+"""Kinds without a rank. Upstream has a name for the first alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class ManifestAdapter:
     """What a manifest says about the adapter of one base. `adapter_config.json` decides where they differ.
@@ -221,8 +225,8 @@ class _Reader:
         if rank == 0:
             raise HocketError(Reason.MANIFEST_RANK, f"{path}.rank must be above 0", field=f"{path}.rank")
         kind = config.get("adapter_type")
-        if rank is None and kind is not None and kind != "ia3":
-            message = f"{path}.rank is missing; only an ia3 has none, and this is {kind[:32]!r}"
+        if rank is None and kind is not None and kind not in _RANKLESS:
+            message = f"{path}.rank is missing; only an ia3 or a soft prompt has none, and this is {kind[:32]!r}"
             raise HocketError(Reason.MANIFEST_NO_RANK, message, field=f"{path}.rank")
         if config.get("target_modules") == []:
             message = f"{path}.target_modules is empty; name the modules that were trained"
