@@ -1,9 +1,9 @@
 """What the starter kit is worth on held-out questions: `make scores`.
 
 A suite with the kit is asked, over gRPC, questions of templates and values that no expert was trained on. The base
-alone answers them, another expert, the task's own expert (whom a router that is never wrong would choose), and whoever the
-rules gate chooses; then sentences that need two experts, by each of them and by both at several weights. SQL is run on
-SQLite and its rows compared, JSON is parsed, patterns are tried on strings; the rest is compared with the answer.
+alone answers them, another expert, the task's own expert (whom a router that is never wrong would choose), and whoever
+the rules gate chooses; then sentences that need two experts, by each of them and by both at several weights. SQL is run
+on SQLite and its rows compared, JSON is parsed, patterns are tried on strings; the rest is compared with the answer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import report
 from examples.running import run, suite
+from examples.starter.demo import known
 from examples.starter.kit import Kit
-from hocket.client import connect, connect_registry
-from hocket.client.router import Routing
+from hocket.client import Routing, connect, connect_registry
 from hocket.evaluation import wilson_interval
 from training.starter import esperanto, world
 from training.starter.corpus import TASKS
@@ -48,7 +48,7 @@ class Asked:
 
     Args:
         experts: Named, with weights; none for the base alone.
-        routed: Whether the gate chooses.
+        routed: Whether the gate chooses, one expert or, where it is undecided, two.
     """
 
     experts: Mapping[str, float]
@@ -86,7 +86,7 @@ def held_out(task: Task, count: int) -> list[Example]:
 async def score(router: RouterClient, task: Task, examples: Sequence[Example], asked: Asked) -> Score:
     """Ask all, several at a time, each for its most probable answer."""
     slots = asyncio.Semaphore(_IN_FLIGHT)
-    policy = None if asked.experts else Routing("rules" if asked.routed else "base")
+    policy = None if asked.experts else Routing("rules", expert_count_max=2) if asked.routed else Routing("base")
 
     async def is_right(example: Example) -> bool:
         async with slots:
@@ -114,8 +114,10 @@ async def measure(kit: Kit, count: int, only: Sequence[str]) -> tuple[list[dict[
             connect_registry(running.registry) as registry,
             connect(running.router) as router,
         ):
-            for path in kit.experts():
-                await kit.publish(path, registry)
+            experts = [kit.verified(path) for path in kit.experts()]
+            for expert in experts:
+                await registry.publish(expert.data, expert.release)
+            await known(router, [expert.facts.digest for expert in experts])
             return await _ask(router, names, count)
 
 

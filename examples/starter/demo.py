@@ -28,7 +28,7 @@ from examples.starter.prompts import MIXED, MIXTURE, PROMPTS, Prompt
 from hocket.cli.colours import Colours
 from hocket.cli.decisions import why
 from hocket.cli.output import bar, plain, size, table
-from hocket.client import TextDelta, TextFinish, TextPlanned, connect, connect_registry
+from hocket.client import Routing, TextDelta, TextFinish, TextPlanned, connect, connect_registry
 from hocket.errors import HocketError, Reason
 from hocket.v1 import text_pb2
 
@@ -45,6 +45,8 @@ _BAR_WIDTH: Final = 10
 _DIGEST_WIDTH: Final = 12
 _PIPE_COLUMNS: Final = 1000
 _EVIDENCE_SHOWN: Final = 4
+_UNDECIDED: Final = 2
+"""Experts that the gate may put together where it cannot tell which."""
 
 
 class Screen:
@@ -105,14 +107,15 @@ async def ask(screen: Screen, router: RouterClient, prompt: Prompt, experts: Map
     """Ask one question and show its answer; without experts the gate chooses who answers.
 
     Returns:
-        Whether the answer is right.
+        Whether the answer is right, and whoever should have answered did.
     """
     question = prompt.example.prompt
-    evidence = () if experts else _evidence(await router.route_text(question))
+    routing = None if experts else Routing(expert_count_max=_UNDECIDED)
+    evidence = () if experts else _evidence(await router.route_text(question, routing=routing))
     plan, finish = text_pb2.TextPlan(), text_pb2.TextFinish()
     answer, first_seconds = "", 0.0
     begin = time.perf_counter()
-    async for event in router.generate(question, experts=experts or {}, max_tokens=_TOKENS_MAX):
+    async for event in router.generate(question, experts=experts or {}, routing=routing, max_tokens=_TOKENS_MAX):
         match event:
             case TextPlanned():
                 plan = event.plan
@@ -124,7 +127,9 @@ async def ask(screen: Screen, router: RouterClient, prompt: Prompt, experts: Map
                 screen.show(plan, event)
             case TextFinish():
                 finish = event
-    return screen.judge(prompt, answer, first_seconds, finish)
+    who = {_name(expert) for expert in plan.experts}
+    meant = who == set(experts) if experts else prompt.expert in who or (not prompt.expert and not who)
+    return screen.judge(prompt, answer, first_seconds, finish) and meant
 
 
 async def publish(console: Console, kit: Kit, registry: RegistryClient) -> list[str]:

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from benchmarks.starter import Score, held_out, overall, table, write_into
+from training.starter.corpus import TASKS
+from training.starter.task import Split
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_held_out_questions_are_the_same_each_time_and_never_those_of_training() -> None:
+    task = TASKS["regex"]
+    questions = held_out(task, 50)
+    assert [each.prompt for each in questions] == [each.prompt for each in held_out(task, 50)]
+    random = Random(1)
+    trained = {task.example(random, Split.TRAIN).prompt for _ in range(2_000)}
+    assert not trained & {each.prompt for each in questions}
+
+
+def test_a_score_is_shown_with_its_interval() -> None:
+    assert str(Score(90, 100)) == "90.0% (83%-94%)"
+    assert Score(90, 100).json() == {"share": 0.9, "low": 0.8256, "high": 0.9448}
+
+
+def test_all_tasks_together_are_counted_by_questions() -> None:
+    rows: list[dict[str, Any]] = [
+        {"task": "a", "routed": Score(1, 2)},
+        {"task": "b", "routed": Score(4, 4)},
+        {"task": "c", "routed": None},
+    ]
+    assert overall(rows)["routed"] == Score(5, 6)
+
+
+def test_a_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- scores -->\nold\n<!-- end of scores -->\nafter\n")
+    write_into(page, table([{"task": "a", "routed": None}]))
+    expected = "before\n<!-- scores -->\n| task | routed |\n|---|---|\n| a | - |\n<!-- end of scores -->\nafter\n"
+    assert page.read_text() == expected
+
+
+def test_the_readme_shows_what_was_measured_last() -> None:
+    [*_, latest] = sorted((ROOT / "benchmarks" / "results").glob("starter-*.json"))
+    document = json.loads(latest.read_text())
+    for page in ("README.md", "docs/starter.md"):
+        text = (ROOT / page).read_text()
+        for row in document["rows"]:
+            for value in row.values():
+                if isinstance(value, dict):
+                    assert f"{value['share']:.1%} ({value['low']:.0%}-{value['high']:.0%})" in text, (page, row)
