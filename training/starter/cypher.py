@@ -149,7 +149,7 @@ class _Words:
     def __init__(self, random: Random, split: Split) -> None:
         self.random = random
         self.split = split
-        self._invents = chance(random, 1 / 3)
+        self._invents = chance(random, 0.6)
 
     def _word(self, words: Sequence[str], *, most: bool = True) -> str | None:
         """A word of a list, or nothing where one is to be made up."""

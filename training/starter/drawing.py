@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from training.starter.task import Split
-from training.starter.words import invented
+from training.starter.words import invented, spliced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ def invented_of(random: Random, split: Split, barred: frozenset[str] = frozenset
     Words whose code points sum to a multiple of five belong to tests.
     """
     while True:
-        word = invented(random)
+        word = spliced(random) if chance(random, 0.5) else invented(random)
         if (sum(map(ord, word)) % 5 == 0) == (split is Split.TEST) and word not in barred:
             return word
 

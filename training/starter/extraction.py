@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from training.starter.task import Example, Split, Task
-from training.starter.words import ANIMALS, CITIES, COLOURS, NAMES, THINGS, held_out, invented, listed
+from training.starter.words import ANIMALS, CITIES, COLOURS, NAMES, THINGS, held_out, invented, listed, spliced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +98,7 @@ def _words(words: Sequence[str], make: Callable[[str], str] | None = None) -> Ca
         if split is Split.TEST:
             return random.choice(held)
         if make is not None and random.random() < INVENTED_SHARE:
-            made = make(invented(random))
+            made = make(random.choice((invented, spliced))(random))
             if made not in held_words:
                 return made
         return random.choice(kept)

@@ -201,7 +201,7 @@ class _Words:
     def __init__(self, random: Random, split: Split) -> None:
         self.random = random
         self.split = split
-        self._invents = chance(random, 1 / 3)
+        self._invents = chance(random, 0.6)
 
     def _made_up(self) -> bool:
         return self._invents and chance(self.random, 0.7)

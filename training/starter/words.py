@@ -95,6 +95,39 @@ _VOWELS: Final = listed("a e i o u")
 _CODAS: Final = ("", "", "", "n", "r", "l", "m", "s", "t", "k")
 
 
+_ENGLISH: Final = (
+    *(word for word in (*ANIMALS, *FOODS, *THINGS) if len(word) > 3),  # noqa: PLR2004
+    *listed(
+        "about after again almost always animal another answer anything around because become before begin behind "
+        "believe between beyond bottom bridge bright bring brother brown build building business carry catch center "
+        "century certain chance change chapter charge child choice choose circle clean clear close common complete "
+        "consider contain continue control corner correct cousin cover create cross culture current daughter decide "
+        "degree design detail develop different dinner direct discover distance doctor double dream drive during "
+        "early earth effect eight either element energy enough entire evening every example except expect explain "
+        "family famous father feature field figure final finger finish first floor follow force foreign forest forget "
+        "forward fourth freedom fresh friend front future garden general gentle glass golden government green ground "
+        "group grow happen heart heavy history holiday hundred hurry husband idea image imagine important include "
+        "increase inside instead interest island journey justice kitchen knowledge ladder language large later laugh "
+        "learn leather leave letter level light listen little local machine magic manner marble market master matter "
+        "measure member message middle minute mirror modern moment money morning mother motion mountain movement "
+        "music narrow nation nature nearly never night nothing notice number object office often orange order organ "
+        "other outside owner palace paper parent passage patient pattern people perfect period person picture pilot "
+        "place planet plant player pleasant point police position possible power practice prepare present pretty "
+        "price prince private problem process product program promise protect public purpose quality quarter question "
+        "quick quiet rather reach ready reason receive record region relation remain remember report result return "
+        "right river rough round sample school science season second secret sentence seven several shadow shape sharp "
+        "should shoulder silver simple single sister small smooth social soldier something south space speak special "
+        "spring square stand station still stone story straight strange stream street strong student subject success "
+        "sudden summer supply support surface surprise system teacher thing think third thought thousand through "
+        "today together tomorrow travel trouble twenty under understand university until usual valley value village "
+        "visitor voice volume water weather week weight welcome western whether while white whole width window winter "
+        "within without woman wonder world write yellow"
+    ),
+)
+_SPLICED_MIN: Final = 4
+_SPLICED_MAX: Final = 10
+
+
 def invented(random: Random) -> str:
     """Makes up a pronounceable lower-case word of two or three syllables.
 
@@ -107,6 +140,24 @@ def invented(random: Random) -> str:
     syllables = random.choice((2, 2, 3))
     body = "".join(random.choice(_ONSETS) + random.choice(_VOWELS) for _ in range(syllables))
     return body + random.choice(_CODAS)
+
+
+def spliced(random: Random) -> str:
+    """Makes up a word from the beginning of one English word and the end of another: `whaper`, `cheetle`.
+
+    It consists of pieces that real words consist of, unlike what `invented` makes: who copies both copies any word.
+
+    Args:
+        random: Where chance comes from.
+
+    Returns:
+        A word of 4 to 10 letters from a to z.
+    """
+    while True:
+        one, other = random.choices(_ENGLISH, k=2)
+        word = one[: random.randint(2, len(one) - 1)] + other[random.randint(1, len(other) - 2) :]
+        if _SPLICED_MIN <= len(word) <= _SPLICED_MAX and word not in _ENGLISH:
+            return word
 
 
 def held_out(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
