@@ -68,7 +68,7 @@ demo: $(VENV)/.installed ## Ask the starter kit a dozen questions, then a mixtur
 	@$(BIN)/python -m examples.starter.demo
 	@$(BIN)/python -m examples.digits.demo
 
-starter: $(VENV)/.installed ## Train the starter kit anew where parts of it are missing: base, experts, signatures
+starter: $(VENV)/.installed ## Make what is missing of the starter kit: base, experts, signatures
 	@$(BIN)/python -m training.starter.build
 
 scores: $(VENV)/.installed ## What the starter kit is worth on held-out questions; the tables of README and docs/starter.md

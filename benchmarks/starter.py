@@ -23,7 +23,7 @@ from examples.running import run, suite
 from examples.starter.demo import known
 from examples.starter.kit import Kit
 from hocket.client import Routing, connect, connect_registry
-from hocket.evaluation import wilson_interval
+from hocket.evaluation import drop_interval, wilson_interval
 from training.starter import esperanto, world
 from training.starter.corpus import TASKS
 from training.starter.task import Example, Split, Task
@@ -37,7 +37,11 @@ _SEED: Final = "held out"
 _IN_FLIGHT: Final = 16
 _TOKENS_MAX: Final = 96
 _PAIR: Final = ("esperanto-nature", "esperanto-home")
-_PAIR_WEIGHTS: Final = ((0.5, 0.5), (0.7, 0.7), (1.0, 1.0))
+_PAIR_WEIGHTS: Final = (0.5, 0.6, 0.7, 0.8, 1.0)
+_ANOTHER: Final = 3
+"""How many places further on the other expert stands that is asked."""
+_FACTS: Final = 250
+"""Different held-out questions that the world surely has."""
 _BEGIN: Final = "<!-- scores -->"
 _END: Final = "<!-- end of scores -->"
 
@@ -67,6 +71,11 @@ class Score:
     right: int
     count: int
 
+    @classmethod
+    def of(cls, right: Sequence[bool]) -> Score:
+        """The score of judged answers."""
+        return cls(sum(right), len(right))
+
     def __str__(self) -> str:
         low, high = wilson_interval(self.right, self.count)
         return f"{self.right / self.count:.1%} ({low:.0%}-{high:.0%})"
@@ -77,14 +86,22 @@ class Score:
         return {"share": round(self.right / self.count, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def held_out(task: Task, count: int) -> list[Example]:
-    """The held-out questions of a task: the same ones each time."""
+def questions(task: Task, count: int, split: Split = Split.TEST) -> list[Example]:
+    """Different questions of a task, held-out ones unless told: the same ones each time."""
     random = Random(f"{task.name}:{_SEED}")  # noqa: S311  # reproducible, not secret
-    return [task.example(random, Split.TEST) for _ in range(count)]
+    found: dict[str, Example] = {}
+    while len(found) < count:
+        example = task.example(random, split)
+        found.setdefault(example.prompt, example)
+    return [*found.values()]
 
 
-async def score(router: RouterClient, task: Task, examples: Sequence[Example], asked: Asked) -> Score:
-    """Ask all, several at a time, each for its most probable answer."""
+async def judge(router: RouterClient, task: Task, examples: Sequence[Example], asked: Asked) -> list[bool]:
+    """Ask all, several at a time, each for its most probable answer.
+
+    Returns:
+        Which answers are right.
+    """
     slots = asyncio.Semaphore(_IN_FLIGHT)
     policy = None if asked.experts else Routing("rules", expert_count_max=2) if asked.routed else Routing("base")
 
@@ -100,12 +117,11 @@ async def score(router: RouterClient, task: Task, examples: Sequence[Example], a
             )
         return task.is_right(example, answer.text)
 
-    return Score(sum(await asyncio.gather(*map(is_right, examples))), len(examples))
+    return [*await asyncio.gather(*map(is_right, examples))]
 
 
 async def measure(kit: Kit, count: int, only: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of both tables: tasks, and weights of the mixture."""
-    names = [name for name in TASKS if name in only]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         kit.prepare(folder)
@@ -118,51 +134,62 @@ async def measure(kit: Kit, count: int, only: Sequence[str]) -> tuple[list[dict[
             for expert in experts:
                 await registry.publish(expert.data, expert.release)
             await known(router, [expert.facts.digest for expert in experts])
-            return await _ask(router, names, count)
+            with _bar() as progress:
+                tasks = await _tasks(router, [name for name in TASKS if name in only], count, progress)
+                return tasks, await _mixture(router, count, progress) if {*_PAIR} <= {*only} else []
 
 
-async def _ask(
-    router: RouterClient, names: Sequence[str], count: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+async def _tasks(router: RouterClient, names: Sequence[str], count: int, progress: Progress) -> list[dict[str, Any]]:
     every = [*TASKS]
-    pair = _PAIR if set(_PAIR) <= set(names) else ()
-    with _bar() as progress:
-        total = 4 * len(names) + 2 + (len(pair) + len(_PAIR_WEIGHTS) + 1 if pair else 0)
-        bar = progress.add_task("", total=total)
+    rows: list[dict[str, Any]] = []
+    for name in progress.track(names, description="tasks"):
+        task, examples = TASKS[name], questions(TASKS[name], count)
+        other = every[(every.index(name) + _ANOTHER) % len(every)]
+        who = {
+            "base alone": Asked({}),
+            "another expert": Asked({other: 1.0}),
+            "its expert": Asked({name: 1.0}),
+            "routed": Asked({}, routed=True),
+        }
+        scores = {column: Score.of(await judge(router, task, examples, asked)) for column, asked in who.items()}
+        rows.append({"task": name, **scores})
+    examples = questions(world.TASK, min(count, _FACTS))
+    own = Score.of(await judge(router, world.TASK, examples, Asked({})))
+    routed = Score.of(await judge(router, world.TASK, examples, Asked({}, routed=True)))
+    general = {
+        "task": "general questions",
+        "base alone": own,
+        "another expert": None,
+        "its expert": own,
+        "routed": routed,
+    }
+    return [*rows, overall(rows), general]
 
-        async def ask(task: Task, examples: Sequence[Example], asked: Asked) -> Score:
-            progress.update(bar, description=task.name)
-            result = await score(router, task, examples, asked)
-            progress.advance(bar)
-            return result
 
-        rows: list[dict[str, Any]] = []
-        for name in names:
-            task, examples = TASKS[name], held_out(TASKS[name], count)
-            other = every[(every.index(name) + 3) % len(every)]
-            rows.append(
-                {
-                    "task": name,
-                    "base alone": await ask(task, examples, Asked({})),
-                    "another expert": await ask(task, examples, Asked({other: 1.0})),
-                    "its expert": await ask(task, examples, Asked({name: 1.0})),
-                    "routed": await ask(task, examples, Asked({}, routed=True)),
-                }
-            )
-        examples = held_out(world.TASK, count)
-        own = await ask(world.TASK, examples, Asked({}))
-        routed = await ask(world.TASK, examples, Asked({}, routed=True))
-        rows.append({"task": "general", "base alone": own, "another expert": None, "its expert": own, "routed": routed})
+async def _mixture(router: RouterClient, count: int, progress: Progress) -> list[dict[str, Any]]:
+    """Both experts on sentences that need both. Their weights are chosen on sentences that are not scored."""
+    both = [dict.fromkeys(_PAIR, weight) for weight in _PAIR_WEIGHTS]
+    tried = questions(esperanto.MIXED, count // 2, Split.TRAIN)
+    found = [
+        sum(await judge(router, esperanto.MIXED, tried, Asked(each)))
+        for each in progress.track(both, description="weights")
+    ]
+    chosen = both[found.index(max(found))]
+    examples = questions(esperanto.MIXED, count)
+    who = {"base alone": {}, **{f"{name}:1": {name: 1.0} for name in _PAIR}, _named(chosen): chosen}
+    right = {
+        name: await judge(router, esperanto.MIXED, examples, Asked(experts))
+        for name, experts in progress.track(who.items(), description="mixture")
+    }
+    rows: list[dict[str, Any]] = [{"experts": name, "right": Score.of(each)} for name, each in right.items()]
+    best = max((right[f"{name}:1"] for name in _PAIR), key=sum)
+    low, high = drop_interval([float(each) for each in right[_named(chosen)]], [float(each) for each in best])
+    gain = (sum(right[_named(chosen)]) - sum(best)) / count
+    return [*rows, {"experts": "both, less the better one", "right": f"{gain:+.1%} ({low:+.0%} to {high:+.0%})"}]
 
-        mixed: list[dict[str, Any]] = []
-        if pair:
-            examples = held_out(esperanto.MIXED, count)
-            members = [{name: 1.0} for name in pair]
-            both = [dict(zip(pair, weights, strict=True)) for weights in _PAIR_WEIGHTS]
-            for experts in ({}, *members, *both):
-                shown = ", ".join(f"{name}:{weight:g}" for name, weight in experts.items()) or "base alone"
-                mixed.append({"experts": shown, "right": await ask(esperanto.MIXED, examples, Asked(experts))})
-    return rows, mixed
+
+def _named(experts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}:{weight:g}" for name, weight in experts.items())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -175,17 +202,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All tasks together, each with equally many questions."""
-    total: dict[str, Any] = {"task": "**all**"}
-    for key in [*rows[0]][1:]:
-        scores = [row[key] for row in rows if row[key] is not None]
-        total[key] = Score(sum(each.right for each in scores), sum(each.count for each in scores))
-    return total
+    columns = [*rows[0]][1:]
+    right, count = (
+        {key: sum(getattr(row[key], part) for row in rows) for key in columns} for part in ("right", "count")
+    )
+    return {
+        "task": "all nine" if len(rows) == len(TASKS) else "all",
+        **{key: Score(right[key], count[key]) for key in columns},
+    }
 
 
 def write_into(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page."""
-    before, _, rest = page.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
+    """Replace what stands between the markers of a page; without both, the page is left as it is.
+
+    Raises:
+        ValueError: They are not both there.
+    """
+    before, begin, rest = page.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"{page} has no place for the tables: {_BEGIN} and {_END}")
     page.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
 
 
@@ -200,7 +236,6 @@ def main() -> None:
     kit = Kit(arguments.kit)
     kit.check()
     rows, mixed = run(measure(kit, arguments.count, arguments.only))
-    rows.append(overall(rows))
     text = f"{table(rows)}\n"
     if mixed:
         text += f"\n{table(mixed)}\n"

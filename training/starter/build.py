@@ -3,26 +3,33 @@
 The recipe is the one that anybody follows for their own experts, in the project's own commands: pretrain the base
 (once), and for each expert write its data, `hocket train`, `hocket expert pack`, `hocket sign`. What is there already
 is not made again, and a step that was stopped goes on from its last checkpoint: the command may be stopped, and given
-again.
+again. Remove a package, or the base, to have it made anew; who has not the key of the kit's publisher signs with a
+key of their own, which the kit then trusts as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from hocket.base_folder import base_digest
+from hocket.errors import HocketError
 from hocket.files import write_whole
 from hocket.identity import digest_of
+from hocket.keyring import keys_folder
+from hocket.packages.expert.reader import decode
+from hocket.packages.release import RELEASE_SUFFIX
 from training.starter.corpus import TASKS
 from training.starter.task import Split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from training.starter.task import Task
 
@@ -32,46 +39,62 @@ PUBLISHER: Final = "hocket"
 MANIFESTS: Final = Path(__file__).parent / "experts"
 _TRAIN_ROWS: Final = 30_000
 _EVAL_ROWS: Final = 200
+_INTERRUPTED: Final = 130
 
 
-def write_data(task: Task, path: Path, seed: str, rows: int) -> None:
-    """Write training examples as JSON lines, each line once: `prompt`, `completion`, and which form of question it is.
+def write_data(task: Task, path: Path, seed: str, rows: int, without: Collection[str] = ()) -> set[str]:
+    """Write training examples as JSON lines, no prompt twice: `prompt`, `completion`, and which form of question it is.
 
     Args:
         task: What is learnt.
         path: The file.
         seed: Another one gives other examples, of the same templates.
         rows: How many are drawn; those drawn twice are written once.
-    """
-    random = Random(f"{task.name}:{seed}")  # noqa: S311  # reproducible, not secret
-    drawn = (task.example(random, Split.TRAIN) for _ in range(rows))
-    lines = {json.dumps({"prompt": each.prompt, "completion": each.answer, "kind": each.kind}): None for each in drawn}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
-
-
-def make_expert(task: Task, kit: Path, work: Path, key: Path) -> Path:
-    """Train, pack and sign one expert. Goes on where an earlier run was stopped.
+        without: Prompts that must not be among them.
 
     Returns:
-        The package.
+        The prompts that are.
     """
-    package = kit / "experts" / f"expert-{task.name}.expert"
-    if package.exists():
-        return package
+    random = Random(f"{task.name}:{seed}")  # noqa: S311  # reproducible, not secret
+    drawn = {each.prompt: each for each in (task.example(random, Split.TRAIN) for _ in range(rows))}
+    lines = [
+        json.dumps({"prompt": each.prompt, "completion": each.answer, "kind": each.kind})
+        for prompt, each in drawn.items()
+        if prompt not in without
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    return {*drawn}
+
+
+def is_made(package: Path, base: str) -> bool:
+    """Whether an expert is there, released, and rides on the base with this digest."""
+    if not package.with_name(package.name + RELEASE_SUFFIX).exists():
+        return False
+    try:
+        facts, _ = decode(data := package.read_bytes(), digest_of(data))
+    except (OSError, HocketError):
+        return False
+    return facts.base.digest == base
+
+
+def make_expert(task: Task, kit: Path, work: Path, key: Path) -> None:
+    """Train, pack and sign one expert. Goes on where an earlier run was stopped."""
     data, evaluation, out = (work / f"{task.name}{end}" for end in (".jsonl", ".eval.jsonl", ""))
-    write_data(task, data, "train", _TRAIN_ROWS)
-    write_data(task, evaluation, "eval", _EVAL_ROWS)
-    manifest, base = str(MANIFESTS / f"{task.name}.json"), str(kit / BASE)
-    resume = ["--resume"] if out.exists() else []
+    asked = write_data(task, evaluation, "eval", _EVAL_ROWS)
+    write_data(task, data, "train", _TRAIN_ROWS, without=asked)
+    base = str(kit / BASE)
     _hocket(
-        *("train", manifest, "--base", base, "--data", str(data), "--eval-data", str(evaluation)),
-        *("--out", str(out), *resume),
+        *("train", str(MANIFESTS / f"{task.name}.json"), "--base", base),
+        *("--data", str(data), "--eval-data", str(evaluation), "--out", str(out), *(["--resume"] * out.exists())),
     )
+    draft, package = (folder / f"expert-{task.name}.expert" for folder in (work, kit / "experts"))
+    draft.unlink(missing_ok=True)
+    _hocket("expert", "pack", str(out), "--base", base, "--out", str(draft))
+    _hocket("sign", str(draft), "--publisher", PUBLISHER, "--key", str(key))
     package.parent.mkdir(parents=True, exist_ok=True)
-    _hocket("expert", "pack", str(out), "--base", base, "--out", str(package))
-    _hocket("sign", str(package), "--publisher", PUBLISHER, "--key", str(key))
-    return package
+    for path in (draft, draft.with_name(draft.name + RELEASE_SUFFIX)):
+        path.replace(package.with_name(path.name))
 
 
 def write_digests(kit: Path) -> None:
@@ -81,9 +104,40 @@ def write_digests(kit: Path) -> None:
     write_whole(kit / "digests.json", (json.dumps(digests, indent=2) + "\n").encode())
 
 
+def make(names: Sequence[str], kit: Path, work: Path, key: Path) -> None:
+    """Make what is missing of the kit, and nothing else.
+
+    Args:
+        names: Experts that are wanted.
+        kit: Where the kit is.
+        work: For data and checkpoints.
+        key: Who signs; made if there is none.
+    """
+    base = kit / BASE
+    if not (base / "model.safetensors").exists():
+        _run(sys.executable, "-m", "training.starter.pretrain", "--folder", str(base), "--work", str(work))
+    digest = base_digest(base)
+    missing = [name for name in names if not is_made(kit / "experts" / f"expert-{name}.expert", digest)]
+    if not missing:
+        sys.stdout.write(f"nothing to make: {kit} has the base and {', '.join(names)}\n")
+        return
+    if not key.exists():
+        _hocket("keygen", str(key))
+    _hocket("trust", "add", PUBLISHER, "--key", str(key), "--trust", str(kit / "trust"))
+    for name in missing:
+        make_expert(TASKS[name], kit, work, key)
+    write_digests(kit)
+
+
 def _hocket(*arguments: str) -> None:
     """Run one of the project's own commands; its progress is ours."""
-    subprocess.run([sys.executable, "-m", "hocket.cli.main", *arguments], check=True)  # noqa: S603  # our own program
+    _run(sys.executable, "-m", "hocket.cli.main", *arguments)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, check=False)  # noqa: S603  # our own programs
+    if done.returncode:
+        sys.exit(f"stopped at: {' '.join(command)}\nthe same command goes on from here")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,18 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=TASKS, default=[*TASKS], metavar="EXPERT", help="make these alone")
     parser.add_argument("--kit", type=Path, default=KIT, help="where the kit is written")
     parser.add_argument("--work", type=Path, default=Path("build/starter"), help="for data and checkpoints")
-    parser.add_argument("--key", type=Path, help="who signs; a key of its own is made if absent")
+    key = keys_folder(os.environ, Path.home()) / "starter.key"
+    parser.add_argument("--key", type=Path, default=key, help=f"who signs ({key})")
     chosen = parser.parse_args(arguments)
-    if not (chosen.kit / BASE / "model.safetensors").exists():
-        script = [sys.executable, "-m", "training.starter.pretrain"]
-        subprocess.run([*script, "--folder", chosen.kit / BASE, "--work", chosen.work], check=True)  # noqa: S603  # ours
-    key = chosen.key or chosen.work / "publisher.key"
-    if not key.exists():
-        _hocket("keygen", str(key))
-    _hocket("trust", "add", PUBLISHER, "--key", str(key), "--trust", str(chosen.kit / "trust"))
-    for name in chosen.only:
-        make_expert(TASKS[name], chosen.kit, chosen.work, key)
-    write_digests(chosen.kit)
+    try:
+        make(chosen.only, chosen.kit, chosen.work, chosen.key)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ def _lists(which: int) -> _Lists:
 
 
 _LISTS: Final = {Split.TRAIN: _lists(0), Split.TEST: _lists(1)}
+_TAKEN: Final = frozenset(word.lower() for words in (LABELS, KEYS, PROPERTIES, RELATIONS, VALUES) for word in words)
+"""What no made-up word may be: a word of our lists, of which some are held out."""
 
 
 class _Words:
@@ -157,7 +159,7 @@ class _Words:
         return None if made_up else self.random.choice(words)
 
     def _invented(self) -> str:
-        return invented_of(self.random, self.split)
+        return invented_of(self.random, self.split, _TAKEN)
 
     def node(self) -> Node:
         """A label with its properties."""

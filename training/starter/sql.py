@@ -145,6 +145,12 @@ _RESERVED: Final = frozenset(
         "update using view virtual when where window with without"
     )
 )
+_TAKEN: Final = _RESERVED | {
+    word.lower().removesuffix("s")
+    for words in (TABLES, TEXT_COLUMNS, INTEGER_COLUMNS, *TEXT_COLUMNS.values())
+    for word in words
+}
+"""What no made-up word may be: a word of SQL, or of our lists, of which some are held out."""
 _ROWS: Final = 12
 # Of twelve numbers, two are the literal, three below and seven above it: each comparison keeps another count of rows.
 _OFFSETS: Final = (0, 1, -1, 9, 31, 0, 1, -1, -12, 4, 57, 110)
@@ -209,7 +215,7 @@ class _Words:
     def table(self) -> str:
         """A table's name, in the plural."""
         if self._made_up():
-            return invented_of(self.random, self.split, _RESERVED) + "s"
+            return invented_of(self.random, self.split, _TAKEN) + "s"
         return self.random.choice(_LISTS[self.split].tables)
 
     def column(self, *, text: bool) -> Column:
@@ -217,7 +223,7 @@ class _Words:
         lists = _LISTS[self.split]
         if self._made_up():
             values = self.random.choice((NAMES, CITIES, THINGS)) if text else ()
-            return Column(invented_of(self.random, self.split, _RESERVED), values)
+            return Column(invented_of(self.random, self.split, _TAKEN), values)
         if not text:
             return Column(self.random.choice(lists.integers))
         name = self.random.choice(lists.texts)
@@ -226,7 +232,7 @@ class _Words:
     def value(self, column: Column) -> str:
         """A value of text to compare with: at times of two words."""
         if self._made_up():
-            value = invented_of(self.random, self.split)
+            value = invented_of(self.random, self.split, _TAKEN)
             return value.capitalize() if chance(self.random, 0.5) else value
         value = self.random.choice(_LISTS[self.split].values[column.values])
         if column.values is NAMES and chance(self.random, 0.1):

@@ -124,6 +124,7 @@ _ENGLISH: Final = (
         "within without woman wonder world write yellow"
     ),
 )
+_KNOWN: Final = frozenset(_ENGLISH)
 _SPLICED_MIN: Final = 4
 _SPLICED_MAX: Final = 10
 
@@ -156,7 +157,7 @@ def spliced(random: Random) -> str:
     while True:
         one, other = random.choices(_ENGLISH, k=2)
         word = one[: random.randint(2, len(one) - 1)] + other[random.randint(1, len(other) - 2) :]
-        if _SPLICED_MIN <= len(word) <= _SPLICED_MAX and word not in _ENGLISH:
+        if _SPLICED_MIN <= len(word) <= _SPLICED_MAX and word not in _KNOWN:
             return word
 
 

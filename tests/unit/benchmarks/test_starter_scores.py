@@ -5,20 +5,22 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.starter import Score, held_out, overall, table, write_into
+import pytest
+
+from benchmarks.starter import Score, overall, questions, table, write_into
 from training.starter.corpus import TASKS
 from training.starter.task import Split
 
 ROOT = Path(__file__).parents[3]
 
 
-def test_held_out_questions_are_the_same_each_time_and_never_those_of_training() -> None:
+def test_questions_questions_are_the_same_each_time_and_never_those_of_training() -> None:
     task = TASKS["regex"]
-    questions = held_out(task, 50)
-    assert [each.prompt for each in questions] == [each.prompt for each in held_out(task, 50)]
+    asked = questions(task, 50)
+    assert [each.prompt for each in asked] == [each.prompt for each in questions(task, 50)]
     random = Random(1)
     trained = {task.example(random, Split.TRAIN).prompt for _ in range(2_000)}
-    assert not trained & {each.prompt for each in questions}
+    assert not trained & {each.prompt for each in asked}
 
 
 def test_a_score_is_shown_with_its_interval() -> None:
@@ -41,6 +43,14 @@ def test_a_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> Non
     write_into(page, table([{"task": "a", "routed": None}]))
     expected = "before\n<!-- scores -->\n| task | routed |\n|---|---|\n| a | - |\n<!-- end of scores -->\nafter\n"
     assert page.read_text() == expected
+
+
+def test_a_page_without_both_markers_is_left_as_it_is(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- scores -->\nold\n")
+    with pytest.raises(ValueError, match="has no place"):
+        write_into(page, "new")
+    assert page.read_text() == "before\n<!-- scores -->\nold\n"
 
 
 def test_the_readme_shows_what_was_measured_last() -> None:
