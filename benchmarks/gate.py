@@ -20,7 +20,7 @@ from services.router.choosing import Bounds, by_rules
 from services.router.experts import Expert
 from services.router.gating import softmax_gate
 from services.router.prompt_features import words
-from services.router.rules import RulesGate
+from services.router.rules import RulesGate, Terms
 from services.router.selection import Level, Load, select
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _rules_gate(experts: int) -> RulesGate:
         routing = RoutingHints(keywords=keywords, exclude_keywords=["what is", "novel"], priority=0.8, router_hint=hint)
         facts = AdapterFacts(name=f"e{number}", capabilities=capabilities, routing=routing)
         found.append(Expert(Package(digest=f"sha256:{number:064x}", adapter=facts), f"acme/e{number}@1.0.0", None))
-    return RulesGate(found, {})
+    return RulesGate(found, {each.package.digest: Terms.of(each.package) for each in found})
 
 
 _PROMPT: Final = (

@@ -21,7 +21,7 @@ from hocket.packages.expert.manifest import parse_manifest
 from hocket.v1.package_pb2 import AdapterFacts, Package, RoutingHints
 from services.router.choosing import Bounds, by_hivellm, by_rules
 from services.router.experts import Expert
-from services.router.rules import RulesGate
+from services.router.rules import RulesGate, Terms
 from training.starter import world
 from training.starter.corpus import TASKS
 from training.starter.task import Split
@@ -84,7 +84,7 @@ def kit(folder: Path = MANIFESTS) -> list[Expert]:
 
 def policies(experts: Sequence[Expert]) -> list[Policy]:
     """Those that choose among experts by what they say about themselves."""
-    gate = RulesGate(experts, {})
+    gate = RulesGate(experts, {each.package.digest: Terms.of(each.package) for each in experts})
     return [
         Policy("rules", lambda text: _decision(by_rules(gate, text, Bounds()))),
         Policy("hivellm", lambda text: _decision(by_hivellm(gate, text, Bounds()))),
@@ -192,7 +192,10 @@ def main() -> None:
         notes[f"{each.name}, per decision"] = f"p50 {p50:.3f} ms, p99 {p99:.3f} ms"
     before = decisions(chosen[0], prompts)
     more = [*experts, expert("expert-chess", ["domain:chess"], CHESS)]
-    for change, others in (("an expert for chess beside them", more), ("experts in reverse order", experts[::-1])):
+    for change, others in (
+        ("an expert for chess beside them", more),
+        ("other digests, in reverse order", experts[::-1]),
+    ):
         notes[f"rules, decided otherwise with {change}"] = (
             f"{flips(before, decisions(policies(others)[0], prompts))} of {len(prompts)}"
         )

@@ -1,15 +1,20 @@
-"""Adapter experts as a registry describes them, turned into candidates for a composition."""
+"""Adapter experts of a registry as candidates for a composition, and whether some of them go together."""
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING
 
+from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.resolution import Candidate
+from hocket.packages.expert.resolution import Candidate, resolve
+from hocket.requirements import Requirement
 from hocket.v1.package_pb2 import TRUST_STATE_ACTIVE
+from hocket.versions import Comparator, Range, Version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hocket.v1.package_pb2 import AdapterFacts, Package
 
@@ -24,6 +29,24 @@ def candidates(packages: Iterable[Package]) -> Iterator[Candidate]:
             owners = {release.publisher for release in package.releases if release.state == TRUST_STATE_ACTIVE}
             for owner in sorted(owners or {""}):
                 yield _candidate(package.digest, owner, package.adapter)
+
+
+def check_exactly(owned: Sequence[Sequence[Candidate]]) -> None:
+    """Return if experts may be composed, and need nobody else.
+
+    Args:
+        owned: Each expert, once for every publisher who has released it. It counts as the first one's, and meets
+            requirements as any of theirs.
+
+    Raises:
+        HocketError: `EXPERTS_INCOMPATIBLE`, also for two versions of one expert; the refusals of `resolve`.
+    """
+    asked = [each[0] for each in owned]
+    _check_versions(asked)
+    try:
+        resolve([_exactly(each) for each in asked], chain.from_iterable(owned))
+    except HocketError as error:
+        raise error.restated(f"{error.message} (only what the request itself names can be there)") from error
 
 
 def _candidate(digest: str, publisher: str, facts: AdapterFacts) -> Candidate:
@@ -47,3 +70,17 @@ def _candidate(digest: str, publisher: str, facts: AdapterFacts) -> Candidate:
             incompatible_with=tuple(constraints.incompatible_with),
         ),
     )
+
+
+def _check_versions(asked: Iterable[Candidate]) -> None:
+    for (publisher, name), count in Counter((each.publisher, each.name) for each in asked).items():
+        if count > 1:
+            raise HocketError(
+                Reason.EXPERTS_INCOMPATIBLE,
+                f"{count} versions of {publisher or 'nobody'}/{name} in one answer do not go together: choose one",
+            )
+
+
+def _exactly(candidate: Candidate) -> Requirement:
+    version = Range((Comparator("=", Version.parse(candidate.version)),))
+    return Requirement(candidate.name, version, candidate.publisher)

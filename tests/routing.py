@@ -30,7 +30,7 @@ def asking_for(
     *keywords: str,
     exclude: Iterable[str] = (),
     hint: str = "",
-    priority: float = 1.0,
+    priority: float | None = 1.0,
     **facts: Any,
 ) -> Package:
     """A package of publisher acme with these hints."""
@@ -41,7 +41,8 @@ def asking_for(
 
 def gate_of(*packages: Package) -> RulesGate:
     """The gate over these on one base."""
-    return RulesGate(index(packages).riding_on(BASE), {})
+    experts = index(packages)
+    return RulesGate(experts.riding_on(BASE), experts.terms)
 
 
 @cache

@@ -1,1 +1,1 @@
-"""What makes experts: it needs torch and its own extra (`pip install 'hocket[training]'`), and never serves."""
+"""What makes experts: it needs torch and an extra (`pip install -e '.[training]'` in a clone), and never serves."""

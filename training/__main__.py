@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, fields
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hocket.errors import HocketError, Reason
+from training.extras import check_installed
 from training.plan import Device, Settings, plan_training
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 _REFUSED: Final = 2
 _STOPPED: Final = 130
-_NEEDED: Final = ("matplotlib", "peft", "rich", "torch", "transformers", "trl")
+_NEEDED: Final = ("jinja2", "matplotlib", "peft", "rich", "torch", "transformers", "trl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        _check_installed()
+        check_installed(_NEEDED, what="training", extra="training")
         _run(arguments)
     except HocketError as error:
         _refuse(error, as_json=arguments.json)
@@ -48,13 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("stopped; --resume goes on from the last checkpoint\n")
         return _STOPPED
     return 0
-
-
-def _check_installed() -> None:
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise HocketError(
-            Reason.BAD_REQUEST, f"training needs {', '.join(missing)} as well: pip install 'hocket[training]'"
-        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,33 +88,34 @@ def _run(arguments: argparse.Namespace) -> None:
     if manifest.is_dir():
         manifest /= "manifest.json"
     told = {each.name: value for each in fields(Settings) if (value := getattr(arguments, each.name)) is not None}
-    plan = plan_training(
-        manifest,
-        base=arguments.base,
-        out=arguments.out,
-        data=arguments.data,
-        eval_data=arguments.eval_data,
-        device=Device(arguments.device),
-        resume=arguments.resume,
-        settings=told,
-    )
-    for warning in plan.warnings:
-        _say(f"warning: {warning}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says what it lacks as soon as PEFT looks for it
-    import torch  # noqa: PLC0415 - heavy
+    if arguments.threads is not None and arguments.threads < 1:
+        raise HocketError(Reason.BAD_REQUEST, f"--threads is {arguments.threads}: it must be at least 1")
+    with nullcontext() if arguments.json else _Bars() as bars:
+        plan = plan_training(
+            manifest,
+            base=arguments.base,
+            out=arguments.out,
+            data=arguments.data,
+            eval_data=arguments.eval_data,
+            device=Device(arguments.device),
+            resume=arguments.resume,
+            settings=told,
+            on_progress=None if bars is None else partial(bars.move, "hashing the base"),
+        )
+        for warning in plan.warnings:
+            _say(f"warning: {warning}")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says what it lacks when PEFT looks for it
+        import torch  # noqa: PLC0415 - heavy
 
-    from training.train import train  # noqa: PLC0415 - heavy
+        from training.train import train  # noqa: PLC0415 - heavy
 
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise HocketError(Reason.BAD_REQUEST, f"--threads is {arguments.threads}: it must be at least 1")
-        torch.set_num_threads(arguments.threads)
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        outcome = train(plan, on_progress=_emit_progress if bars is None else bars.show)
     if arguments.json:
-        _emit(_outcome(train(plan, on_progress=_emit_progress)))
-        return
-    with _Bars() as bars:
-        outcome = train(plan, on_progress=bars.show)
-    _print(outcome)
+        _emit(_outcome(outcome))
+    else:
+        _print(outcome)
 
 
 class _Bars:
@@ -127,9 +123,9 @@ class _Bars:
 
     def __init__(self) -> None:
         from rich.console import Console  # noqa: PLC0415 - not for --json
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self._console = Console(stderr=True, highlight=False)
         shown = sys.stderr.isatty()
         self._progress = Progress(*columns, console=self._console, transient=True, disable=not shown)
@@ -142,14 +138,16 @@ class _Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def move(self, phase: str, done: int, total: int | None) -> None:
+        """Move the bar of a phase; at its end it goes away."""
+        task = self._tasks.get(phase)
+        if task is None:
+            task = self._tasks[phase] = self._progress.add_task(phase, total=total)
+        self._progress.update(task, completed=done, total=total, visible=done != total)
+
     def show(self, progress: Progress) -> None:
         """Move a bar; print a point of the curve."""
-        task = self._tasks.get(progress.phase)
-        if task is None:
-            task = self._tasks[progress.phase] = self._progress.add_task(progress.phase, total=progress.total)
-        self._progress.update(
-            task, completed=progress.done, total=progress.total, visible=progress.done != progress.total
-        )
+        self.move(progress.phase, progress.done, progress.total)
         if progress.loss is not None:
             self._console.print(
                 f"step {progress.step}  loss {progress.loss:.4f}  learning rate {progress.learning_rate:.3g}"

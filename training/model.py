@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,9 +17,12 @@ from transformers import (
 
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import AdapterKind
+from training.extras import check_installed
 from training.plan import Device, Precision, PromptStart
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from peft import PeftConfig, PeftModel
 
     from training.plan import AdapterPlan, Plan
@@ -111,7 +113,7 @@ def load_model(plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.dev
     between layers, as they will when it serves. On a CUDA device its weights are of the precision, for memory's sake.
 
     Raises:
-        HocketError: `NOT_SERVABLE` if the base cannot be loaded; `BAD_MANIFEST` if it has none of the projections;
+        HocketError: `NOT_SERVABLE` if the base cannot be loaded; `BAD_MANIFEST` if it lacks one of the projections;
             `BAD_REQUEST` if 4 bits are wanted, and bitsandbytes is not there.
     """
     options: dict[str, Any] = {
@@ -133,26 +135,39 @@ def load_model(plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.dev
     for module in model.modules():  # bitsandbytes would round them anew for the first evaluation, on some CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    _check_targets(model, plan.adapter)
     set_seed(plan.settings.seed)
     try:
         made: PeftModel = get_peft_model(model, _config(plan))
-    except ValueError as error:  # no such projections
-        raise HocketError(
-            Reason.BAD_MANIFEST,
-            f"the base has no projections called {', '.join(plan.adapter.target_modules)}: {str(error)[:200]}",
-            field="adapters[0].target_modules",
-        ) from error
+    except ValueError as error:  # what is called so is no projection
+        raise _bad_targets(plan.adapter.target_modules, str(error)[:200]) from error
     if plan.adapter.start is PromptStart.TEXT:
         _start_from_text(made, plan.adapter, tokenizer)
     return made
 
 
-def _four_bits(precision: Precision) -> BitsAndBytesConfig:
-    if find_spec("bitsandbytes") is None:
-        raise HocketError(
-            Reason.BAD_REQUEST,
-            "4-bit training needs bitsandbytes: pip install 'hocket[qlora]', or keep the base as it is (--no-qlora)",
+def _check_targets(model: torch.nn.Module, adapter: AdapterPlan) -> None:
+    """PEFT is content with one name of several that it finds."""
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    missing = [name for name in adapter.target_modules if not any(path.endswith(f".{name}") for path in paths)]
+    if missing:
+        known = sorted(
+            {path.rpartition(".")[2] for path, each in model.named_modules() if hasattr(each, "in_features")}
         )
+        raise _bad_targets(missing, f"it has {', '.join(known)}")
+
+
+def _bad_targets(names: Iterable[str], why: str) -> HocketError:
+    return HocketError(
+        Reason.BAD_MANIFEST,
+        f"the base has no projections called {', '.join(names)[:200]}: {why}",
+        field="adapters[0].target_modules",
+    )
+
+
+def _four_bits(precision: Precision) -> BitsAndBytesConfig:
+    what = "training in 4 bits (--no-qlora keeps the base as it is)"
+    check_installed(("bitsandbytes",), what=what, extra="qlora")
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # theirs
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

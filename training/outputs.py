@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
@@ -18,11 +19,13 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save
 
 from hocket.base_folder import base_name
+from hocket.datasets.rows import file_digest
 from hocket.errors import HocketError, Reason
 from hocket.files import write_whole
 from hocket.packages.adapter import AdapterKind
 from hocket.packages.expert.names import CONFIG, MANIFEST, WEIGHTS
 from hocket.packages.expert.writer import pretty
+from training.plan import Precision, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,16 +101,6 @@ def write_identity(folder: Path, identity: Mapping[str, Any], *, compare: bool) 
     write_whole(path, pretty(wanted))
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, `sha256:<hex>`.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
 def _flat(tree: Mapping[str, Any]) -> set[tuple[str, str]]:
     """Every value with its own name."""
     pairs: set[tuple[str, str]] = set()
@@ -174,7 +167,7 @@ def _manifest(plan: Plan, outcome: Outcome, weights: bytes) -> dict[str, Any]:
         document["soft_prompts"] = declared
     training = dict(document.get("training") or {})
     training["dataset"] = _dataset(plan, outcome, training.get("dataset") or {})
-    training["config"] = {**(training.get("config") or {}), **_config(plan)}
+    training["config"] = _kept_config(training.get("config") or {}) | _config(plan, outcome)
     training["metadata"] = {**(training.get("metadata") or {}), **_metadata(plan, outcome)}
     training["packaging_checkpoint"] = outcome.kept
     document["training"] = training
@@ -224,28 +217,23 @@ def _dataset(plan: Plan, outcome: Outcome, stated: Mapping[str, Any]) -> dict[st
     }
 
 
-def _config(plan: Plan) -> dict[str, Any]:
+def _kept_config(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What the author says besides settings. A setting has one name in what comes out, of several that it may have."""
+    settings = {key for each in fields(Settings) for key in each.metadata["keys"]} | {"lr_scheduler_kwargs"}
+    return {key: value for key, value in stated.items() if key not in settings}
+
+
+def _config(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """The settings that were used, by upstream's names where it has any."""
     settings, adapter = plan.settings, plan.adapter
     used: dict[str, Any] = {
+        each.metadata["keys"][0]: getattr(settings, each.name) for each in fields(Settings) if each.metadata["keys"]
+    }
+    used |= {
         "method": "sft",
-        "epochs": settings.epochs,
-        "max_steps": settings.max_steps,
-        "learning_rate": settings.learning_rate,
-        "batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "warmup_steps": settings.warmup_steps,
-        "warmup_ratio": settings.warmup_ratio,
-        "lr_scheduler": settings.lr_scheduler,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": settings.optimizer,
-        "seed": settings.seed,
-        "max_seq_length": settings.max_length,
-        "packing": settings.packing,
-        "group_by_length": settings.group_by_length,
-        "save_steps": settings.save_steps,
         "eval_steps": settings.eval_steps or settings.save_steps,
+        "bf16": outcome.precision == Precision.BFLOAT16,
+        "fp16": outcome.precision == Precision.FLOAT16,
     }
     if settings.scheduler_cycles:
         used["lr_scheduler_kwargs"] = {"num_cycles": settings.scheduler_cycles}

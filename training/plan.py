@@ -6,7 +6,6 @@ warm up, a checkpoint every 250 steps).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
@@ -40,6 +39,8 @@ _DROPOUT: Final = 0.1
 _TOKENS: Final = 32
 _IA3_FEEDFORWARD: Final = ("up_proj", "down_proj", "gate_proj")
 _INT4: Final = "int4"
+_MOST: Final = 1e9
+"""No setting is larger, and none infinite."""
 
 
 class Precision(StrEnum):
@@ -104,7 +105,7 @@ class AdapterPlan:
     start_text: str = ""
 
 
-def _setting(default: Any, help_text: str, *keys: str, least: float | None = None, most: float = math.inf) -> Any:  # noqa: ANN401
+def _setting(default: Any, help_text: str, *keys: str, least: float | None = None, most: float = _MOST) -> Any:  # noqa: ANN401
     """A field of `Settings`: what `--help` says of it, the keys of `training.config` that state it, its bounds."""
     metadata = {"help": help_text, "keys": keys, "least": least, "most": most}
     return field(default=default, metadata=metadata)
@@ -134,14 +135,14 @@ class Settings:
     precision: Precision = _setting(  # noqa: RUF009 - as the others, which ruff takes for constants
         Precision.AUTO, "auto (float32 on a CPU, else bfloat16), or one of these, or float16 (CUDA)."
     )
-    qlora: bool = _setting(False, "Keep the base in 4 bits (NF4, quantised twice) while training.")  # noqa: FBT003
+    qlora: bool = _setting(False, "Keep the base in 4 bits (NF4, quantised twice) while training.", "qlora")  # noqa: FBT003
     eval_steps: int = _setting(0, "Steps between evaluations; 0: as checkpoints.", "eval_steps", least=0)
     save_steps: int = _setting(250, "Steps between checkpoints.", "save_steps", least=1)
     save_total_limit: int = _setting(
         2, "Checkpoints on disk at most, the best among them.", "save_total_limit", least=1
     )
     logging_steps: int = _setting(10, "Steps between points of the loss curve.", "logging_steps", least=1)
-    keep: Keep = _setting(Keep.BEST, "best (by evaluation loss, where there is evaluation data) or final.")  # noqa: RUF009 - as above
+    keep: Keep = _setting(Keep.BEST, "best (by evaluation loss, where there is evaluation data) or final.", "keep")  # noqa: RUF009 - as above
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -287,7 +288,7 @@ def _settings(manifest: Manifest, place: int, told: Mapping[str, object]) -> Set
         raise _bad("method", f"is {method!r:.40}; supervised fine-tuning (sft) is what there is")
     chosen = _stated(config)
     if manifest.bases[place].base.quantization == _INT4:
-        chosen["qlora"] = True
+        chosen.setdefault("qlora", True)
     chosen |= {name: _checked(name, value, None) for name, value in told.items()}
     if "warmup_ratio" in told and "warmup_steps" not in told:
         chosen["warmup_steps"] = 0
@@ -304,7 +305,10 @@ def _settings(manifest: Manifest, place: int, told: Mapping[str, object]) -> Set
 def _stated(config: Mapping[str, Any]) -> dict[str, object]:
     """What a manifest's `training.config` states, by fields of `Settings`."""
     chosen: dict[str, object] = {}
-    if (cycles := (config.get("lr_scheduler_kwargs") or {}).get("num_cycles")) is not None:
+    scheduler = config.get("lr_scheduler_kwargs") or {}
+    if not isinstance(scheduler, dict):
+        raise _bad("lr_scheduler_kwargs", f"is {scheduler!r:.40}; it must be an object")
+    if (cycles := scheduler.get("num_cycles")) is not None:
         chosen["scheduler_cycles"] = _checked("scheduler_cycles", cycles, "training.config.lr_scheduler_kwargs")
     precisions = [
         precision for key, precision in (("bf16", Precision.BFLOAT16), ("fp16", Precision.FLOAT16)) if config.get(key)
@@ -339,8 +343,7 @@ def _checked(name: str, value: object, path: str | None) -> object:
     elif not isinstance(value, int if kind is int else int | float):
         problem = f"must be a {'whole ' if kind is int else ''}number"
     elif not metadata["least"] <= value <= metadata["most"]:
-        most = "" if metadata["most"] == math.inf else f" and at most {metadata['most']:g}"
-        problem = f"must be at least {metadata['least']:g}{most}"
+        problem = f"must be at least {metadata['least']:g} and at most {metadata['most']:g}"
     if problem is None:
         return kind(value)
     where = path or f"--{name.replace('_', '-')}"

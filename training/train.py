@@ -24,7 +24,7 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from hocket.datasets.rows import read_rows
+from hocket.datasets.rows import file_digest, read_rows
 from hocket.errors import HocketError, Reason
 from training import outputs
 from training.batches import NO_LOSS, Collator
@@ -52,7 +52,7 @@ class Progress:
 
     Attributes:
         phase: `reading` rows, `training`, or `evaluating`.
-        done: Rows, steps or batches of that phase done.
+        done: Bytes, steps or batches of that phase done.
         total: All of them; None while nobody knows.
         step: Steps of the optimizer.
         loss: Mean per token that carries loss, since the point before; only with new points of the curve.
@@ -186,26 +186,23 @@ def _run(
     trainer.train(resume_from_checkpoint=plan.resume and _last_checkpoint(folder) is not None)
     seconds = time.perf_counter() - begun
     state = trainer.state
-    best = state.best_model_checkpoint if measured is not None and plan.settings.keep is Keep.BEST else None
-    kept = "final" if best is None else os.path.basename(best)  # noqa: PTH119 - a name, not a path
+    keeps_best = measured is not None and plan.settings.keep is Keep.BEST
     curve = tuple(state.log_history)
     losses = [point["loss"] for point in curve if "loss" in point]
-    evaluated = [point for point in curve if "eval_loss" in point]
-    eval_loss = None
-    if evaluated:
-        eval_loss = evaluated[-1]["eval_loss"] if best is None else state.best_metric
+    kept_step = state.best_global_step if keeps_best else state.global_step
+    eval_losses = {int(point["step"]): point["eval_loss"] for point in curve if "eval_loss" in point}
     epochs_done = reporter.epochs_done
     outcome = Outcome(
         out=plan.out,
         steps=state.global_step,
-        kept=kept,
+        kept=f"{_PREFIX}{kept_step}" if keeps_best else "final",
         examples=learnt.examples,
         left_out=learnt.left_out,
         eval_examples=0 if measured is None else measured.examples,
         tokens=learnt.tokens,
         parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         train_loss=losses[-1] if losses else None,
-        eval_loss=eval_loss,
+        eval_loss=None if kept_step is None else eval_losses.get(kept_step),
         seconds=seconds,
         tokens_per_second=learnt.tokens * epochs_done / seconds,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -292,7 +289,10 @@ def _arguments(
 
 
 class _Reporter(TrainerCallback):
-    """Tells how far it is, ends a training whose loss is no number, and has the last step evaluated."""
+    """Tells how far it is, ends a training whose loss is no number, and has written what may be kept.
+
+    That is a checkpoint of every evaluation that is better than those before, and an evaluation of the last step.
+    """
 
     def __init__(self, tell: OnProgress) -> None:
         self._tell = tell
@@ -303,14 +303,28 @@ class _Reporter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        del args, control
+        del control
         self._first_epoch = state.epoch or 0.0
+        if state.best_global_step:  # what is resumed may have been moved
+            state.best_model_checkpoint = os.path.join(str(args.output_dir), f"{_PREFIX}{state.best_global_step}")  # noqa: PTH118 - as theirs
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.epochs_done = (state.epoch or 0.0) - self._first_epoch
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
         self._tell(Progress("training", state.global_step, state.max_steps, step=state.global_step))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **more: Any,  # noqa: ANN401 - theirs
+    ) -> None:
+        if args.load_best_model_at_end and (
+            state.best_metric is None or more["metrics"]["eval_loss"] < state.best_metric
+        ):
+            control.should_save = True
 
     def on_prediction_step(
         self,
@@ -369,9 +383,10 @@ def _prepare_folder(plan: Plan) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         identity = {
             "base": plan.base_digest,
-            "data": outputs.file_digest(plan.data),
-            "eval_data": None if plan.eval_data is None else outputs.file_digest(plan.eval_data),
+            "data": file_digest(plan.data),
+            "eval_data": None if plan.eval_data is None else file_digest(plan.eval_data),
             "prompt_template": plan.prompt_template,
+            "capabilities": plan.manifest.capabilities,  # which some templates put into prompts
             "adapter": asdict(plan.adapter),
             "settings": asdict(plan.settings),
         }

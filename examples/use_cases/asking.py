@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -25,7 +26,8 @@ def arguments(document: str) -> argparse.ArgumentParser:
         document: The program's own docstring.
     """
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
-    parser.add_argument("--router", default=ROUTER_ADDRESS, metavar="HOST:PORT", help="(default: %(default)s)")
+    address = os.environ.get("HOCKET_ROUTER", ROUTER_ADDRESS)
+    parser.add_argument("--router", default=address, metavar="HOST:PORT", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each result")
     return parser
 

@@ -54,8 +54,11 @@ def chat(
     context: typer.Context,
     *,
     experts: sampling.Experts = "",
-    max_experts: sampling.MaxExperts = None,
     base_only: sampling.BaseOnly = False,
+    policy: sampling.Policy = None,
+    allow: sampling.Allow = None,
+    deny: sampling.Deny = None,
+    max_experts: sampling.MaxExperts = None,
     base: sampling.Base = "",
     system: sampling.System = None,
     options: SamplingOptions,
@@ -82,10 +85,12 @@ def chat(
     $ cat questions.txt | hocket chat > answers.txt
     """
     chosen = sampling.read_experts(experts)
-    routing = sampling.read_routing(experts=chosen, base_only=base_only, max_experts=max_experts)
+    routing = sampling.read_routing(
+        experts=chosen, base_only=base_only, policy=policy, allow=allow, deny=deny, max_experts=max_experts
+    )
     stdin = files.standard_input()
     with text_router(context, router=router, device=device, data=data, base=base, shown=not json) as asked:
-        talk = _Talk(asked, stdin, options, chosen, routing, max_experts, asked.base, system, debug=debug, as_json=json)
+        talk = _Talk(asked, stdin, options, chosen, routing, asked.base, system, debug=debug, as_json=json)
         talk.run()
     if talk.refused and not talk.at_terminal:
         raise typer.Exit(_REFUSED)
@@ -108,7 +113,6 @@ class _Talk:
     options: SamplingOptions
     experts: list[WeightedExpert]
     routing: Routing | None
-    max_experts: int | None
     base: str
     system: str | None
     _: KW_ONLY
@@ -117,10 +121,12 @@ class _Talk:
     turns: list[dict[str, str]] = field(default_factory=list)
     refused: bool = False
     at_terminal: bool = field(init=False)
+    _chosen_by: Routing | None = field(init=False)
     _saved: set[Path] = field(default_factory=set)
     _colours: Colours = field(default_factory=Colours)
 
     def __post_init__(self) -> None:
+        self._chosen_by = None if self.routing == sampling.BASE_ALONE else self.routing
         self.at_terminal = self.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
@@ -207,9 +213,7 @@ class _Talk:
     def _choose_experts(self, text: str) -> None:
         if text in {_NONE, _AUTO}:
             self.experts = []
-            self.routing = sampling.read_routing(
-                experts=[], base_only=text == _NONE, max_experts=None if text == _NONE else self.max_experts
-            )
+            self.routing = sampling.BASE_ALONE if text == _NONE else self._chosen_by
         elif text:
             self.experts, self.routing = sampling.read_experts(text), None
         self._tell(f"experts: {_EXPERTS_TOLD.get(who := self._who(), who)}")

@@ -178,9 +178,9 @@ def split(
     """Divide a dataset into train, eval and test.
 
     Writes NAME.train.jsonl, NAME.eval.jsonl and NAME.test.jsonl. Rows that
-    are the same, or nearly, never come into different ones. Where a row
-    goes follows from its content and the seed, so rows that are added later
-    move no others.
+    are the same never come into different ones; those that are nearly so
+    stay together as far as they are found. Where a row goes follows from
+    its content and the seed, so rows that are added later move no others.
 
     $ hocket dataset split sql.jsonl --by template
     $ hocket dataset split sql.jsonl --train 0.9 --eval 0.1 --test 0 --strata kind

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hocket.cli import output, sampling, servers
 from hocket.cli.text_router import text_router
 from hocket.client import Routing
-from hocket.datasets import read_rows
+from hocket.datasets import Format, read_rows
 from hocket.datasets.writing import writing
 from hocket.errors import HocketError, Reason
 from hocket.evaluation import (
@@ -255,8 +255,12 @@ def _pair(one: WeightedExpert, other: WeightedExpert) -> str:
 
 def _asking(answering: TextRouter, contender: _Contender, options: SamplingOptions) -> Callable[[Question], Reply]:
     def ask(question: Question) -> Reply:
+        is_prompt = (
+            question.format is Format.PROMPT
+        )  # which templates may put otherwise than a conversation of one turn
         answer = answering.client.answer_text(
-            messages=question.turns,
+            question.turns[0]["content"] if is_prompt else None,
+            messages=None if is_prompt else question.turns,
             experts=contender.experts,
             routing=contender.routing,
             base=answering.base,

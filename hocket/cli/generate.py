@@ -27,8 +27,11 @@ def generate(
     ] = None,
     *,
     experts: sampling.Experts = "",
-    max_experts: sampling.MaxExperts = None,
     base_only: sampling.BaseOnly = False,
+    policy: sampling.Policy = None,
+    allow: sampling.Allow = None,
+    deny: sampling.Deny = None,
+    max_experts: sampling.MaxExperts = None,
     base: sampling.Base = "",
     system: sampling.System = None,
     raw: Annotated[
@@ -58,7 +61,9 @@ def generate(
     $ hocket generate "what is 2 + 2?" --device auto
     """
     chosen = sampling.read_experts(experts)
-    routing = sampling.read_routing(experts=chosen, base_only=base_only, max_experts=max_experts)
+    routing = sampling.read_routing(
+        experts=chosen, base_only=base_only, policy=policy, allow=allow, deny=deny, max_experts=max_experts
+    )
     if raw and system is not None:
         raise HocketError(Reason.BAD_REQUEST, "--raw is read as it is: write the system's part into it")
     text = read_prompt(prompt, raw=raw)

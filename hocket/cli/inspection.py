@@ -209,7 +209,8 @@ def _routing_text(routing: Routing | None) -> str:
         return "nothing by itself"
     more = len(routing.keywords) - _KEYWORDS_SHOWN
     words = ", ".join(routing.keywords[:_KEYWORDS_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    return f"{words or 'no word'} (priority {routing.priority:g})"
+    priority = "" if routing.priority is None else f" (priority {routing.priority:g})"
+    return f"{words or 'no word'}{priority}"
 
 
 def _upstream_text(signature: UpstreamSignature) -> str:

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, cast
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, cast
 
 import typer
 
 from hocket.cli import describe, files, output, rows, sampling, servers
 from hocket.cli.decisions import why
 from hocket.cli.generate import read_prompt
-from hocket.client import Routing
-from hocket.errors import HocketError, Reason
+from hocket.errors import HocketError, Reason, Situation
 from hocket.text_limits import TEXT_BYTES_MAX
 from hocket.v1.router_pb2 import EvidenceKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import BinaryIO
 
-    from hocket.client import blocking
+    from hocket.client import Routing, blocking
     from hocket.v1.router_pb2 import Evidence, RouteResponse, TextCandidate, TextDecision
 
 app = typer.Typer()
 
-Policy = Literal["rules", "hivellm", "base"]
-
 _ROWS: Final = "For rows"
-_TEXT: Final = "For a text"
 _BAR_WIDTH: Final = 12
 _ROWS_SHOWN: Final = 20
 _CANDIDATES_SHOWN: Final = 12
 _EVIDENCE_SHOWN: Final = 8
 _REFUSED: Final = 2
 _STDIN: Final = Path("-")
+_LINE_BYTES_MAX: Final = TEXT_BYTES_MAX + 2
+"""A text, and the end of its line."""
+_OF_ALL_LINES: Final = ("routing", "base")
+"""Fields of a request that are the same for every line."""
 
 
 @app.command()
@@ -48,34 +47,16 @@ def route(
         ),
     ] = None,
     *,
-    policy: Annotated[
-        Policy | None,
-        typer.Option(help="What decides about a text.", show_default="rules", rich_help_panel=_TEXT),
-    ] = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(metavar="EXPERT", help="Choose among these only; may be repeated.", rich_help_panel=_TEXT),
-    ] = None,
-    deny: Annotated[
-        list[str] | None,
-        typer.Option(metavar="EXPERT", help="Do not choose these; may be repeated.", rich_help_panel=_TEXT),
-    ] = None,
-    max_experts: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, max=10, help="Compose up to so many.", show_default="1", rich_help_panel=_TEXT
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|DIGEST", help="The base model.", show_default="the only one", rich_help_panel=_TEXT),
-    ] = None,
+    policy: sampling.Policy = None,
+    allow: sampling.Allow = None,
+    deny: sampling.Deny = None,
+    max_experts: sampling.MaxExperts = None,
+    base: sampling.Base = "",
     batch: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Decide about each line of a file, - for standard input; one JSON object a line comes out.",
-            rich_help_panel=_TEXT,
         ),
     ] = None,
     source: rows.Input = None,
@@ -104,22 +85,21 @@ def route(
     $ hocket route --batch prompts.txt > decisions.jsonl
     $ hocket route iris --row 5.1,3.5,1.4,0.2
     """
-    about_text = {"--policy": policy, "--allow": allow, "--deny": deny, "--max-experts": max_experts, "--base": base}
     if source is None and row is None and top_k is None:
-        routing = Routing(policy or "rules", allow or (), deny or (), max_experts or 1)
+        routing = sampling.read_routing(policy=policy, allow=allow, deny=deny, max_experts=max_experts)
         with servers.router(router) as client, sampling.explained():
             if batch is not None:
                 _check_alone(asked)
-                _route_lines(client, batch, routing, base or "")
+                _route_lines(client, batch, routing, base)
                 return
-            decision = client.route_text(read_prompt(asked, raw=False), routing=routing, base=base or "")
+            decision = client.route_text(read_prompt(asked, raw=False), routing=routing, base=base)
         if json:
             output.emit(output.message_json(decision))
         else:
             _print_text_decision(decision)
         return
-    given = [flag for flag, value in (*about_text.items(), ("--batch", batch)) if value is not None]
-    if given:
+    about_text = {"policy": policy, "allow": allow, "deny": deny, "max-experts": max_experts, "base": base}
+    if given := [f"--{name}" for name, value in (*about_text.items(), ("batch", batch)) if value]:
         raise HocketError(Reason.BAD_REQUEST, f"{given[0]} is for a text: leave it out, or the rows")
     if asked is None:
         raise HocketError(Reason.BAD_REQUEST, "name the model that would answer: hocket route MODEL --row 1,2,3")
@@ -138,21 +118,24 @@ def _check_alone(asked: str | None) -> None:
         raise HocketError(Reason.BAD_REQUEST, "--batch reads the texts from a file: leave out the argument")
 
 
-def _route_lines(client: blocking.RouterClient, path: Path, routing: Routing, base: str) -> None:
-    """A decision for every line, as a line of JSON: `{"prompt", "decision"}`, or `{"prompt", "error"}`."""
+def _route_lines(client: blocking.RouterClient, path: Path, routing: Routing | None, base: str) -> None:
+    """A decision for every line, as a line of JSON: `{"prompt", "decision"}`, or `{"prompt", "error"}`.
+
+    The prompt is null where the line is none.
+
+    Raises:
+        HocketError: What every further line would be refused for as well: nobody answers, or an option makes no sense.
+    """
     refused = False
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            data = line.removesuffix(b"\n").removesuffix(b"\r")
-            if len(data) > TEXT_BYTES_MAX:
-                raise HocketError(Reason.TOO_LARGE, f"line {number} is longer than {TEXT_BYTES_MAX} bytes")
+    with _opened(path) as file:
+        for number, line in enumerate(_lines(file), 1):
+            prompt = None
             try:
-                prompt = data.decode()
-            except UnicodeDecodeError as error:
-                raise HocketError(Reason.BAD_REQUEST, f"line {number} is not text in UTF-8") from error
-            try:
+                prompt = _prompt(line, number)
                 decision = client.route_text(prompt, routing=routing, base=base)
             except HocketError as error:
+                if error.situation is Situation.UNAVAILABLE or (error.field or "").startswith(_OF_ALL_LINES):
+                    raise
                 refused = True
                 output.emit({"prompt": prompt, "error": {"reason": str(error.reason), "message": error.message}})
             else:
@@ -161,19 +144,36 @@ def _route_lines(client: blocking.RouterClient, path: Path, routing: Routing, ba
         raise typer.Exit(_REFUSED)
 
 
+def _prompt(line: bytes, number: int) -> str:
+    data = line.removesuffix(b"\n").removesuffix(b"\r")
+    if len(data) > TEXT_BYTES_MAX:
+        raise HocketError(Reason.TOO_LARGE, f"line {number} is longer than {TEXT_BYTES_MAX} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise HocketError(Reason.BAD_REQUEST, f"line {number} is not text in UTF-8") from error
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Iterator[bytes]]:
-    """The lines of a file, each read up to a byte more than a text may have."""
+def _opened(path: Path) -> Iterator[BinaryIO]:
     if path == _STDIN:
-        stdin = cast("BinaryIO", files.standard_input().buffer)
-        yield iter(lambda: stdin.readline(TEXT_BYTES_MAX + 2), b"")
+        yield cast("BinaryIO", files.standard_input().buffer)
         return
     try:
-        lines = path.open("rb")
+        file = path.open("rb")
     except OSError as error:
         raise HocketError(Reason.BAD_REQUEST, f"{path} cannot be read: {error.strerror}") from error
-    with lines:
-        yield iter(lambda: lines.readline(TEXT_BYTES_MAX + 2), b"")
+    with file:
+        yield file
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, more than a text may have."""
+    while line := file.readline(_LINE_BYTES_MAX):
+        rest = line
+        while len(rest) == _LINE_BYTES_MAX and not rest.endswith(b"\n"):
+            rest = file.readline(_LINE_BYTES_MAX)
+        yield line
 
 
 def _print_text_decision(decision: TextDecision) -> None:

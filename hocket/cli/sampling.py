@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import typer
 
@@ -17,10 +17,13 @@ from hocket.identity import is_digest
 from hocket.text_limits import EXPERTS_MAX, WEIGHT_MAX, is_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 WeightedExpert: TypeAlias = tuple[str, float] | str
 """What names an expert, with its weight; alone where the server decides, which means 1."""
+
+BASE_ALONE: Final = Routing("base")
+"""How it is said that the base shall answer."""
 
 _FORM: Final = "write --experts sql:0.7,json:0.3"
 
@@ -46,19 +49,38 @@ Base = Annotated[
         rich_help_panel=_CHOICE,
     ),
 ]
+Policy = Annotated[
+    Literal["rules", "hivellm", "base"] | None,
+    typer.Option(help="What chooses where no experts are named.", show_default="rules", rich_help_panel=_CHOICE),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="EXPERT",
+        help="Have these alone chosen among; may be repeated.",
+        show_default=False,
+        rich_help_panel=_CHOICE,
+    ),
+]
+Deny = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="EXPERT", help="Do not have these chosen; may be repeated.", show_default=False, rich_help_panel=_CHOICE
+    ),
+]
 MaxExperts = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         min=1,
         max=EXPERTS_MAX,
-        help="Without --experts: compose up to so many where the router is undecided.",
+        help="Have up to so many composed where the router is undecided.",
         show_default="1",
         rich_help_panel=_CHOICE,
     ),
 ]
 BaseOnly = Annotated[
-    bool, typer.Option("--base-only", help="Ask the base alone, whatever is asked.", rich_help_panel=_CHOICE)
+    bool, typer.Option("--base-only", help="Ask the base alone: short for --policy base.", rich_help_panel=_CHOICE)
 ]
 System = Annotated[
     str | None,
@@ -157,8 +179,10 @@ _FLAGS: Final = {
     **{f"sampling.{_FIELDS.get(name, name)}": f"--{name.replace('_', '-')}" for name in _OPTIONS},
     "experts": "--experts",
     "base": "--base",
+    "routing.policy": "--policy",
     "routing.allow": "--allow",
     "routing.deny": "--deny",
+    "routing.expert_count_max": "--max-experts",
 }
 
 
@@ -195,7 +219,15 @@ def explained() -> Iterator[None]:
         raise in_options(error) from error
 
 
-def read_routing(*, experts: list[WeightedExpert], base_only: bool, max_experts: int | None) -> Routing | None:
+def read_routing(
+    *,
+    policy: Literal["rules", "hivellm", "base"] | None,
+    allow: Sequence[str] | None,
+    deny: Sequence[str] | None,
+    max_experts: int | None,
+    experts: Sequence[WeightedExpert] = (),
+    base_only: bool = False,
+) -> Routing | None:
     """How the experts of a text are chosen, as the options say; None where they say nothing, or name them.
 
     Raises:
@@ -206,15 +238,20 @@ def read_routing(*, experts: list[WeightedExpert], base_only: bool, max_experts:
         for flag, is_given in (
             ("--experts", bool(experts)),
             ("--base-only", base_only),
+            ("--policy", policy is not None),
+            ("--allow", bool(allow)),
+            ("--deny", bool(deny)),
             ("--max-experts", max_experts is not None),
         )
         if is_given
     ]
-    if len(given) > 1:
+    if (experts or base_only) and len(given) > 1:
         raise HocketError(Reason.BAD_REQUEST, f"{given[0]} leaves nothing for {given[1]} to say: leave out one of them")
     if base_only:
-        return Routing("base")
-    return None if max_experts is None else Routing(expert_count_max=max_experts)
+        return BASE_ALONE
+    if experts or not given:
+        return None
+    return Routing(policy or "rules", allow or (), deny or (), max_experts or 1)
 
 
 def in_options(error: HocketError) -> HocketError:

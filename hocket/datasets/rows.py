@@ -7,12 +7,13 @@ kept, and mean nothing here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import strict_json
@@ -20,6 +21,7 @@ from hocket.text_limits import MESSAGES_MAX, ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from io import BufferedReader
     from pathlib import Path
 
 Progress: TypeAlias = "Callable[[int, int], None] | None"
@@ -49,6 +51,7 @@ class DatasetLimits:
         values: Most JSON values of a line.
         messages: Most turns of a conversation.
         rows: Most lines of a file.
+        file_bytes: Most bytes of a file.
     """
 
     line_bytes: int = 2**20
@@ -56,6 +59,7 @@ class DatasetLimits:
     values: int = 2**16
     messages: int = MESSAGES_MAX
     rows: int = 1_000_000
+    file_bytes: int = 2**34
 
 
 LIMITS: Final = DatasetLimits()
@@ -134,32 +138,66 @@ def scan_rows(
         `BAD_DATASET` at line 1 for a file without lines.
 
     Raises:
-        HocketError: `BAD_REQUEST` if the file cannot be read.
+        HocketError: As `open_dataset`.
     """
+    tell = on_progress or (lambda _done, _total: None)
     expected: Format | None = None
     line = 0
-    try:
-        with path.open("rb") as file:
-            details = os.fstat(file.fileno())
-            if not stat.S_ISREG(details.st_mode):
-                raise HocketError(Reason.BAD_REQUEST, f"{path} is no file: give a file of JSON lines")
-            for line, (offset, raw) in enumerate(_lines(file, limits.line_bytes), start=1):
-                if line > limits.rows:
-                    yield _refused(Reason.TOO_LARGE, path, line, f"there are more than {limits.rows} lines: divide it")
-                    return
-                row = _row(path, line, offset, raw, limits)
-                if isinstance(row, Row):
-                    expected = expected or row.format
-                    if row.format is not expected:
-                        what = f"it is a {row.format!r} row, and those before are {expected!r}: one format a file"
-                        row = _refused(Reason.BAD_DATASET, path, line, what)
-                yield row
-                if on_progress is not None and line % _TOLD_EVERY_LINES == 0:
-                    on_progress(offset, details.st_size)
-    except OSError as error:
-        raise HocketError(Reason.BAD_REQUEST, f"cannot read {path}: {error.strerror}") from error
+    file, size_bytes = open_dataset(path, limits)
+    with file:
+        for line, (offset, raw) in enumerate(_lines(path, file, limits.line_bytes), start=1):
+            if line > limits.rows:
+                yield _refused(Reason.TOO_LARGE, path, line, f"there are more than {limits.rows} lines: divide it")
+                return
+            row = _row(path, line, offset, raw, limits)
+            if isinstance(row, Row):
+                expected = expected or row.format
+                if row.format is not expected:
+                    what = f"it is a {row.format!r} row, and those before are {expected!r}: one format a file"
+                    row = _refused(Reason.BAD_DATASET, path, line, what)
+            yield row
+            if line % _TOLD_EVERY_LINES == 0:
+                tell(offset, size_bytes)
+    tell(size_bytes, size_bytes)
     if line == 0:
         yield _refused(Reason.BAD_DATASET, path, 1, "the file is empty")
+
+
+def open_dataset(path: Path, limits: DatasetLimits = LIMITS) -> tuple[BufferedReader, int]:
+    """Open a dataset for reading, and say how many bytes it has.
+
+    No pipe is waited for, and no device read: only what is a file, and no larger than allowed, is opened.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if it cannot be read or is no file; `TOO_LARGE` beyond `limits.file_bytes`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # the latter for a name that is none
+        raise _unreadable(path, error) from error
+    details = os.fstat(descriptor)
+    if stat.S_ISREG(details.st_mode) and details.st_size <= limits.file_bytes:
+        return os.fdopen(descriptor, "rb"), details.st_size
+    os.close(descriptor)
+    if not stat.S_ISREG(details.st_mode):
+        raise HocketError(Reason.BAD_REQUEST, f"{path} is no file: give a file of JSON lines")
+    raise HocketError(
+        Reason.TOO_LARGE, f"{path} has {details.st_size} bytes, and at most {limits.file_bytes} are read: divide it"
+    )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a dataset, `sha256:<hex>`.
+
+    Raises:
+        HocketError: As `open_dataset`.
+    """
+    file, _ = open_dataset(path)
+    with file:
+        try:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
 def row_at(path: Path, offset_bytes: int, line: int, limits: DatasetLimits = LIMITS) -> Row:
@@ -168,12 +206,10 @@ def row_at(path: Path, offset_bytes: int, line: int, limits: DatasetLimits = LIM
     Raises:
         HocketError: As `read_rows`; the file may have changed.
     """
-    try:
-        with path.open("rb") as file:
-            file.seek(offset_bytes)
-            raw = file.readline(limits.line_bytes + 2).rstrip(b"\r\n")
-    except OSError as error:
-        raise HocketError(Reason.BAD_REQUEST, f"cannot read {path}: {error.strerror}") from error
+    file, _ = open_dataset(path, limits)
+    with file:
+        file.seek(offset_bytes)
+        raw = _line(path, file, limits.line_bytes + 2).rstrip(b"\r\n")
     row = _row(path, line, offset_bytes, raw, limits)
     if isinstance(row, HocketError):
         raise row
@@ -194,15 +230,26 @@ def stratum(row: Row, key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _lines(file: IO[bytes], bytes_max: int) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, file: BufferedReader, bytes_max: int) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of each line without its end; of one that is too long `bytes_max + 1` bytes."""
     offset = 0
-    while line := file.readline(bytes_max + 2):
+    while line := _line(path, file, bytes_max + 2):
         whole = line.removesuffix(b"\n").removesuffix(b"\r")
         yield offset, whole[: bytes_max + 1]
         offset += len(line)
-        while not line.endswith(b"\n") and (line := file.readline(_SKIPPED_BYTES)):
+        while not line.endswith(b"\n") and (line := _line(path, file, _SKIPPED_BYTES)):
             offset += len(line)
+
+
+def _line(path: Path, file: BufferedReader, bytes_max: int) -> bytes:
+    try:
+        return file.readline(bytes_max)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> HocketError:
+    return HocketError(Reason.BAD_REQUEST, f"cannot read {path}: {getattr(error, 'strerror', error)}")
 
 
 def _row(path: Path, line: int, offset: int, raw: bytes, limits: DatasetLimits) -> Row | HocketError:

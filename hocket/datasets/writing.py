@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from hocket.errors import HocketError, Reason
 
@@ -24,21 +24,32 @@ def writing(path: Path) -> Iterator[Callable[[bytes], None]]:
         What writes one line.
 
     Raises:
-        HocketError: `BAD_REQUEST` if it cannot be written.
+        HocketError: `BAD_REQUEST` if it cannot be written. What the block raises stays as it is.
     """
+    draft = path.parent / f".{secrets.token_hex(8)}.new"
+    with _refusing(path):
+        file = draft.open("xb")
     try:
-        draft = path.with_name(f".{secrets.token_hex(8)}.new")
-        try:
-            with draft.open("xb") as file:
-                yield lambda line: _write(file.write, line)
+        yield lambda line: _write(path, file, line)
+        with _refusing(path):
+            file.close()  # which writes what is left
             draft.replace(path)
-        finally:
-            with suppress(OSError):
-                draft.unlink()  # as far as it is still there
+    finally:
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):
+            draft.unlink()  # as far as it is still there
+
+
+def _write(path: Path, file: IO[bytes], line: bytes) -> None:
+    with _refusing(path):
+        file.write(line)
+        file.write(b"\n")
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:  # the latter for a name that is none
         raise HocketError(Reason.BAD_REQUEST, f"cannot write {path}: {getattr(error, 'strerror', error)}") from error
-
-
-def _write(write: Callable[[bytes], int], line: bytes) -> None:
-    write(line)
-    write(b"\n")

@@ -42,6 +42,7 @@ class Question:
 
     Attributes:
         line: Of its row.
+        format: Of its row: whether a prompt is put to whoever answers, or a conversation.
         turns: The conversation so far: `{"role", "content"}` each.
         reference: The right answer.
         metric: How answers are scored.
@@ -52,6 +53,7 @@ class Question:
     """
 
     line: int
+    format: Format
     turns: tuple[Mapping[str, str], ...]
     reference: str
     metric: Metric
@@ -116,7 +118,15 @@ def _question(row: Row, metric: str, by: str | None) -> Question:
             check_schema(schema)
         json_match("", row.answer, schema)
     return Question(
-        row.line, row.question, row.answer, chosen, "" if by is None else stratum(row, by), expert, script, schema
+        line=row.line,
+        format=row.format,
+        turns=row.question,
+        reference=row.answer,
+        metric=chosen,
+        stratum="" if by is None else stratum(row, by),
+        expert=expert,
+        script=script,
+        schema=schema,
     )
 
 

@@ -88,13 +88,13 @@ class Routing:
         keywords: Lower-case, each once, in order.
         exclude_keywords: As `keywords`.
         router_hint: A boolean expression over features of the text; None for none.
-        priority: Between 0 and 1.
+        priority: Between 0 and 1; None if not stated.
     """
 
     keywords: tuple[str, ...]
     exclude_keywords: tuple[str, ...] = ()
     router_hint: str | None = None
-    priority: float = 0.5
+    priority: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

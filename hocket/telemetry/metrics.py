@@ -102,6 +102,7 @@ BREAKER_OPENINGS: Final = Counter("hocket_breaker_openings", "Circuit breakers t
 CAPACITY_OVERFLOWS: Final = Counter(
     "hocket_capacity_overflows", "Preferred experts passed over because they were full."
 )
+TEXT_DECISIONS: Final = Counter("hocket_text_decisions", "Texts, by who has decided and why.", ("policy", "reason"))
 SNAPSHOT_REVISION: Final = Gauge("hocket_snapshot_revision", "Registry revision of the current snapshot.", ("service",))
 EXPERT_LOADS: Final = Counter("hocket_expert_loads", "Experts brought into memory, by outcome.", ("outcome",))
 EXPERT_EVICTIONS: Final = Counter("hocket_expert_evictions", "Experts that left memory to make room.")

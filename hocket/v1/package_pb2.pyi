@@ -568,7 +568,7 @@ class RoutingHints(_message.Message):
     router_hint: _builtins.str
     """A boolean expression over features of the text."""
     priority: _builtins.float
-    """Between 0 and 1."""
+    """Between 0 and 1; absent where the author states none."""
     @_builtins.property
     def keywords(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Words that speak for it, lower-case."""
@@ -583,13 +583,15 @@ class RoutingHints(_message.Message):
         keywords: _abc.Iterable[_builtins.str] | None = ...,
         exclude_keywords: _abc.Iterable[_builtins.str] | None = ...,
         router_hint: _builtins.str = ...,
-        priority: _builtins.float = ...,
+        priority: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "priority", b"priority"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_keywords", b"exclude_keywords", "keywords", b"keywords", "priority", b"priority", "router_hint", b"router_hint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "exclude_keywords", b"exclude_keywords", "keywords", b"keywords", "priority", b"priority", "router_hint", b"router_hint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___RoutingHints: _TypeAlias = RoutingHints  # noqa: Y015
 

@@ -47,9 +47,7 @@ class _EvidenceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Evidence
     EVIDENCE_KIND_PRIOR: _EvidenceKind.ValueType  # 7
     """What the base has from the start."""
     EVIDENCE_KIND_GENERIC: _EvidenceKind.ValueType  # 8
-    """The text, or a sentence of it, begins as a general question does: for the base. For an expert, what its words lose by
-    naming only the topic of such a question.
-    """
+    """The text is a question, or asks for talk: for the base. For an expert, what its words lose by naming only the topic."""
 
 class EvidenceKind(_EvidenceKind, metaclass=_EvidenceKindEnumTypeWrapper):
     """What speaks for or against one that could answer."""
@@ -71,9 +69,7 @@ EVIDENCE_KIND_PRIORITY: EvidenceKind.ValueType  # 6
 EVIDENCE_KIND_PRIOR: EvidenceKind.ValueType  # 7
 """What the base has from the start."""
 EVIDENCE_KIND_GENERIC: EvidenceKind.ValueType  # 8
-"""The text, or a sentence of it, begins as a general question does: for the base. For an expert, what its words lose by
-naming only the topic of such a question.
-"""
+"""The text is a question, or asks for talk: for the base. For an expert, what its words lose by naming only the topic."""
 Global___EvidenceKind: _TypeAlias = EvidenceKind  # noqa: Y015
 
 @_typing.final
@@ -244,7 +240,9 @@ class Routing(_message.Message):
     @_builtins.property
     def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these may be chosen, each named as in ChosenExpert; none for all. A name without a version means whichever
-        version the gate would choose. At most 256.
+        version the gate would choose; one with a version, or a digest, means that version alone, and the gate chooses only
+        the one that stands for the name. A list that leaves nobody whom the gate could choose on this base is refused. At
+        most 256.
         """
 
     @_builtins.property
@@ -450,10 +448,15 @@ class TextDecision(_message.Message):
     CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     THRESHOLDS_FIELD_NUMBER: _builtins.int
+    RULES_VERSION_FIELD_NUMBER: _builtins.int
     candidate_count: _builtins.int
     """How many of these there are, those that are not listed included."""
     confidence: _builtins.float
-    """The best expert's probability, divided by the sum of its own and the base's. Only of POLICY_RULES."""
+    """How sure it is that an expert should answer, by the highest of their scores and that of the base; 0 where nothing
+    speaks for an expert. Only of POLICY_RULES.
+    """
+    rules_version: _builtins.int
+    """Which rules: another number where the same text and the same experts may get other scores. Only of POLICY_RULES."""
     @_builtins.property
     def plan(self) -> _text_pb2.TextPlan:
         """What Generate would do now; it names the policy and the reason."""
@@ -464,8 +467,9 @@ class TextDecision(_message.Message):
 
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextCandidate]:
-        """The experts that something in the text speaks for or against, best first; of equals the one with the lower digest.
-        At most 32 of them. None where the caller has named the experts, or asked for the base alone.
+        """The experts that may be chosen and whose score is not 0, best first; of equals the one with the lower digest. At most
+        32 of them. Whom the request does not allow, or denies, or no worker has room for, is not among them. None where the
+        caller has named the experts, or asked for the base alone.
         """
 
     @_builtins.property
@@ -481,10 +485,11 @@ class TextDecision(_message.Message):
         candidate_count: _builtins.int = ...,
         confidence: _builtins.float = ...,
         thresholds: Global___GateThresholds | None = ...,
+        rules_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "plan", b"plan", "thresholds", b"thresholds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "candidate_count", b"candidate_count", "candidates", b"candidates", "confidence", b"confidence", "plan", b"plan", "thresholds", b"thresholds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "candidate_count", b"candidate_count", "candidates", b"candidates", "confidence", b"confidence", "plan", b"plan", "rules_version", b"rules_version", "thresholds", b"thresholds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,9 +516,12 @@ class TextCandidate(_message.Message):
     score: _builtins.float
     """How much the text speaks for it: the sum of its evidence."""
     probability: _builtins.float
-    """The share of it, among the base and all experts with a score above 0: these sum to 1. Only of POLICY_RULES."""
+    """The share of it, among the base and all experts with a score above 0: these sum to 1. The base has what the
+    confidence leaves, and experts share that; what many of them have in common counts less between them than in their
+    scores. Only of POLICY_RULES.
+    """
     weight: _builtins.float
-    """Its weight in the plan; 0 when not chosen."""
+    """Its weight in the plan; 0 when not chosen. Of a base that answers alone it is 1."""
     chosen: _builtins.bool
     """Whether it answers."""
     @_builtins.property
@@ -608,27 +616,19 @@ class GateThresholds(_message.Message):
 
     CONFIDENCE_MIN_FIELD_NUMBER: _builtins.int
     SHARE_MIN_FIELD_NUMBER: _builtins.int
-    PROBABILITY_MIN_FIELD_NUMBER: _builtins.int
-    WEIGHT_MIN_FIELD_NUMBER: _builtins.int
     confidence_min: _builtins.float
     """Least confidence at which an expert answers in place of the base."""
     share_min: _builtins.float
     """Of several, least share of the best one's probability."""
-    probability_min: _builtins.float
-    """Of several, least probability."""
-    weight_min: _builtins.float
-    """Of several, least weight."""
     def __init__(
         self,
         *,
         confidence_min: _builtins.float = ...,
         share_min: _builtins.float = ...,
-        probability_min: _builtins.float = ...,
-        weight_min: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_min", b"confidence_min", "probability_min", b"probability_min", "share_min", b"share_min", "weight_min", b"weight_min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_min", b"confidence_min", "share_min", b"share_min"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,15 +5,12 @@ The rules are those of `hocket.packages.expert.resolution`, with nothing to choo
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import chain
 from typing import TYPE_CHECKING
 
+from hocket.composition import check_exactly
 from hocket.errors import HocketError, Reason
-from hocket.packages.expert.resolution import Candidate, resolve
-from hocket.requirements import Requirement
+from hocket.packages.expert.resolution import Candidate
 from hocket.text_limits import EXPERTS_MAX
-from hocket.versions import Comparator, Range, Version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,15 +42,10 @@ def check_together(experts: Iterable[tuple[AdapterFacts, Iterable[Proof]]]) -> N
 
     Raises:
         HocketError: `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS`, and the other refusals of
-            `resolve`.
+            `hocket.composition.check_exactly`.
     """
     owned = {facts.digest: _owned(facts, proofs) for facts, proofs in experts}
-    asked = [candidates[0] for candidates in owned.values()]
-    _check_versions(asked)
-    try:
-        resolve([_exactly(each) for each in asked], chain.from_iterable(owned.values()))
-    except HocketError as error:
-        raise error.restated(f"{error.message} (only what the request itself names can be there)") from error
+    check_exactly([*owned.values()])
 
 
 def _owned(facts: AdapterFacts, proofs: Iterable[Proof]) -> list[Candidate]:
@@ -62,17 +54,3 @@ def _owned(facts: AdapterFacts, proofs: Iterable[Proof]) -> list[Candidate]:
         Candidate(facts.digest, owner, facts.name, facts.version, facts.base, facts.constraints)
         for owner in sorted(owners or {""})
     ]
-
-
-def _check_versions(asked: Iterable[Candidate]) -> None:
-    for (publisher, name), count in Counter((each.publisher, each.name) for each in asked).items():
-        if count > 1:
-            raise HocketError(
-                Reason.EXPERTS_INCOMPATIBLE,
-                f"{count} versions of {publisher or 'nobody'}/{name} in one answer do not go together: choose one",
-            )
-
-
-def _exactly(candidate: Candidate) -> Requirement:
-    version = Range((Comparator("=", Version.parse(candidate.version)),))
-    return Requirement(candidate.name, version, candidate.publisher)

@@ -1,30 +1,31 @@
 """Who answers a text that names no experts: the gate's scores, turned into a choice.
 
-By the rules: every expert whose score is above 0 and the base have a share of a softmax,
+By the rules two things are decided. Whether any expert answers, on scores, by the highest one:
 
-    p_e = exp(SHARPNESS score_e) / sum over these experts and the base.
+    confidence = 1 / (1 + exp(SHARPNESS (score of the base - highest score)))
 
-The best expert answers if p_best / (p_best + p_base) is at least `CONFIDENCE_MIN`, else the base does. That is a
-comparison of these two: how many others there are does not matter to it. Where several may answer, those join the best
-whose probability is at least `SHARE_MIN` of its and at least `PROBABILITY_MIN`, best first, as far as they go together;
-weights are p^(1 / MIX_TEMPERATURE), those under `WEIGHT_MIN` dropped, and sum to 1.
+has to be at least `CONFIDENCE_MIN`; otherwise the base does. How many other experts there are, and what they say, does
+not matter to it. And which one, on ranks, by the share of each expert whose score is above 0:
+
+    p_e = confidence exp(SHARPNESS rank_e) / sum over these experts.
+
+The base has the rest, 1 - confidence. Where several may answer, those join the best whose probability is at least
+`SHARE_MIN` of its, best first, as far as they go together; weights are the probabilities, scaled to sum to 1.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from hocket import composition
 from hocket.errors import HocketError
-from hocket.requirements import Requirement
-from hocket.text_limits import EXPERTS_MAX
 from hocket.v1.router_pb2 import EvidenceKind
 from hocket.v1.text_pb2 import DecisionReason, Policy
-from hocket.versions import Version
 from services.router import hivellm
 from services.router.rules import Evidence
 
@@ -40,15 +41,8 @@ CONFIDENCE_MIN: Final = 0.6
 """Theta: harm of a wrong expert, divided by the sum of that and the harm of a missing one."""
 SHARE_MIN: Final = 0.5
 """Rho: least share of the best probability that joins it."""
-PROBABILITY_MIN: Final = 0.15
-"""Least probability that joins the best."""
-WEIGHT_MIN: Final = 0.05
-"""Least weight in a mixture."""
-MIX_TEMPERATURE: Final = 1.0
-"""Above 1, members of a mixture weigh more alike."""
 CANDIDATES_MAX: Final = 32
 """So many candidates are kept, the best ones."""
-_PATTERNS_KEPT: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +75,8 @@ class Choice:
         candidates: Whom something in the text speaks for or against, best first, `CANDIDATES_MAX` of them.
         candidate_count: How many there are.
         base_evidence: What speaks for the base.
-        base_probability: As the module says.
-        confidence: The best expert's probability, of the sum of its own and the base's.
+        base_probability: As the module says; 0 where the policy has none.
+        confidence: As the module says; 0 where the policy has none, and where nothing speaks for an expert.
     """
 
     policy: Policy.ValueType
@@ -91,7 +85,7 @@ class Choice:
     candidates: Sequence[Candidate] = ()
     candidate_count: int = 0
     base_evidence: Sequence[Evidence] = ()
-    base_probability: float = 1.0
+    base_probability: float = 0.0
     confidence: float = 0.0
 
 
@@ -139,29 +133,30 @@ def by_rules(gate: RulesGate, text: str, bounds: Bounds) -> Choice:
     places = places[gate.sizes_bytes[places] <= bounds.size_bytes_max]
     if bounds.is_selective:
         places = places[[bounds.admits(gate.experts[place]) for place in places]]
-    places = places[np.argsort(-reading.scores[places], kind="stable")]
-    scores = reading.scores[places]
-    most = max(float(scores.max(initial=0.0)), reading.base_score)
-    odds = np.where(scores > 0, np.exp(SHARPNESS * (scores - most)), 0.0)
-    base_odds = math.exp(SHARPNESS * (reading.base_score - most))
-    total = math.fsum([*odds.tolist(), base_odds])
+    scores, ranks = reading.scores[places], reading.ranks[places]
+    order = np.lexsort((-ranks, scores <= 0))
+    places, scores, ranks = places[order], scores[order], ranks[order]
+    count = int((scores > 0).sum())
+    odds = np.zeros(len(places))
+    odds[:count] = np.exp(SHARPNESS * (ranks[:count] - ranks[:1]))
+    best = float(scores.max(initial=0.0))
+    confidence = 1.0 / (1.0 + math.exp(SHARPNESS * (reading.base_score - best))) if count else 0.0
+    total = math.fsum(odds) if count else 1.0
     candidates = [
         Candidate(
             expert=gate.experts[place],
             score=float(score),
             evidence=partial(gate.evidence, int(place), reading),
-            probability=float(each) / total,
+            probability=confidence * float(each) / total,
         )
         for place, score, each in zip(places[:CANDIDATES_MAX], scores, odds, strict=False)
     ]
-    best_odds = float(odds.max(initial=0.0))
-    confidence = best_odds / (best_odds + base_odds)
     weights: Mapping[str, float] = {}
-    if not best_odds:
+    if not count:
         reason = DecisionReason.DECISION_REASON_BASE_NO_MATCH
     elif confidence >= CONFIDENCE_MIN:
         reason = DecisionReason.DECISION_REASON_GATE
-        weights = _weights([candidate for candidate in candidates if candidate.probability > 0], bounds)
+        weights = _weights(candidates[:count], bounds)
     elif reading.seen.generic_form:
         reason = DecisionReason.DECISION_REASON_BASE_GENERIC
     else:
@@ -173,19 +168,19 @@ def by_rules(gate: RulesGate, text: str, bounds: Bounds) -> Choice:
         candidates=_weighted(candidates, weights),
         candidate_count=len(places),
         base_evidence=reading.base_evidence(),
-        base_probability=base_odds / total,
+        base_probability=1.0 - confidence,
         confidence=confidence,
     )
 
 
 def by_hivellm(gate: RulesGate, text: str, bounds: Bounds) -> Choice:
     """Choose as the format's own chat command does: one expert at most, of equals the one with the lower digest."""
-    general = hivellm.general_question(text)
+    said = hivellm.Said(text)
+    general = hivellm.general_question(said)
     candidates = []
     for expert in filter(bounds.admits, gate.experts):
-        evidence = hivellm.chat_evidence(text, expert.package.adapter)
-        if evidence:
-            score = math.fsum(each.contribution for each in evidence)
+        evidence = hivellm.chat_evidence(said, expert.package.adapter)
+        if score := math.fsum(each.contribution for each in evidence):
             candidates.append(Candidate(expert, score, partial(list, evidence)))
     candidates.sort(key=lambda candidate: -candidate.score)
     weights: Mapping[str, float] = {}
@@ -204,7 +199,6 @@ def by_hivellm(gate: RulesGate, text: str, bounds: Bounds) -> Choice:
         candidates=_weighted(candidates[:CANDIDATES_MAX], weights),
         candidate_count=len(candidates),
         base_evidence=[generic] if general else [],
-        base_probability=0.0,
     )
 
 
@@ -213,49 +207,24 @@ def _weights(ranked: Sequence[Candidate], bounds: Bounds) -> dict[str, float]:
     best = ranked[0]
     members = [best]
     for candidate in ranked[1:]:
-        if len(members) == bounds.count_max or candidate.probability < max(
-            SHARE_MIN * best.probability, PROBABILITY_MIN
-        ):
+        if len(members) == bounds.count_max or candidate.probability < SHARE_MIN * best.probability:
             break
         if _go_together([each.expert for each in (*members, candidate)], bounds.size_bytes_max):
             members.append(candidate)
-    raw = {each.expert.package.digest: each.probability ** (1.0 / MIX_TEMPERATURE) for each in members}
-    kept = {digest: weight for digest, weight in raw.items() if weight >= WEIGHT_MIN * math.fsum(raw.values())}
-    total = math.fsum(kept.values())
-    return {digest: weight / total for digest, weight in kept.items()}
+    total = math.fsum(each.probability for each in members)
+    return {each.expert.package.digest: each.probability / total for each in members}
 
 
 def _go_together(experts: Sequence[Expert], size_bytes_max: int) -> bool:
-    """Whether experts may be composed; every one but the last is known to go with every other."""
-    facts = [expert.package.adapter for expert in experts]
-    most = min((each.constraints.max_chain for each in facts if each.constraints.max_chain), default=EXPERTS_MAX)
-    if len(experts) > most or sum(each.parameter_bytes for each in facts) > size_bytes_max:
+    """Whether experts may be composed, by the rules that a worker has for it."""
+    packages = [expert.package for expert in experts]
+    if sum(package.adapter.parameter_bytes for package in packages) > size_bytes_max:
         return False
-    newest = experts[-1]
-    return not any(_excludes(other, newest) or _excludes(newest, other) for other in experts[:-1])
-
-
-def _excludes(owner: Expert, other: Expert) -> bool:
-    """Whether an expert says that it does not go with another; a pattern that nobody understands says so, too."""
-    facts = other.package.adapter
-    for text in owner.package.adapter.constraints.incompatible_with:
-        pattern = _pattern(text)
-        if pattern is None:
-            return True
-        owners = {release.publisher for release in other.package.releases}
-        if pattern.name != facts.name or (pattern.publisher is not None and pattern.publisher not in owners):
-            continue
-        if pattern.range.allows(Version.parse(facts.version), prereleases=True):
-            return True
-    return False
-
-
-@lru_cache(_PATTERNS_KEPT)
-def _pattern(text: str) -> Requirement | None:
     try:
-        return Requirement.parse(text)
+        composition.check_exactly([[*composition.candidates([package])] for package in packages])
     except HocketError:
-        return None
+        return False
+    return True
 
 
 def _chosen(candidates: Sequence[Candidate], weights: Mapping[str, float]) -> list[tuple[Expert, float]]:

@@ -49,7 +49,7 @@ themselves again."""
 _REGISTRY_SECONDS: Final = 3.0
 """How long a router that starts waits for its registry before what it knew earlier counts."""
 _SWAP_SECONDS: Final = 0.01
-"""How long changes are gathered before the next snapshot."""
+"""How long changes are gathered before the next snapshot: a revoked key may change thousands of packages."""
 _MEND_SECONDS: Final = 1.0
 """Pause between attempts to fetch what a mixture lacks."""
 _KEEP_SECONDS: Final = 1.0
@@ -148,6 +148,15 @@ class _View:
             for digest in held.keys() - needed:
                 del held[digest]
 
+    def copy(self) -> _View:
+        """What does not change while the feed is read on, for a thread to index."""
+        return _View(
+            packages=dict(self.packages),
+            mixtures=dict(self.mixtures),
+            bodies=dict(self.bodies),
+            states=dict(self.states),
+        )
+
     def _mixture_models(self) -> Iterator[tuple[Mixture, Model]]:
         for mixture in self.mixtures.values():
             try:
@@ -210,9 +219,11 @@ class Directory:
         self._changed = asyncio.Event()
         self._unkept = asyncio.Event()
         self._failures = 0
-        self._due: asyncio.TimerHandle | None = None
         self._grace: asyncio.TimerHandle | None = None
+        self._due = asyncio.Event()
+        self._swapping = asyncio.Lock()
         self._models_due = False
+        self._is_told_of_a_worker = False
 
     @property
     def snapshot(self) -> Snapshot:
@@ -235,12 +246,9 @@ class Directory:
         """
         try:
             async with asyncio.timeout(_REGISTRY_SECONDS):
-                await self._until(self._is_told_of_a_worker)
+                await self._until(lambda: self._is_told_of_a_worker)
         except TimeoutError:
-            await self._until(lambda: self._is_told_of_a_worker() or bool(not self._epoch and self._workers))
-
-    def _is_told_of_a_worker(self) -> bool:
-        return bool(self._epoch and self._workers.keys() - self._unconfirmed)
+            await self._until(lambda: self._is_told_of_a_worker or bool(not self._epoch and self.snapshot.workers))
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while self._snapshot is None or not condition():
@@ -249,11 +257,12 @@ class Directory:
 
     async def follow(self) -> None:
         """Follow the feed for ever, reconnecting with growing pauses; the copy on disk serves until it speaks."""
-        mending = asyncio.create_task(self._mend())
+        beside = [asyncio.create_task(self._mend()), asyncio.create_task(self._swap_when_due())]
         try:
             await self._follow()
         finally:
-            mending.cancel()
+            for task in beside:
+                task.cancel()
 
     async def _follow(self) -> None:
         recalled = self._kept is None
@@ -315,7 +324,8 @@ class Directory:
                         self._view, synced = view, True
                         self._revision = self._resume_after = event.revision
                         self._confirm_workers(event.epoch, told)
-                        self._swap(models=True)
+                        self._models_due = True
+                        await self._swap()
                         continue
                     case _:
                         await self._take(view, event, self._registry.fetch_mixture)
@@ -323,7 +333,7 @@ class Directory:
                             # One change of the registry may be several items; a break between them repeats it.
                             self._revision, self._resume_after = event.revision, event.revision - 1
                 if synced:
-                    self._swap_soon(models=kind in {"package", "mixture"})
+                    self._note_change(models=kind in {"package", "mixture"})
         return False
 
     def _fresh_view(self) -> _View:
@@ -348,7 +358,8 @@ class Directory:
                 await self._take(view, event, fetch)
         if events:
             self._view = view
-            self._swap(models=True)  # the revision stays 0: the feed will be read from its beginning
+            self._models_due = True
+            await self._swap()  # the revision stays 0: the feed will be read from its beginning
 
     async def _take(self, view: _View, event: WatchResponse, fetch: Fetch) -> None:
         """Take one durable item in. What a mixture lacks is fetched later: nothing holds up what comes after it."""
@@ -389,7 +400,7 @@ class Directory:
                     continue
                 try:
                     if await self._complete(view, mixture, self._registry.fetch_mixture):
-                        self._swap_soon(models=True)
+                        self._note_change(models=True)
                 except Exception:  # noqa: BLE001 - one that nobody understands must not keep the others from theirs
                     _log.exception("mixture not understood", mixture=name)
 
@@ -409,41 +420,52 @@ class Directory:
         for worker in self._unconfirmed:
             self._workers.pop(worker, None)
         self._unconfirmed.clear()
-        self._swap(models=False)
+        self._note_change(models=False)
 
-    def _swap_soon(self, *, models: bool) -> None:
-        """Swap once for all that arrives in a moment: a revoked key may change thousands of packages."""
+    def _note_change(self, *, models: bool) -> None:
+        """Have the next snapshot made, soon; `models` if something other than workers has changed."""
         self._models_due |= models
-        if self._due is None:
-            self._due = asyncio.get_running_loop().call_later(_SWAP_SECONDS, self._swap_now)
+        self._due.set()
 
-    def _swap_now(self) -> None:
-        self._due = None
-        self._swap(models=self._models_due)
+    async def _swap_when_due(self) -> None:
+        """Swap, for ever, once for all that arrives in a moment."""
+        while True:
+            await self._due.wait()
+            await asyncio.sleep(_SWAP_SECONDS)
+            self._due.clear()
+            try:
+                await self._swap()
+            except Exception:  # noqa: BLE001 - a frozen snapshot would miss revocations: whatever it was, try again
+                _log.exception("view of the registry not understood")
+                self._note_change(models=True)
+                await asyncio.sleep(_MEND_SECONDS)
 
-    def _swap(self, *, models: bool) -> None:
+    async def _swap(self) -> None:
+        """Make a snapshot of what is known now, and swap it in when it is whole.
+
+        What takes time, models and gates, is made in a thread, while the snapshot before keeps serving.
+        """
+        async with self._swapping:
+            await self._swap_alone()
+
+    async def _swap_alone(self) -> None:
+        before, revision = self._snapshot, self._revision
         workers = tuple(map(_worker, self._workers.values()))
         gone_bases = self._recent_bases.note(workers)
-        if self._snapshot is None or models:
-            self._view.forget_bodies()
-            listed, addresses, withdrawn = self._view.index()
-            packages = dict(self._view.packages)
-            experts = index(packages.values())
-            gates = build_gates(experts, workers, {} if self._snapshot is None else self._snapshot.gates)
-            self._snapshot = Snapshot(
-                self._revision, listed, addresses, withdrawn, packages, workers, experts, gone_bases, gates
-            )
+        is_told_of_a_worker = bool(self._epoch and self._workers.keys() - self._unconfirmed)
+        if before is None or self._models_due:
             self._models_due = False
+            self._view.forget_bodies()
+            made = await asyncio.to_thread(_index, self._view.copy(), workers, before)
             if self._kept is None:
                 self._view.fetched.clear()  # only the copy on disk needs them
+        elif announced(workers) != announced(before.workers):
+            made = replace(before, gates=await asyncio.to_thread(build_gates, before.experts, workers, before.gates))
         else:
-            known = self._snapshot.gates
-            if known.keys() != announced(workers).keys():
-                known = build_gates(self._snapshot.experts, workers, known)
-            self._snapshot = replace(
-                self._snapshot, revision=self._revision, workers=workers, gone_bases=gone_bases, gates=known
-            )
-        metrics.SNAPSHOT_REVISION.labels("router").set(self._revision)
+            made = before
+        self._snapshot = replace(made, revision=revision, workers=workers, gone_bases=gone_bases)
+        self._is_told_of_a_worker = is_told_of_a_worker
+        metrics.SNAPSHOT_REVISION.labels("router").set(revision)
         self._changed.set()
         self._unkept.set()
 
@@ -455,16 +477,33 @@ class Directory:
         yield WatchResponse(revision=self._revision, epoch=self._epoch, synced=Synced())
 
 
+def _index(view: _View, workers: Iterable[Worker], before: Snapshot | None) -> Snapshot:
+    """Models, experts and gates of a view, as a snapshot without the rest.
+
+    Args:
+        view: Nobody else's.
+        workers: Live ones.
+        before: What of it is the same is used again.
+    """
+    listed, addresses, withdrawn = view.index()
+    experts = index(view.packages.values(), before.experts.terms if before else {})
+    gates = build_gates(experts, workers, before.gates if before else {})
+    return Snapshot(0, listed, addresses, withdrawn, view.packages, (), experts, gates=gates)
+
+
 def build_gates(experts: Experts, workers: Iterable[Worker], before: Mapping[str, RulesGate]) -> dict[str, RulesGate]:
     """A gate for each base that workers serve, by digest.
 
     Args:
         experts: All there are.
         workers: Live ones.
-        before: The gates until now: what they have read of packages that are the same is not read again.
+        before: The gates until now: one over the same experts stays.
     """
-    read = {terms.package.digest: terms for gate in before.values() for terms in gate.terms}
-    return {digest: RulesGate(experts.riding_on(base), read) for digest, base in announced(workers).items()}
+    gates = {}
+    for digest, base in announced(workers).items():
+        riding, known = tuple(experts.riding_on(base)), before.get(digest)
+        gates[digest] = known if known is not None and known.experts == riding else RulesGate(riding, experts.terms)
+    return gates
 
 
 async def _bring(view: _View, digest: str, fetch: Fetch) -> None:

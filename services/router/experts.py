@@ -14,6 +14,7 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
 from hocket.versions import Version
 from services.router.model import REFUSALS, listed_name, release_name
+from services.router.rules import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,11 +67,13 @@ class Experts:
         by_address: By digest, by `publisher/name@version`, and the newest version by `publisher/name`.
         owners: Who has an expert of a name, whether or not it may serve: nobody steps into a withdrawn one's name.
         digests: Of every version of a `publisher/name`.
+        terms: What was read of each package that says when it wants to be asked, by digest.
     """
 
     by_address: Mapping[str, Expert] = field(default_factory=dict)
     owners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     digests: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    terms: Mapping[str, Terms] = field(default_factory=dict)
 
     def find(self, address: str, field: str) -> Expert | None:
         """The expert behind a digest or `[publisher/]name[@version]`; None if there is none.
@@ -139,16 +142,22 @@ class Experts:
         return "`hocket search` shows what there is"
 
 
-def index(packages: Iterable[Package]) -> Experts:
+def index(packages: Iterable[Package], known: Mapping[str, Terms] | None = None) -> Experts:
     """The adapter experts among packages.
 
     Of the versions that may serve the newest stands for `publisher/name`, a pre-release only where there is nothing
     else; where none may serve, the newest one does, with the reason why it may not.
+
+    Args:
+        packages: Each digest once.
+        known: Terms that were read before, by digest: of a package that says the same, they are not read again.
     """
+    known = known or {}
     by_address: dict[str, Expert] = {}
     newest: dict[str, Expert] = {}
     owners: dict[str, set[str]] = {}
     digests: dict[str, set[str]] = {}
+    terms: dict[str, Terms] = {}
     for package in packages:
         if not package.HasField("adapter"):
             continue
@@ -168,9 +177,15 @@ def index(packages: Iterable[Package]) -> Experts:
             owners.setdefault(release.name, set()).add(release.publisher)
             digests.setdefault(of_name, set()).add(package.digest)
         by_address[package.digest] = Expert(package, listed_name(package), withdrawn)
+        if package.adapter.HasField("routing"):
+            read = known.get(package.digest)
+            if read is None or read.package.adapter != package.adapter:
+                read = Terms.of(package)
+            terms[package.digest] = read
     by_address |= newest
     return Experts(
         by_address,
         {name: tuple(sorted(publishers)) for name, publishers in owners.items()},
         {of_name: frozenset(of_versions) for of_name, of_versions in digests.items()},
+        terms,
     )

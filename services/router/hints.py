@@ -73,6 +73,16 @@ def terms(expression: Expression) -> Iterator[Term]:
             yield from terms(part)
 
 
+def wanted(expression: Expression, *, negated: bool = False) -> Iterator[Tag]:
+    """The features that speak for an expression: those of `key=value` that stand under no `NOT`, or under two."""
+    if isinstance(expression, Term):
+        if expression.operator == "=" and not negated:
+            yield expression.key, expression.value
+    else:
+        for part in expression.parts:
+            yield from wanted(part, negated=negated != (expression.operation == "not"))
+
+
 def holds(expression: Expression, is_there: Callable[[Tag], bool], numbers: Mapping[str, float]) -> bool:
     """Whether an expression is true of a text.
 

@@ -17,7 +17,7 @@ from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry.context import request_id
 from hocket.v1 import aggregator_pb2, plan_pb2, router_pb2, router_pb2_grpc
 from services.router.session import Decision, decide, work
-from services.router.text import decide_text, explain_text
+from services.router.text import decide_text, explain_text, reading_count
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from services.router.model import Model
     from services.router.placement import Loads, Placed
     from services.router.settings import RouterSettings
+    from services.router.text import TextDecision
 
 CANDIDATES_MAX: Final = 65_536
 """Rows times experts that Route explains at once."""
 _INLINE_WORK_MAX: Final = 2**22
 """Multiplications up to which a decision is made in the event loop: a few milliseconds."""
+_INLINE_EXPERTS_MAX: Final = 64
+"""Experts that are looked at one by one in the event loop: likewise."""
 _NOTHING_ASKED: Final = router_pb2.RouteRequest()
 _PAGE_DEFAULT: Final = 100
 _PAGE_MAX: Final = 1000
@@ -97,7 +100,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         """The plan, a start, deltas, then exactly one finish."""
         deadline = time.monotonic() + remaining_seconds(context, self._settings.generate_deadline_seconds)
-        decision = decide_text(self._directory.snapshot, self._loads, request)
+        decision = await self._decide_text(request)
         with self._texts.holding("texts"), self._bases.holding(decision.plan.base):
             decision.count()
             self._loads.reserve(decision.placed)
@@ -120,7 +123,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """The decision alone, with every score."""
         del context
         if request.HasField("text"):
-            return router_pb2.RouteResponse(text=self._explained(request))
+            return router_pb2.RouteResponse(text=await self._explained(request))
         for field in ("experts", "base", "routing"):
             if getattr(request, field) != getattr(_NOTHING_ASKED, field):
                 raise HocketError(Reason.BAD_REQUEST, f"{field} is for a text: send one, or leave it out", field=field)
@@ -160,7 +163,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         snapshot = self._directory.snapshot
         return _describe(snapshot.resolve(request.model), snapshot)
 
-    def _explained(self, request: router_pb2.RouteRequest) -> router_pb2.TextDecision:
+    async def _explained(self, request: router_pb2.RouteRequest) -> router_pb2.TextDecision:
         """What Generate would do about a text."""
         if request.model or request.HasField("input") or request.HasField("top_k"):
             raise HocketError(
@@ -169,7 +172,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         asked = router_pb2.GenerateRequest(
             input=request.text, experts=request.experts, base=request.base, routing=request.routing
         )
-        return explain_text(decide_text(self._directory.snapshot, self._loads, asked), request.text)
+        return explain_text(await self._decide_text(asked), request.text)
+
+    async def _decide_text(self, request: router_pb2.GenerateRequest) -> TextDecision:
+        """The decision; in a thread when it looks at so many experts that other calls would wait."""
+        snapshot = self._directory.snapshot
+        if reading_count(snapshot, request.routing) <= _INLINE_EXPERTS_MAX:
+            return decide_text(snapshot, self._loads, request)
+        return await asyncio.to_thread(decide_text, snapshot, self._loads, request)
 
     def _resolve(self, request: router_pb2.PredictRequest | router_pb2.RouteRequest) -> Model:
         """What the request addresses."""

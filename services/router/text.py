@@ -21,6 +21,7 @@ from services.router.bases import RETRY_SECONDS, choose_base, shown
 from services.router.choosing import Bounds, Choice
 from services.router.placement import place_text
 from services.router.prompt_features import gate_text
+from services.router.rules import RULES_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,7 +59,10 @@ class TextDecision:
     seconds: float
 
     def count(self) -> None:
-        """Count what this decision gives up, once it is acted upon."""
+        """Count who has decided, why, and what this decision gives up, once it is acted upon."""
+        policy = text_pb2.Policy.Name(self.plan.policy).removeprefix("POLICY_")
+        reason = text_pb2.DecisionReason.Name(self.plan.reason).removeprefix("DECISION_REASON_")
+        metrics.TEXT_DECISIONS.labels(policy, reason).inc()
         if "UNSIGNED_EXPERT" in self.degradations:
             metrics.UNSIGNED_USES.labels("router").inc()
 
@@ -116,6 +120,13 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
     return TextDecision(plan, choice, placed, degradations, time.perf_counter() - begin)
 
 
+def reading_count(snapshot: Snapshot, routing: Routing) -> int:
+    """How many experts a decision looks at one by one, at most: that takes a text's length for each of them."""
+    if routing.policy != text_pb2.POLICY_HIVELLM:
+        return 0
+    return max((len(gate.experts) for gate in snapshot.gates.values()), default=0)
+
+
 def explain_text(decision: TextDecision, given: text_pb2.TextInput) -> router_pb2.TextDecision:
     """A decision with everything behind it."""
     plan, choice = decision.plan, decision.choice
@@ -126,6 +137,7 @@ def explain_text(decision: TextDecision, given: text_pb2.TextInput) -> router_pb
             name=plan.base_name,
             score=sum(each.contribution for each in choice.base_evidence),
             probability=choice.base_probability,
+            weight=float(not plan.experts),
             chosen=not plan.experts,
             evidence=_evidence(choice.base_evidence),
         ),
@@ -145,20 +157,19 @@ def explain_text(decision: TextDecision, given: text_pb2.TextInput) -> router_pb
         confidence=choice.confidence,
     )
     if choice.policy == text_pb2.POLICY_RULES:
+        explained.rules_version = RULES_VERSION
         explained.thresholds.CopyFrom(
             router_pb2.GateThresholds(
                 confidence_min=choosing.CONFIDENCE_MIN,
                 share_min=choosing.SHARE_MIN,
-                probability_min=choosing.PROBABILITY_MIN,
-                weight_min=choosing.WEIGHT_MIN,
             )
         )
     elif choice.policy == text_pb2.POLICY_HIVELLM:
-        text = gate_text(given)
+        said = hivellm.Said(gate_text(given))
         for candidate, each in zip(explained.candidates, choice.candidates, strict=True):
             facts = each.expert.package.adapter
-            candidate.hivellm.keyword = hivellm.keyword_score(text, facts)
-            candidate.hivellm.embedding = hivellm.embedding_score(text, facts)
+            candidate.hivellm.keyword = hivellm.keyword_score(said, facts)
+            candidate.hivellm.embedding = hivellm.embedding_score(said, facts)
     return explained
 
 
@@ -171,17 +182,27 @@ def _choice(snapshot: Snapshot, request: GenerateRequest, base: Base) -> Choice:
     if request.experts:
         return Choice(text_pb2.POLICY_UNSPECIFIED, text_pb2.DECISION_REASON_EXPLICIT)
     routing = request.routing
+    allowed = _named(snapshot, routing.allow, "allow") if routing.allow else None
+    denied = _named(snapshot, routing.deny, "deny")
     if routing.policy == text_pb2.POLICY_BASE:
         return Choice(text_pb2.POLICY_BASE, text_pb2.DECISION_REASON_POLICY)
+    gate = snapshot.gates[base.digest]
+    if allowed is not None and not any(expert.package.digest in allowed for expert in gate.experts):
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"none of these experts can be chosen on the base {shown(base)}: the gate chooses the newest version of "
+            "those that ride on it, say when they want to be asked, and require no others. Allow others, or name one",
+            field="routing.allow",
+        )
     rooms = [worker.budget_bytes for worker in snapshot.workers if worker.serves(base.digest) and not worker.draining]
     bounds = Bounds(
-        allowed=_named(snapshot, routing.allow, "allow") if routing.allow else None,
-        denied=_named(snapshot, routing.deny, "deny"),
+        allowed=allowed,
+        denied=denied,
         size_bytes_max=max(rooms, default=0),
         count_max=routing.expert_count_max or 1,
     )
     choose = choosing.by_hivellm if routing.policy == text_pb2.POLICY_HIVELLM else choosing.by_rules
-    return choose(snapshot.gates[base.digest], gate_text(request.input), bounds)
+    return choose(gate, gate_text(request.input), bounds)
 
 
 def _check_routing(request: GenerateRequest) -> None:

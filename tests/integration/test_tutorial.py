@@ -1,13 +1,16 @@
 """The tutorial is run as it stands, one block after the other.
 
-`<!-- run -->` marks what is run, `<!-- up -->` the suite, which goes on running, `<!-- long -->` what only the long proof
-runs, and `<!-- tiny: OPTIONS -->` above one of them what the fast test appends to `hocket train`.
+`<!-- run -->` marks what is run, `<!-- up -->` the suite, which goes on running, `<!-- long -->` what is run with the
+real kit alone, and `<!-- tiny: OPTIONS -->` above one of them what is appended to `hocket train` where training is not
+the point. All of it takes more than a minute; the fast tests run what comes before training.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,7 +25,10 @@ from examples import running
 from examples.starter.kit import Kit
 from examples.text.random_base import write_base
 from hocket.errors import HocketError
+from hocket.packages.adapter import AdapterKind
 from tests.starter_kits import SIZES, random_kit
+from training.__main__ import _parser
+from training.plan import plan_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +38,7 @@ BLOCK = re.compile(
     r"(?:<!-- tiny: (?P<tiny>.*?) -->\n)?<!-- (?P<kind>run|up|long) -->\n```sh\n(?P<text>.*?)```", re.DOTALL
 )
 BLOCKS = [match.groupdict() for match in BLOCK.finditer((ROOT / "docs" / "tutorial.md").read_text())]
+TRAIN = next(place for place, block in enumerate(BLOCKS) if "hocket train" in block["text"])
 UP = next(place for place, block in enumerate(BLOCKS) if block["kind"] == "up")
 READY_SECONDS = 60.0
 
@@ -64,8 +71,8 @@ class Reader:
             text += typed
         for written, actual in (
             (". .venv/bin/activate", ":"),
-            (" starter/", f" {self.kit}/"),
             ("/tmp/", f"{self.folder}/"),  # noqa: S108 - the tutorial's words
+            (" starter/", f" {self.kit}/"),
             ("~/.config", str(self.folder / "config")),
             ("~/.local/share", str(self.folder / "share")),
             ("~/models", str(self.folder / "models")),
@@ -132,6 +139,34 @@ def reader_of(folder: Path, kit: Path, *, tiny: bool) -> Reader:
     return Reader(folder, kit, router, registry, tiny)
 
 
+def test_what_comes_before_training_runs_and_is_what_training_asks_for(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, random_kit(tmp_path / "kit"), tiny=True)
+    commands = [
+        shlex.split(line)
+        for block in BLOCKS
+        for line in reader.script([block]).splitlines()
+        if line.startswith("hocket train")
+    ]
+
+    reader.run(BLOCKS[:TRAIN])
+
+    assert len(commands) == 2
+    first, second = (_parser().parse_args(command[2:]) for command in commands)
+    assert (first.max_steps, second.max_steps, second.qlora) == (2, 1, True)
+    plan = plan_training(first.manifest / "manifest.json", base=first.base, out=first.out)
+    assert (plan.adapter.kind, plan.adapter.rank, plan.settings.max_steps) == (AdapterKind.LORA, 16, 80)
+    assert plan.warnings == ()
+    learnt, kept, judged = (
+        {json.loads(line)["thing"] for line in (tmp_path / "desk" / f"desk.{part}.jsonl").read_text().splitlines()}
+        for part in ("train", "eval", "test")
+    )
+    assert learnt
+    assert kept
+    assert judged
+    assert not learnt & (kept | judged)
+
+
+@pytest.mark.long
 def test_the_tutorial_runs_as_it_stands_on_a_tiny_kit_and_with_few_steps(tmp_path: Path) -> None:
     kit = random_kit(tmp_path / "kit")
 
@@ -147,6 +182,7 @@ def test_the_tutorial_runs_as_it_stands_on_a_tiny_kit_and_with_few_steps(tmp_pat
         "07-race.txt",
     ):
         assert expected in printed, f"{expected} is missing in:\n{printed}"
+    assert re.search(r"^acme/expert-desk@1\.0\.0 +48 ", printed, re.MULTILINE), printed
 
 
 @pytest.mark.long

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,10 +28,13 @@ from hocket.datasets import (
     stratum,
 )
 from hocket.datasets import statistics as measuring
-from hocket.datasets.rows import row_at
+from hocket.datasets.rows import file_digest, row_at
 from hocket.datasets.similarity import Fingerprint, NearIndex, jaccard, normalise
 from hocket.datasets.writing import writing
 from hocket.errors import HocketError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LIMITS = DatasetLimits(line_bytes=200, depth=4, values=20, messages=4, rows=5)
 PROMPT = {"prompt": "how many?", "completion": "two"}
@@ -87,7 +93,7 @@ class TestRows:
             assert row_at(file, found.offset_bytes, found.line) == found
         with pytest.raises(HocketError, match="line 2"):
             row_at(file, 3, 2)
-        with pytest.raises(HocketError, match="cannot read"):
+        with pytest.raises(HocketError, match="is no file"):
             row_at(file.parent, 0, 1)
 
     def test_the_last_line_needs_no_end(self, file: Path) -> None:
@@ -180,20 +186,45 @@ class TestRows:
         with pytest.raises(HocketError, match="the file is empty"):
             list(read_rows(file))
 
-    def test_what_is_no_file_cannot_be_read(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("reads", [lambda path: list(read_rows(path)), file_digest])
+    def test_what_is_no_file_is_not_read(self, tmp_path: Path, reads: Callable[[Path], object]) -> None:
+        os.mkfifo(tmp_path / "pipe")  # which nobody writes
         for path, what in (
             (tmp_path / "none", "No such file"),
-            (tmp_path, "Is a directory"),
-            (Path("/dev/null"), "is no file"),
+            (tmp_path / "nul\0", "null byte"),
+            (tmp_path, "is no file"),
+            (tmp_path / "pipe", "is no file"),
+            (Path("/dev/zero"), "is no file"),
         ):
             with pytest.raises(HocketError, match=what) as refused:
-                list(read_rows(path))
+                reads(path)
             assert refused.value.reason is Reason.BAD_REQUEST
+        with pytest.raises(HocketError, match="cannot read /proc/self/mem"):  # a file, of which nothing can be read
+            reads(Path("/proc/self/mem"))
+
+    def test_a_file_is_not_opened_beyond_its_limit(self, file: Path) -> None:
+        written(file, {"text": "x"}, {"text": "y"})
+        whole = file.stat().st_size
+        assert len(list(read_rows(file, limits=replace(LIMITS, file_bytes=whole)))) == 2
+        with pytest.raises(HocketError, match="divide it") as refused:
+            list(read_rows(file, limits=replace(LIMITS, file_bytes=whole - 1)))
+        assert refused.value.reason is Reason.TOO_LARGE
+
+    def test_the_digest_is_that_of_its_bytes(self, file: Path) -> None:
+        file.write_bytes(b"abc")
+        assert file_digest(file) == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
     def test_progress_is_told_in_bytes(self, file: Path) -> None:
         told: list[tuple[int, int]] = []
         list(read_rows(written(file, *[{"text": "x"}] * 600), on_progress=lambda *each: told.append(each)))
-        assert told == [(255 * 14, 8400), (511 * 14, 8400)]
+        assert told == [(255 * 14, 8400), (511 * 14, 8400), (8400, 8400)]
+
+    def test_a_failure_of_who_is_told_stays_what_it_is(self, file: Path) -> None:
+        def closed(_done: int, _total: int) -> None:
+            raise BrokenPipeError
+
+        with pytest.raises(BrokenPipeError):
+            list(read_rows(written(file, {"text": "x"}), on_progress=closed))
 
     @settings(deadline=None, max_examples=50)
     @given(st.binary(max_size=300))
@@ -384,8 +415,25 @@ class TestWriting:
             fail()
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("failure", [OSError(2, "No such file"), ValueError("no"), BrokenPipeError()])
+    def test_what_fails_beside_the_writing_stays_what_it_is(self, tmp_path: Path, failure: Exception) -> None:
+        with pytest.raises(type(failure)) as raised, writing(tmp_path / "out"):
+            raise failure
+        assert raised.value is failure
+        assert list(tmp_path.iterdir()) == []
+
     def test_what_cannot_be_written_is_refused(self, tmp_path: Path) -> None:
-        for path in (tmp_path / "none" / "out", tmp_path / "nul\0", Path("/")):
+        (tmp_path / "folder").mkdir()
+        for path in (tmp_path / "none" / "out", tmp_path / "nul\0", tmp_path / "nul\0" / "out", tmp_path / "folder"):
             with pytest.raises(HocketError, match="cannot write") as refused, writing(path):
                 pass
             assert refused.value.reason is Reason.BAD_REQUEST
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_a_full_disk_is_refused_at_the_line_or_at_the_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Path, "open", lambda _path, _mode: io.open("/dev/full", "wb"))  # noqa: SIM115, UP020 - Path.open itself is replaced
+        for size in (1, 2**20):
+            with pytest.raises(HocketError, match="No space left"), writing(tmp_path / "out") as write:
+                write(b"x" * size)

@@ -26,7 +26,6 @@ from hocket.packages.limits import DEFAULT_LIMITS, Limits
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-PRIORITY_DEFAULT: Final = 0.5
 _WARNINGS_MAX: Final = 64
 _SHA256: Final = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
 
@@ -332,17 +331,16 @@ class _Reader:
         if routing is None:
             self._warnings.append("routing is missing: the expert is never chosen by itself")
             return None
-        priority = routing.get("priority")
-        if priority is None:
-            priority = PRIORITY_DEFAULT
-        clamped = min(max(float(priority), 0.0), 1.0)
-        if clamped != priority:
-            self._warnings.append(f"routing.priority {priority:g} is not between 0 and 1, and read as {clamped:g}")
+        priority = stated = routing.get("priority")
+        if stated is not None:
+            priority = min(max(float(stated), 0.0), 1.0)
+            if priority != stated:
+                self._warnings.append(f"routing.priority {stated:g} is not between 0 and 1, and read as {priority:g}")
         return Routing(
             keywords=self._keywords(routing, "keywords"),
             exclude_keywords=self._keywords(routing, "exclude_keywords"),
             router_hint=_text(routing, "router_hint"),
-            priority=clamped,
+            priority=priority,
         )
 
     def _keywords(self, routing: Mapping[str, Any], key: str) -> tuple[str, ...]:

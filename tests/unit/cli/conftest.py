@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", *(name for name in os.environ if name.startswith("HOCKET_"))):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that hands its process over to another program would end the tests: the program runs beside them."""
+
+    def execv(_path: str, command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        raise SystemExit(done.returncode)
+
+    monkeypatch.setattr(os, "execv", execv)
 
 
 @pytest.fixture

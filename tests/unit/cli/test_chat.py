@@ -168,11 +168,17 @@ class TestCommands:
 
     def test_the_router_chooses_until_somebody_else_does(self, hocket: Any, router: Router) -> None:
         said = "/experts\nfirst\n/experts -\nsecond\n/experts auto\nthird\n"
-        outcome = hocket("chat", "--max-experts", 2, stdin=said)
-        mixing = router_pb2.Routing(policy=text_pb2.POLICY_RULES, expert_count_max=2)
+        outcome = hocket("chat", "--max-experts", 2, "--deny", "sql", stdin=said)
+        mixing = router_pb2.Routing(policy=text_pb2.POLICY_RULES, deny=["sql"], expert_count_max=2)
         alone = router_pb2.Routing(policy=text_pb2.POLICY_BASE, expert_count_max=1)
         assert [request.routing for request in router.requests] == [mixing, alone, mixing]
         assert outcome.err.count("experts: chosen by the router for every turn") == 2
+
+    def test_who_began_with_the_base_may_have_the_router_choose(self, hocket: Any, router: Router) -> None:
+        hocket("chat", "--base-only", stdin="first\n/experts auto\nsecond\n")
+        first, second = router.requests
+        assert first.routing.policy == text_pb2.POLICY_BASE
+        assert not second.HasField("routing")
 
     def test_a_command_that_cannot_be_meant_changes_nothing(self, hocket: Any, router: Router) -> None:
         outcome = hocket("chat", "--experts", "sql", stdin="/experts sql:much\nfirst\n")

@@ -63,6 +63,19 @@ def test_every_answer_is_written(hocket: Any, file: Path, tmp_path: Path) -> Non
     assert (answers[2]["who"], answers[2]["line"], answers[2]["answer"]) == ("routed", 3, RIGHT)
 
 
+def test_a_prompt_is_asked_as_a_prompt_and_a_conversation_as_one(
+    hocket: Any, tmp_path: Path, router: ScriptedRouter
+) -> None:
+    turns = [{"role": "user", "content": "list two"}, {"role": "assistant", "content": RIGHT}]
+    prompts = write(tmp_path / "prompts.jsonl", row(RIGHT))
+    conversations = write(tmp_path / "conversations.jsonl", {"messages": turns})
+    assert hocket("evaluate", prompts, conversations, "--base-only", "--concurrency", "1").code == 0
+    first, second = (request.input for request in router.requests)
+    assert (first.WhichOneof("content"), first.prompt) == ("prompt", "list two")
+    assert second.WhichOneof("content") == "conversation"
+    assert [(each.role, each.content) for each in second.conversation.messages] == [("user", "list two")]
+
+
 def test_pairs_are_judged_on_each_expert_s_own_questions(hocket: Any, tmp_path: Path, router: ScriptedRouter) -> None:
     rows = write(tmp_path / "rows.jsonl", *[row(RIGHT, expert="a")] * 50, row("no", expert="other"))
     own = write(tmp_path / "b.jsonl", *[row("no")] * 2, row(RIGHT))

@@ -155,9 +155,13 @@ def test_what_is_not_said_is_left_to_the_server(hocket: Any, router: Router) -> 
 def test_how_experts_are_chosen_is_sent(hocket: Any, router: Router) -> None:
     hocket("generate", "hi", "--max-experts", 3)
     hocket("generate", "hi", "--base-only")
-    mixing, alone = router.requests
+    hocket("generate", "hi", "--policy", "hivellm", "--allow", "a", "--allow", "b", "--deny", "c")
+    mixing, alone, listed = router.requests
     assert mixing.routing == router_pb2.Routing(policy=text_pb2.POLICY_RULES, expert_count_max=3)
     assert alone.routing == router_pb2.Routing(policy=text_pb2.POLICY_BASE, expert_count_max=1)
+    assert listed.routing == router_pb2.Routing(
+        policy=text_pb2.POLICY_HIVELLM, allow=["a", "b"], deny=["c"], expert_count_max=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,9 @@ def test_how_experts_are_chosen_is_sent(hocket: Any, router: Router) -> None:
     [
         ("--experts", "sql", "--base-only"),
         ("--experts", "sql", "--max-experts", 2),
+        ("--experts", "sql", "--policy", "rules"),
         ("--base-only", "--max-experts", 2),
+        ("--base-only", "--allow", "sql"),
     ],
 )
 def test_options_that_leave_each_other_nothing_to_say_are_refused(hocket: Any, options: tuple[object, ...]) -> None:

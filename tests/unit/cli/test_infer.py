@@ -172,8 +172,7 @@ def test_a_decision_about_a_text_is_explained(hocket: Any, router: ScriptedRoute
     ):  # fmt: skip
         assert text in outcome.out, text
     [request] = router.requests
-    assert request.text.prompt == "list all names"
-    assert request.routing.policy == text_pb2.POLICY_RULES
+    assert request == RouteRequest(text=text_pb2.TextInput(prompt="list all names"))
 
 
 def test_what_is_said_about_a_choice_reaches_the_request(hocket: Any, router: ScriptedRouter) -> None:
@@ -209,12 +208,44 @@ def test_a_batch_is_a_line_for_every_line(hocket: Any, tmp_path: Path) -> None:
 
 
 def test_a_batch_goes_on_after_a_refusal_and_says_so(hocket: Any, router: ScriptedRouter) -> None:
-    router.refusal = HocketError(Reason.NO_REPLICA, "nobody")
+    router.refusal = HocketError(Reason.QUEUE_FULL, "busy")
     outcome = hocket("route", "--batch", "-", stdin="one\ntwo\n")
     assert outcome.code == 2
     assert outcome.lines == [
-        {"prompt": prompt, "error": {"reason": "NO_REPLICA", "message": "nobody"}} for prompt in ("one", "two")
+        {"prompt": prompt, "error": {"reason": "QUEUE_FULL", "message": "busy"}} for prompt in ("one", "two")
     ]
+
+
+def test_a_batch_goes_on_after_a_line_that_is_no_text(hocket: Any, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    longest = b"x" * 2**20
+    path.write_bytes(b"\n".join([b"\xff", longest + b"x", longest * 3, longest + b"\r", b"last"]))
+    outcome = hocket("route", "--batch", path)
+    assert outcome.code == 2
+    refused = [(line["prompt"], line["error"]) for line in outcome.lines[:3]]
+    assert refused == [
+        (None, {"reason": "BAD_REQUEST", "message": "line 1 is not text in UTF-8"}),
+        (None, {"reason": "TOO_LARGE", "message": "line 2 is longer than 1048576 bytes"}),
+        (None, {"reason": "TOO_LARGE", "message": "line 3 is longer than 1048576 bytes"}),
+    ]
+    assert [(len(line["prompt"]), "decision" in line) for line in outcome.lines[3:]] == [(2**20, True), (4, True)]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        (HocketError(Reason.NO_REPLICA, "nobody"), "NO_REPLICA nobody"),
+        (HocketError(Reason.UNKNOWN_BASE, "no such base", field="base"), "UNKNOWN_BASE --base: no such base"),
+        (HocketError(Reason.UNKNOWN_EXPERT, "no sql", field="routing.deny[1]"), "UNKNOWN_EXPERT --deny: no sql"),
+    ],
+)
+def test_a_batch_ends_at_what_every_line_would_be_refused_for(
+    hocket: Any, router: ScriptedRouter, refusal: HocketError, told: str
+) -> None:
+    router.refusal = refusal
+    outcome = hocket("route", "--batch", "-", stdin="one\ntwo\n")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +256,6 @@ def test_a_batch_goes_on_after_a_refusal_and_says_so(hocket: Any, router: Script
         (ROWS, "", "name the model"),
         (("text", "--batch", "-"), "", "leave out the argument"),
         (("--batch", "nowhere.txt"), "", "nowhere.txt cannot be read"),
-        (("--batch", "-"), b"\xff\n", "line 1 is not text in UTF-8"),
-        (("--batch", "-"), "a\n" + "x" * (2**20 + 1), "line 2 is longer"),
         (("",), "", "the prompt is empty"),
     ],
 )

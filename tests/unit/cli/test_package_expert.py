@@ -81,7 +81,7 @@ def test_inspect_prints_a_card_for_people(hocket: Any, tmp_path: Path) -> None:
             manifest={
                 "soft_prompts": [style],
                 "base_models": [{**base, "adapters": adapters}],
-                "routing": {"keywords": [f"word{number}" for number in range(12)]},
+                "routing": {"keywords": [f"word{number}" for number in range(12)], "priority": 0.5},
                 "constraints": {"load_order": 1, "requires": ["expert-json@>=1"], "incompatible_with": ["expert-xml"]},
             },
             files={"style.safetensors": soft_prompt(), "grammar.gbnf": b"root ::= [a-z]"},

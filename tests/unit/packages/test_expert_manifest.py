@@ -543,7 +543,7 @@ def test_keywords_beyond_the_bounds_are_dropped_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stated", "read_as"), [(0, 0.0), (1, 1.0), (0.5, 0.5), (-0.1, 0.0), (1.5, 1.0), (2**63, 1.0), (None, 0.5)]
+    ("stated", "read_as"), [(0, 0.0), (1, 1.0), (0.5, 0.5), (-0.1, 0.0), (1.5, 1.0), (2**63, 1.0), (None, None)]
 )
 def test_a_priority_is_between_0_and_1(stated: Any, read_as: float) -> None:
     manifest = read(changed(V2, "routing.priority", stated))

@@ -158,6 +158,8 @@ def test_an_adapter_is_described_whole() -> None:
     assert shown.upstream_signature.explanation == "altered"
     assert (list(shown.routing.keywords), shown.routing.router_hint) == (["sql"], "language=sql")
     assert math.isclose(shown.routing.priority, 0.85, rel_tol=1e-6)
+    silent = views.adapter_message(adapter_facts(routing=adapter.Routing(("sql",))))
+    assert not silent.routing.HasField("priority")
     assert not shown.HasField("metadata")
 
 

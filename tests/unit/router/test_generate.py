@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from hocket.client.aggregator import AggregatorClient
 from hocket.client.router import RouterClient, Routing, TextPlanned
@@ -24,13 +26,16 @@ from hocket.v1.expert_worker_pb2 import WorkerLoad
 from hocket.v1.package_pb2 import BaseModel
 from hocket.v1.router_pb2 import ChosenExpert, GenerateRequest, RouteRequest
 from hocket.v1.router_pb2_grpc import RouterServiceStub, add_RouterServiceServicer_to_server
+from services.router import service as module
 from services.router.aggregators import Aggregators
 from services.router.app import RouterApp
 from services.router.directory import Snapshot, build_gates
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
+from services.router.rules import RULES_VERSION
 from services.router.service import RouterServicer, tokens_of
 from services.router.settings import RouterSettings
+from services.router.text import TextDecision, decide_text
 from tests.fakes import BASE, LOW, adapter_package
 from tests.routing import BASE as ROUTING_BASE
 from tests.routing import asking_for
@@ -297,6 +302,7 @@ async def test_a_decision_about_a_text_is_explained_and_runs_nothing() -> None:
     assert (decision.base.name, decision.base.chosen, decision.candidate_count) == (ROUTING_BASE.name, False, 2)
     assert decision.base.probability + best.probability + other.probability == pytest.approx(1.0)
     assert decision.confidence >= decision.thresholds.confidence_min == 0.6
+    assert decision.rules_version == RULES_VERSION
 
 
 async def test_the_scores_of_the_formats_own_routers_stand_in_the_explanation() -> None:
@@ -307,6 +313,27 @@ async def test_the_scores_of_the_formats_own_routers_stand_in_the_explanation() 
     ]
     assert all(each.hivellm.embedding > 0 for each in decision.candidates)
     assert not decision.HasField("thresholds")
+    assert not decision.rules_version
+
+
+@pytest.mark.parametrize("policy", ["rules", "hivellm"])
+async def test_a_decision_that_looks_at_many_experts_is_made_beside_the_event_loop(
+    policy: Literal["rules", "hivellm"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+
+    def noted(*asked: Any) -> TextDecision:
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return decide_text(*asked)
+
+    monkeypatch.setattr(module, "decide_text", noted)
+    client = routing_suite().client
+    here = await client.route_text("path", routing=Routing(policy))
+    monkeypatch.setattr(module, "_INLINE_EXPERTS_MAX", 1)
+    there = await client.route_text("path", routing=Routing(policy))
+    assert threads == [False, policy == "hivellm"]
+    here.plan.seed = there.plan.seed
+    assert here == there
 
 
 async def test_where_nothing_is_decided_there_are_no_candidates() -> None:
@@ -346,3 +373,18 @@ async def test_a_generated_text_is_answered_by_whom_the_gate_chooses() -> None:
     assert [expert.name for expert in answer.plan.experts] == ["acme/path@1.0.0"]
     [request] = suite.aggregator.requests
     assert request.text.plan == answer.plan
+
+
+async def test_texts_are_counted_by_who_has_decided_and_why() -> None:
+    def counted(policy: str, reason: str) -> float:
+        labels = {"policy": policy, "reason": reason}
+        return REGISTRY.get_sample_value("hocket_text_decisions_total", labels) or 0.0
+
+    suite = routing_suite()
+    kinds = (("RULES", "GATE"), ("BASE", "POLICY"), ("UNSPECIFIED", "EXPLICIT"))
+    before = [counted(*kind) for kind in kinds]
+    await suite.client.answer_text("a path")
+    await suite.client.answer_text("a path", routing=Routing("base"))
+    await suite.client.answer_text("a path", experts=["path"])
+    await suite.client.route_text("a path")  # runs nothing
+    assert [counted(*kind) for kind in kinds] == [count + 1 for count in before]

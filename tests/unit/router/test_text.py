@@ -19,7 +19,7 @@ from services.router.bases import REMEMBERED_MAX, REMEMBERED_SECONDS, RecentBase
 from services.router.directory import Snapshot, build_gates
 from services.router.experts import index
 from services.router.placement import Base, Loads, Worker
-from services.router.text import NAMED_MAX, TextDecision, decide_text
+from services.router.text import NAMED_MAX, TextDecision, decide_text, explain_text
 from tests.fakes import adapter_package, expert_package
 from tests.routing import asking_for
 
@@ -511,6 +511,29 @@ def test_the_base_alone_and_named_experts_are_no_choice_of_the_gate() -> None:
     assert (named.policy, named.reason) == (text_pb2.POLICY_UNSPECIFIED, text_pb2.DECISION_REASON_EXPLICIT)
 
 
+def test_a_base_that_answers_alone_has_the_whole_weight_and_a_probability_only_by_the_rules() -> None:
+    def base_of_decision(decision: TextDecision) -> Any:
+        return explain_text(decision, TextInput(prompt="a tree")).base
+
+    named = base_of_decision(decided(snapshot(SQL), asking("sql")))
+    assert (named.probability, named.weight, named.chosen) == (0.0, 0.0, False)
+    alone = base_of_decision(routed("a tree", policy=text_pb2.POLICY_BASE))
+    assert (alone.probability, alone.weight, alone.chosen) == (0.0, 1.0, True)
+    ruled = base_of_decision(routed("hello"))
+    assert (ruled.probability, ruled.weight, ruled.chosen) == (1.0, 1.0, True)
+    lost = base_of_decision(routed("graph tree"))
+    assert 0.0 < lost.probability < 0.5
+    assert (lost.weight, lost.chosen) == (0.0, False)
+
+
+def test_two_experts_that_tie_are_mixed_in_halves_where_two_are_allowed() -> None:
+    decision = routed("graph", expert_count_max=2)
+    told = explain_text(decision, TextInput(prompt="graph")).candidates
+    assert [(each.weight, each.chosen) for each in told] == [(0.5, True), (0.5, True)]
+    assert told[0].probability == told[1].probability
+    assert [each.weight for each in decision.plan.experts] == [0.5, 0.5]
+
+
 def test_the_formats_own_policy_may_decide() -> None:
     plan = routed("find the graphical", policy=text_pb2.POLICY_HIVELLM).plan
     assert [expert.name for expert in plan.experts] == ["acme/graph@1.0.0"]
@@ -536,6 +559,24 @@ def test_a_name_without_a_version_means_every_version() -> None:
         assert [expert.name for expert in decided(here, request).plan.experts] == chosen
 
 
+def test_of_one_name_the_version_that_stands_for_it_may_be_chosen_and_allowing_only_others_is_refused() -> None:
+    old, new = (asking_for(number, "leaf", "leaf", version=f"{number}.0.0") for number in (22, 23))
+    needy = asking_for(24, "needy", "leaf")
+    needy.adapter.constraints.requirements.append("leaf")
+    here = snapshot(old, new, needy, workers=[worker(base=RIDING)])
+
+    def asked(**routing: Any) -> GenerateRequest:
+        return GenerateRequest(input=TextInput(prompt="leaf"), routing=Routing(**routing))
+
+    for allow in (["leaf@22.0.0"], [old.digest], ["needy"], [old.digest, "needy"]):
+        refused = refusal(here, asked(allow=allow))
+        assert (refused.reason, refused.field) == (Reason.BAD_REQUEST, "routing.allow")
+        chosen = decided(here, asked(allow=[*allow, new.digest])).plan.experts
+        assert [expert.digest for expert in chosen] == [new.digest]
+    assert not decided(here, asked(deny=["leaf@23.0.0"])).plan.experts
+    assert [each.digest for each in decided(here, asked(deny=["leaf@22.0.0"])).plan.experts] == [new.digest]
+
+
 def test_what_has_no_room_on_any_worker_is_not_chosen() -> None:
     assert names_of() == ["acme/graph@1.0.0"]
     small = [worker(base=RIDING, budget_bytes=99), worker("big", base=RIDING, budget_bytes=1000, draining=True)]
@@ -557,6 +598,7 @@ def test_a_chosen_expert_that_belongs_by_name_alone_is_flagged() -> None:
         (Routing(deny=[""]), Reason.BAD_REQUEST, "routing.deny[0]"),
         (Routing(deny=["graph"] * (NAMED_MAX + 1)), Reason.BAD_REQUEST, "routing.deny"),
         (Routing(expert_count_max=EXPERTS_MAX + 1), Reason.TOO_MANY_EXPERTS, "routing.expert_count_max"),
+        (Routing(policy=text_pb2.POLICY_BASE, allow=["nobody"]), Reason.UNKNOWN_EXPERT, "routing.allow[0]"),
         (Routing(policy=99), Reason.BAD_REQUEST, "routing.policy"),  # type: ignore[arg-type]  # from another release
     ],
 )
@@ -585,8 +627,18 @@ def test_gates_follow_bases_and_read_a_package_once() -> None:
     before = build_gates(experts, [worker(base=RIDING)], {})
     after = build_gates(experts, [worker(base=RIDING), worker("g", GEMMA)], before)
     assert before.keys() == {RIDING.digest}
-    assert after[RIDING.digest].terms[0] is before[RIDING.digest].terms[0]
+    assert after[RIDING.digest] is before[RIDING.digest]
     assert after[GEMMA.digest].experts == ()
+    again = index([Package.FromString(each.SerializeToString()) for each in KEYED], experts.terms)
+    assert build_gates(again, [worker(base=RIDING)], before)[RIDING.digest] is before[RIDING.digest]
+    assert all(again.terms[digest] is terms for digest, terms in experts.terms.items())
+    changed = Package.FromString(KEYED[1].SerializeToString())
+    changed.adapter.routing.keywords.append("leaf")
+    others = index([KEYED[0], changed], experts.terms)
+    third = build_gates(others, [worker(base=RIDING)], before)[RIDING.digest]
+    assert third is not before[RIDING.digest]
+    assert third.terms[0] is before[RIDING.digest].terms[0]
+    assert third.terms[1] is not before[RIDING.digest].terms[1]
 
 
 # A base whose workers are leaving, or have just gone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,6 +142,7 @@ def test_a_manifest_for_another_base_is_refused(shop: Workshop) -> None:
             Reason.BAD_MANIFEST,
             "num_cycles|lr_scheduler_kwargs",
         ),
+        ({"config": {"lr_scheduler_kwargs": [1]}}, Reason.BAD_MANIFEST, "must be an object"),
         ({"config": {"eval_steps": 100}}, Reason.BAD_REQUEST, "divide"),
         ({"base": {"adapters": [{"type": "lokr", "target_modules": ["q_proj"]}]}}, Reason.UNSUPPORTED_TYPE, "lokr"),
         ({"base": {"adapters": [ADAPTERS["lora"]] * 2}}, Reason.BAD_MANIFEST, "one adapter"),
@@ -177,6 +179,17 @@ def test_a_soft_prompt_that_cannot_be_is_refused(declared: dict[str, Any], shop:
 def test_a_soft_prompt_is_not_packed(shop: Workshop) -> None:
     error = refused(shop, shop.manifest("soft_prompt"), settings={"packing": True})
     assert error.reason is Reason.BAD_REQUEST
+
+
+@pytest.mark.parametrize("epochs", [math.inf, math.nan, -1.0, 10**400])
+def test_endless_epochs_are_refused(epochs: float, shop: Workshop) -> None:
+    error = refused(shop, shop.manifest(), settings={"epochs": epochs})
+    assert (error.reason, error.field) == (Reason.BAD_REQUEST, "--epochs")
+
+
+def test_4_bits_in_the_config_win_over_what_the_base_says(shop: Workshop) -> None:
+    manifest = shop.manifest(base={"quantization": "int4"}, config={"qlora": False})
+    assert not planned(shop, manifest).settings.qlora
 
 
 def test_a_bad_option_is_called_by_its_name(shop: Workshop) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -17,8 +21,6 @@ from hocket.packages.expert.validation import validate
 from tests.trainings import Workshop, questions
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from training.train import Outcome, Progress
 
 STEADY: Final[dict[str, Any]] = {"save_steps": 2, "batch_size": 16, "learning_rate": 0.03}
@@ -66,6 +68,60 @@ def test_the_best_checkpoint_is_kept(done: tuple[Workshop, Outcome, list[Progres
     written = load_file(shop.folder / "out" / "adapter_model.safetensors")
     assert written.keys() == kept.keys()
     assert all((written[name] == kept[name]).all() for name in kept)
+
+
+def test_the_best_evaluation_is_kept_wherever_checkpoints_are_written(shop: Workshop) -> None:
+    contrary = [{**row, "completion": "colourless"} for row in questions(4)]  # so that learning makes it worse
+    told: list[Progress] = []
+    plan = shop.plan(save_steps=4, eval_steps=1, learning_rate=0.05, warmup_ratio=0.0)
+    shop.data("eval.jsonl", contrary)
+    outcome = trained(plan, told.append)
+    evaluated = {each.step: each.eval_loss for each in told if each.eval_loss is not None}
+    best = min(evaluated, key=lambda step: evaluated[step] or 0.0)
+    assert list(evaluated) == [1, 2, 3, 4]
+    assert best < 4  # where no checkpoint would be written
+    assert (outcome.kept, outcome.eval_loss) == (f"checkpoint-{best}", evaluated[best])
+    out = shop.folder / "out"
+    kept = load_file(out / "checkpoints" / outcome.kept / "adapter_model.safetensors")
+    written = load_file(out / "adapter_model.safetensors")
+    assert all((written[name] == kept[name]).all() for name in kept)
+    final = load_file(out / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
+    assert any((written[name] != final[name]).any() for name in final)
+    document = json.loads((out / "manifest.json").read_text())
+    assert document["training"]["packaging_checkpoint"] == outcome.kept
+    assert document["evaluation"]["metrics"]["eval_loss"] == evaluated[best]
+
+    moved = shop.folder / "moved"
+    out.rename(moved)
+    again = trained(replace(plan, out=moved, resume=True))  # it is at its end already
+    assert (again.kept, again.eval_loss) == (outcome.kept, outcome.eval_loss)
+    resumed = load_file(moved / "adapter_model.safetensors")
+    assert all((written[name] == resumed[name]).all() for name in written)
+
+
+def test_the_manifest_says_the_settings_that_were_used(
+    done: tuple[Workshop, Outcome, list[Progress]], tmp_path: Path
+) -> None:
+    from training.outputs import _manifest  # noqa: PLC0415 - slow
+    from training.plan import plan_training  # noqa: PLC0415 - beside the others
+
+    shop, outcome, _ = done
+    given = {"num_epochs": 9, "lr_scheduler_kwargs": {"num_cycles": 4}, "bf16": True, "rank_of_honour": 1}
+    settings = {"epochs": 2.0, "scheduler_cycles": 0, "precision": "float32", "qlora": False, "keep": "final"}
+    plan = plan_training(
+        Workshop(shop.base, tmp_path).manifest(config=given, base={"quantization": "int4"}),
+        base=shop.base,
+        out=tmp_path / "out",
+        data=shop.data(),
+        settings={**settings, "gradient_checkpointing": True, "save_total_limit": 7, "logging_steps": 3},
+    )
+    document = _manifest(plan, outcome, b"weights")
+    config = document["training"]["config"]
+    assert (config["qlora"], config["bf16"], config["fp16"], config["keep"]) == (False, False, False, "final")
+    assert (config["gradient_checkpointing"], config["epochs"], config["rank_of_honour"]) == (True, 2.0, 1)
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    again = plan_training(tmp_path / "manifest.json", base=shop.base, out=tmp_path / "out", data=shop.data())
+    assert again.settings == replace(plan.settings, eval_steps=plan.settings.save_steps)
 
 
 def test_the_manifest_is_filled_in(done: tuple[Workshop, Outcome, list[Progress]]) -> None:
@@ -125,7 +181,9 @@ def stop_after(step: int) -> Any:
     return stop
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "soft_prompt"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("dora", marks=pytest.mark.long), pytest.param("ia3", marks=pytest.mark.long), "soft_prompt"]
+)
 def test_every_kind_comes_out_valid(kind: str, shop: Workshop) -> None:
     from training.plan import plan_training  # noqa: PLC0415 - beside the others
 
@@ -174,15 +232,66 @@ def test_a_bad_line_is_named(shop: Workshop) -> None:
     assert caught.value.reason is Reason.BAD_DATASET
 
 
-def test_projections_that_the_base_has_not_are_refused(shop: Workshop) -> None:
+def test_data_that_are_no_file_are_not_read(shop: Workshop) -> None:
+    os.mkfifo(shop.folder / "pipe")  # which nobody writes
+    for data in (Path("/dev/zero"), shop.folder / "pipe"):
+        for changed in ({"data": data}, {"eval_data": data}):
+            with pytest.raises(HocketError, match="is no file"):
+                trained(replace(shop.plan(), **changed))
+
+
+def test_other_capabilities_are_another_training(
+    done: tuple[Workshop, Outcome, list[Progress]], shop: Workshop
+) -> None:
+    shutil.copytree(done[0].folder / "out", shop.folder / "out")
+    plan = shop.plan(resume=True, **STEADY)
+    with pytest.raises(HocketError, match="capabilities differ"):
+        trained(replace(plan, manifest=replace(plan.manifest, capabilities=("nl2sql:sqlite",))))
+
+
+def test_bars_come_to_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    from training.__main__ import _Bars  # noqa: PLC0415 - beside the others
+
+    told = [("reading", 5, 10), ("reading", 10, 10), ("training", 1, 4)]
+    with _Bars() as bars:
+        bars.move("hashing the base", 1, 2)
+        bars.move("hashing the base", 2, 2)
+        for phase, moved, total in told:
+            point = {"step": moved, "loss": None, "eval_loss": None, "learning_rate": None}
+            bars.show(SimpleNamespace(phase=phase, done=moved, total=total, **point))  # type: ignore[arg-type]  # alike
+        bars.show(
+            SimpleNamespace(  # type: ignore[arg-type]  # alike
+                phase="training", done=2, total=4, step=2, loss=0.5, eval_loss=0.25, learning_rate=0.001
+            )
+        )
+        shown = {task.description: (task.completed, task.visible) for task in bars._progress.tasks}
+    assert shown == {"hashing the base": (2, False), "reading": (10, False), "training": (2, True)}
+    said = capsys.readouterr().err
+    assert "step 2  loss 0.5000  learning rate 0.001" in said
+    assert "step 2  evaluation loss 0.2500" in said
+
+
+@pytest.mark.parametrize(
+    ("modules", "named"), [(["w_pack"], "w_pack"), (["q_proj", "v_prj"], "v_prj"), (["proj"], "proj")]
+)
+def test_projections_that_the_base_has_not_are_refused(modules: list[str], named: str, shop: Workshop) -> None:
     from training.plan import plan_training  # noqa: PLC0415 - beside the others
 
-    adapter = {"type": "lora", "target_modules": ["w_pack"], "r": 4}
+    adapter = {"type": "lora", "target_modules": modules, "r": 4}
     manifest = shop.manifest(base={"adapters": [adapter]})
     plan = plan_training(manifest, base=shop.base, out=shop.folder / "out", data=shop.data())
-    with pytest.raises(HocketError, match="w_pack") as caught:
+    with pytest.raises(HocketError, match=f"no projections called {named}: it has .*q_proj") as caught:
         trained(plan)
     assert caught.value.reason is Reason.BAD_MANIFEST
+
+
+def test_what_is_no_projection_is_refused(shop: Workshop) -> None:
+    from training.plan import plan_training  # noqa: PLC0415 - beside the others
+
+    manifest = shop.manifest(base={"adapters": [{"type": "lora", "target_modules": ["q_proj", "mlp"], "r": 4}]})
+    plan = plan_training(manifest, base=shop.base, out=shop.folder / "out", data=shop.data())
+    with pytest.raises(HocketError, match="no projections called q_proj, mlp"):
+        trained(plan)
 
 
 def test_a_base_that_is_damaged_is_refused(shop: Workshop) -> None:
@@ -212,8 +321,6 @@ def test_float16_is_not_for_a_cpu(shop: Workshop) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace  # noqa: PLC0415 - beside the others
-
     import torch  # noqa: PLC0415 - slow
 
     from training.model import device_of  # noqa: PLC0415 - slow
@@ -234,9 +341,9 @@ def test_a_device_that_is_not_there_is_refused(shop: Workshop, monkeypatch: pyte
 def test_without_bitsandbytes_four_bits_are_refused_with_the_way_out(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training import model  # noqa: PLC0415 - slow
+    from training import extras  # noqa: PLC0415 - beside the others
 
-    monkeypatch.setattr(model, "find_spec", lambda _: None)
+    monkeypatch.setattr(extras, "find_spec", lambda _: None)
     with pytest.raises(HocketError, match="--no-qlora"):
         trained(shop.plan(qlora=True))
 
