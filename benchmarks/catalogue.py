@@ -300,7 +300,8 @@ async def snapshots(directory: Directory, digests: list[str], *, save: bool) -> 
             reader.start()
         swaps = 0
         while time.perf_counter() - begin < _READ_SECONDS:
-            directory._swap(models=True)  # noqa: SLF001 - what the feed does when packages change
+            directory._models_due = True  # noqa: SLF001 - what the feed does when packages change
+            await directory._swap()  # noqa: SLF001 - the same
             swaps += 1
             await asyncio.sleep(0.02)
         stop.set()
@@ -312,7 +313,8 @@ async def snapshots(directory: Directory, digests: list[str], *, save: bool) -> 
     times: dict[bool, list[float]] = {True: [], False: []}
     for models, _ in itertools.product(times, range(_SWAPS)):
         begin = time.perf_counter()
-        directory._swap(models=models)  # noqa: SLF001 - the same
+        directory._models_due = models  # noqa: SLF001 - the same
+        await directory._swap()  # noqa: SLF001 - the same
         times[models].append(time.perf_counter() - begin)
     notes = {
         "read": "directory.snapshot.resolve(digest), no lock but the interpreter's own, which the swap needs too",

@@ -32,8 +32,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from benchmarks.report import command_line, record
 from examples.text.random_base import write_base
+from hocket.bases import BaseModel
 from hocket.packages import Policy, TrustRoots, open_package
-from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, AdapterKind, BaseModel
+from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, AdapterKind
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive
 from services.expert_worker.device import compute_threads
 from services.expert_worker.engine.base import open_base

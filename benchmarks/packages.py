@@ -21,10 +21,11 @@ from safetensors.numpy import save
 from benchmarks.report import command_line, record
 from examples.publishing import Publisher
 from examples.running import run, suite
+from hocket.bases import BaseModel
 from hocket.client import connect_registry
 from hocket.identity import digest_of
 from hocket.packages import open_package
-from hocket.packages.adapter import AdapterConfig, AdapterKind, BaseModel
+from hocket.packages.adapter import AdapterConfig, AdapterKind
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive
 from hocket.trust_folder import TrustFolder
 

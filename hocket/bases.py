@@ -29,6 +29,25 @@ class Described(Protocol):
         """Hex SHA-256 of its weight file."""
 
 
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The language model that an adapter rides on, as far as its manifest says.
+
+    Attributes:
+        name: As written: a model name, a hub id, or a path on somebody's disk.
+        digest: Of the base's directory, `sha256:<hex>` (`hocket_base`); None when not stated.
+        weights_sha256: Hex SHA-256 of its weight file; None when not stated.
+        quantization: As trained: `int4`, `int8`, `fp16`, `bf16`, `none`; for display.
+        prompt_template: `qwen3`, `chatml`, ...; None leaves it to the base.
+    """
+
+    name: str
+    digest: str | None = None
+    weights_sha256: str | None = None
+    quantization: str | None = None
+    prompt_template: str | None = None
+
+
 class Match(enum.Enum):
     """How far two descriptions agree."""
 

@@ -6,10 +6,10 @@ from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.resolution import Candidate, resolve
-from hocket.requirements import Requirement
+from hocket.requirements import Constraints, Requirement
+from hocket.resolution import Candidate, resolve
 from hocket.v1.package_pb2 import TRUST_STATE_ACTIVE
 from hocket.versions import Comparator, Range, Version
 

@@ -4,7 +4,7 @@ What somebody installs may require other experts (`constraints.requires`). Those
 among what is installed together with it, then in the same commit of its repository, then in the index; a bare name
 means the same publisher's expert. Of each the newest version is taken that the registry has not withdrawn; older ones
 are looked at where those do not go together. Of what is found the newest versions that go together are chosen
-(`hocket.packages.expert.resolution`). What was asked for is in the plan as it is: no other file of that name, in the
+(`hocket.resolution`). What was asked for is in the plan as it is: no other file of that name, in the
 registry or elsewhere, takes its place. A plan is complete before anything is published: every package in it has been
 opened and its release verified against the trusted keys, so that a refusal changes nothing.
 """
@@ -19,8 +19,8 @@ from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName
 from hocket.packages import check_release_name, open_package
 from hocket.packages.adapter import AdapterFacts
-from hocket.packages.expert.resolution import Candidate, resolve
 from hocket.requirements import Requirement
+from hocket.resolution import Candidate, resolve
 from hocket.sources import InRepository, Named, PackageFile, find, fitting, search
 from hocket.versions import Range, Version
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from hocket.git import Repository
     from hocket.index import Index
     from hocket.packages import Policy, TrustRoots
-    from hocket.packages.expert.resolution import Chosen
     from hocket.packages.opening import PackageFacts
+    from hocket.resolution import Chosen
     from hocket.sources import Commit, Offer, Source
 
 FETCHED_MAX: Final = 32
@@ -288,7 +288,7 @@ def plan(
         with_requirements: Whether to look for what experts require at all.
 
     Raises:
-        HocketError: The refusals of `hocket.packages.expert.resolution.resolve`; `TOO_MANY_EXPERTS` if the requirements
+        HocketError: The refusals of `hocket.resolution.resolve`; `TOO_MANY_EXPERTS` if the requirements
             lead to too many packages; what `look_up` raises.
     """
     if not with_requirements:

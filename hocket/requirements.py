@@ -15,6 +15,23 @@ _PATTERN: Final = re.compile(r"(?:([^/@<>=\s]+)/)?([^/@<>=\s]+) *(?:@(.*)|([<>=]
 
 
 @dataclass(frozen=True, slots=True)
+class Constraints:
+    """How an expert goes together with others.
+
+    Attributes:
+        load_order: Experts compose in ascending order.
+        max_chain: Most experts in one composition; None for the suite's own bound.
+        requires: Patterns of experts that must be there as well: `name`, `name@range`, `publisher/name@range`.
+        incompatible_with: Patterns of experts that must not be there.
+    """
+
+    load_order: int = 10
+    max_chain: int | None = None
+    requires: tuple[str, ...] = ()
+    incompatible_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Requirement:
     """A pattern that names experts.
 

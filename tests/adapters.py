@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hocket.packages import adapter as a
+from hocket.bases import BaseModel
 from hocket.packages.expert.reader import decode
 from services.expert_worker.engine.folding import fold
 from tests.experts import expert_package
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from hocket.packages import adapter as a
     from services.expert_worker.engine.expert import AdapterExpert
 
 NAME = "Toy"
@@ -68,7 +69,7 @@ class ToyBase:
 
     dtype: torch.dtype = torch.float32
     seed: int = 0
-    model: a.BaseModel = field(default_factory=lambda: a.BaseModel(NAME))
+    model: BaseModel = field(default_factory=lambda: BaseModel(NAME))
     hidden_size: int = 24
     causal_lm: Any = None
     projections: dict[str, nn.Linear] = field(default_factory=dict)

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 
-from hocket.packages.adapter import Constraints, Decoding
+from hocket.packages.adapter import Decoding
+from hocket.requirements import Constraints
 from services.expert_worker.engine.detokenizer import Detokenizer
 from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.expert import AdapterExpert

@@ -12,8 +12,8 @@ from safetensors.numpy import save
 from examples.starter.kit import BASE
 from examples.text.random_base import write_base
 from hocket.base_folder import base_digest
+from hocket.bases import BaseModel
 from hocket.identity import ReleaseName
-from hocket.packages.adapter import BaseModel
 from hocket.packages.expert.writer import gather, write_archive
 from hocket.packages.keys import public_key_of
 from hocket.packages.release import Purpose, Release, Subject, sign_release

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from hocket.base_folder import base_digest, base_name
+from hocket.bases import BaseModel
 from hocket.cli import files, output
 from hocket.cli.progress import progress_of
 from hocket.errors import HocketError, Reason
 from hocket.identity import short_name
-from hocket.packages.adapter import AdapterConfig, AdapterKind, BaseModel
+from hocket.packages.adapter import AdapterConfig, AdapterKind
 from hocket.packages.expert.config import read_config
 from hocket.packages.expert.names import CONFIG, MANIFEST, PROJECTIONS
 from hocket.packages.expert.validation import validate as validate_package

@@ -11,8 +11,8 @@ from hocket.cli import describe, names, output, servers
 from hocket.composition import candidates
 from hocket.errors import HocketError
 from hocket.identity import is_digest
-from hocket.packages.expert.resolution import resolve
 from hocket.requirements import Requirement
+from hocket.resolution import resolve
 from hocket.v1.package_pb2 import TRUST_STATE_ACTIVE
 from hocket.versions import Range, Version
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from hocket.client.blocking import RegistryClient
-    from hocket.packages.expert.resolution import Candidate, Resolution
+    from hocket.resolution import Candidate, Resolution
     from hocket.v1.package_pb2 import AdapterFacts, ModelFacts, Package
 
 _SHORT_VERSION: Final = re.compile(r"(?<=[<>=]) *[0-9]+(?:\.[0-9]+)?(?= *(?:,|$))")

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from hocket.bases import BaseModel
     from hocket.packages import EmbeddedFacts, ReleaseFacts
-    from hocket.packages.adapter import AdapterFacts, BaseModel, Routing, UpstreamSignature
+    from hocket.packages.adapter import AdapterFacts, Routing, UpstreamSignature
     from hocket.packages.model import ModelFacts
 
 Beside: TypeAlias = "ReleaseFacts | HocketError | None"

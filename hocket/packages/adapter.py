@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hocket.bases import BaseModel
     from hocket.packages.model import Section
+    from hocket.requirements import Constraints
 
 
 class AdapterKind(StrEnum):
@@ -62,25 +64,6 @@ class UpstreamSignature:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
-    """The language model that an adapter rides on, as far as its manifest says.
-
-    Attributes:
-        name: As written: a model name, a hub id, or a path on somebody's disk.
-        digest: Of the base's directory, `sha256:<hex>` (`hocket_base`); None when not stated.
-        weights_sha256: Hex SHA-256 of its weight file; None when not stated.
-        quantization: As trained: `int4`, `int8`, `fp16`, `bf16`, `none`; for display.
-        prompt_template: `qwen3`, `chatml`, ...; None leaves it to the base.
-    """
-
-    name: str
-    digest: str | None = None
-    weights_sha256: str | None = None
-    quantization: str | None = None
-    prompt_template: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Routing:
     """When an expert wants to be asked: hints for a router, normalised and capped.
 
@@ -95,23 +78,6 @@ class Routing:
     exclude_keywords: tuple[str, ...] = ()
     router_hint: str | None = None
     priority: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Constraints:
-    """How an expert goes together with others.
-
-    Attributes:
-        load_order: Experts compose in ascending order.
-        max_chain: Most experts in one composition; None for the suite's own bound.
-        requires: Patterns of experts that must be there as well: `name`, `name@range`, `publisher/name@range`.
-        incompatible_with: Patterns of experts that must not be there.
-    """
-
-    load_order: int = 10
-    max_chain: int | None = None
-    requires: tuple[str, ...] = ()
-    incompatible_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Whether the experts of one request go together: what they require, what they exclude, and how many they may be.
 
-The rules are those of `hocket.packages.expert.resolution`, with nothing to choose from but what was asked for.
+The rules are those of `hocket.resolution`, with nothing to choose from but what was asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hocket.composition import check_exactly
 from hocket.errors import HocketError, Reason
-from hocket.packages.expert.resolution import Candidate
+from hocket.resolution import Candidate
 from hocket.text_limits import EXPERTS_MAX
 
 if TYPE_CHECKING:

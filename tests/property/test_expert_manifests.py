@@ -188,6 +188,7 @@ def test_routing_is_always_normal(keywords: list[str], priority: float) -> None:
     routing = parse_manifest(json.dumps(document).encode()).routing
 
     assert routing is not None
+    assert routing.priority is not None
     assert 0 <= routing.priority <= 1
     assert len(set(routing.keywords)) == len(routing.keywords) <= DEFAULT_LIMITS.keywords
     assert routing.keywords == routing.exclude_keywords

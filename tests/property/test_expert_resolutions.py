@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hocket.bases import Match, compatibility
+from hocket.bases import BaseModel, Match, compatibility
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.resolution import Candidate, Resolution, resolve
-from hocket.requirements import Requirement
+from hocket.requirements import Constraints, Requirement
+from hocket.resolution import Candidate, Resolution, resolve
 from hocket.versions import Version
 
 if TYPE_CHECKING:

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hocket.bases import Match, compatibility, normalised_name
-from hocket.packages.adapter import BaseModel
+from hocket.bases import BaseModel, Match, compatibility, normalised_name
 
 ONE, OTHER = f"sha256:{'11' * 32}", f"sha256:{'22' * 32}"
 

@@ -15,13 +15,15 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
 from hocket.packages import strict_json
-from hocket.packages.adapter import BaseModel, Constraints, Decoding, Routing
+from hocket.packages.adapter import Decoding, Routing
 from hocket.packages.expert.archive import safe_name
 from hocket.packages.expert.shapes import LOAD_ORDER_DEFAULT, check_shapes
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
+from hocket.requirements import Constraints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

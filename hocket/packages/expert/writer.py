@@ -29,7 +29,8 @@ from hocket.packages.limits import DEFAULT_LIMITS
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from hocket.packages.adapter import AdapterConfig, BaseModel
+    from hocket.bases import BaseModel
+    from hocket.packages.adapter import AdapterConfig
     from hocket.packages.expert.manifest import Manifest
     from hocket.packages.limits import Limits
 

@@ -23,9 +23,10 @@ import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from hocket.base_folder import base_name, digest_of_hashes, file_hashes
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
 from hocket.packages import strict_json
-from hocket.packages.adapter import BaseModel, Decoding
+from hocket.packages.adapter import Decoding
 from services.expert_worker.engine import attention
 from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, KvShape, default_page_positions
 from services.expert_worker.engine.part import Part

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hocket.packages.adapter import Constraints, Decoding
+    from hocket.packages.adapter import Decoding
+    from hocket.requirements import Constraints
 
 
 @dataclass(frozen=True, slots=True, eq=False)

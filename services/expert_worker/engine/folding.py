@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, BaseModel, RawTensor, SoftPrompt
+    from hocket.bases import BaseModel
+    from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, RawTensor, SoftPrompt
 
 _ALIGNMENT_BYTES: Final = 64
 """Every tensor starts at a multiple of this, for fast reads."""

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName
 from hocket.packages import Proof
-from hocket.packages.adapter import AdapterFacts, AdapterKind, BaseModel, Constraints, UpstreamSignature
+from hocket.packages.adapter import AdapterFacts, AdapterKind, UpstreamSignature
+from hocket.requirements import Constraints
 from hocket.text_limits import EXPERTS_MAX
 from services.expert_worker.composing import check_count, check_together
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import BaseModel, Constraints, Decoding, Routing
+from hocket.packages.adapter import Decoding, Routing
 from hocket.packages.expert.manifest import (
     Manifest,
     ManifestAdapter,
@@ -17,6 +18,7 @@ from hocket.packages.expert.manifest import (
     parse_manifest,
 )
 from hocket.packages.limits import DEFAULT_LIMITS
+from hocket.requirements import Constraints
 from tests.manifests import ABSENT, V1, V2, changed, encoded, genuine
 
 EXPERTS = ["elastic", "json", "neo4j", "sql", "tools", "typescript"]

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import Limits
-from hocket.packages.adapter import Adapter, AdapterFacts, AdapterKind, BaseModel, Constraints, Outcome, Routing
+from hocket.packages.adapter import Adapter, AdapterFacts, AdapterKind, Outcome, Routing
 from hocket.packages.expert import decode
+from hocket.requirements import Constraints
 from tests.experts import (
     HIDDEN,
     adapter_config,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import AdapterConfig, AdapterKind, BaseModel
+from hocket.packages.adapter import AdapterConfig, AdapterKind
 from hocket.packages.expert.archive import read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive

@@ -10,8 +10,10 @@ from google.protobuf.json_format import MessageToDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hocket.bases import BaseModel
 from hocket.packages import adapter, apr
 from hocket.packages.adapter import AdapterKind, Outcome
+from hocket.requirements import Constraints
 from hocket.v1 import package_pb2
 from hocket.v1.package_pb2 import Package
 from hocket.v1.registry_pb2 import GetPackageResponse
@@ -104,10 +106,10 @@ def adapter_facts(**changes: object) -> adapter.AdapterFacts:
         version="1.0.0",
         description="Turns questions into SQL",
         kind=AdapterKind.DORA,
-        base=adapter.BaseModel("Qwen/Qwen3-0.6B"),
+        base=BaseModel("Qwen/Qwen3-0.6B"),
         capabilities=("task:text2sql",),
         tags=("sql",),
-        constraints=adapter.Constraints(6, None, ("expert-json@>=0.4.0",), ("zeta/expert-x",)),
+        constraints=Constraints(6, None, ("expert-json@>=0.4.0",), ("zeta/expert-x",)),
         signature=adapter.UpstreamSignature(Outcome.INVALID, explanation="altered"),
         metadata={"name": "expert-sql"},
         sections=(),

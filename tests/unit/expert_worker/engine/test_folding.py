@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import BaseModel, Decoding
+from hocket.packages.adapter import Decoding
 from hocket.packages.expert.config import read_config
 from hocket.packages.expert.reader import decode
 from hocket.packages.expert.tensors import chosen

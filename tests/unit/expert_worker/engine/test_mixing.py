@@ -223,7 +223,8 @@ def test_an_expert_whose_numbers_overflow_spoils_only_rows_that_use_it(method: M
 
 
 def made(pieces: dict[str, Piece], digest: str) -> AdapterExpert:
-    from hocket.packages.adapter import Constraints, Decoding  # noqa: PLC0415 - here alone
+    from hocket.packages.adapter import Decoding  # noqa: PLC0415 - here alone
+    from hocket.requirements import Constraints  # noqa: PLC0415 - as above
 
     return AdapterExpert(digest, pieces, None, None, Decoding(), Constraints(), 0)
 

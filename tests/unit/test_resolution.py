@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hocket.bases import BaseModel
 from hocket.errors import HocketError, Reason
-from hocket.packages.adapter import BaseModel, Constraints
-from hocket.packages.expert.resolution import Candidate, Resolution, resolve
-from hocket.requirements import Requirement
+from hocket.requirements import Constraints, Requirement
+from hocket.resolution import Candidate, Resolution, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

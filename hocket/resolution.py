@@ -29,7 +29,8 @@ from hocket.versions import Range, Version
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from hocket.packages.adapter import BaseModel, Constraints
+    from hocket.bases import BaseModel
+    from hocket.requirements import Constraints
 
 _WORK_MAX: Final = 100_000
 """Of one resolution, in steps such as asking whether a range allows a version: a microsecond each."""
