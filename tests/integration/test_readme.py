@@ -58,7 +58,7 @@ async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         "acme/expert-tiny@1.0.0",
         "42424242",  # what the tiny base makes of it
         "ADAPTER_MIX",
-        "BASE_GENERIC",
+        "DECISION_REASON_BASE_NO_MATCH",
         "refused, as it should be",
     ):
         assert expected in output, f"{expected} is missing in:\n{output}"

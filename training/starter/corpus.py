@@ -66,11 +66,11 @@ def _sums(random: Random) -> str:
 
 
 _MIX: Final[Sequence[tuple[float, Callable[[Random], str]]]] = (
-    (18, _question),
-    (8, _talk),
-    (22, _reading),
-    (7, world.TASK.document),
-    (5, _sums),
+    (14, _question),
+    (6, _talk),
+    (30, _reading),
+    (6, world.TASK.document),
+    (8, _sums),
     *((4.5, task.document) for task in TASKS.values()),
 )
 """How often each kind of text is drawn."""

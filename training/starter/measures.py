@@ -1,6 +1,6 @@
 """Units, dates and money: short word problems whose answer is a number with its unit, a day or a month.
 
-Held out of TRAIN are a fifth of all pairs of numbers (`_is_held`), of all units with their quantities, and of all days
+Held out of TRAIN are a fifth of all pairs of numbers (`is_held`), of all units with their quantities, and of all days
 with their distances; a fifth of all things and names; and the wordings under `_WORDINGS[...][Split.TEST]`. A held pair
 `(a, b)` of a sum or a product has its mirror `(b, a)` in TRAIN, so that every result can be known.
 
@@ -278,12 +278,12 @@ _WORDINGS: Final[Mapping[str, Mapping[Split, tuple[str, ...]]]] = {
 }
 
 
-def _is_held(first: int, second: int) -> bool:
+def is_held(first: int, second: int) -> bool:
     """Whether a pair is of TEST. The mirror of a held pair never is one."""
     return first % _HELD_EVERY != 0 and (first + 2 * second) % _HELD_EVERY == 0
 
 
-def _is_held_difference(whole: int, part: int) -> bool:
+def is_held_difference(whole: int, part: int) -> bool:
     """Whether a subtraction is of TEST: for each whole, two parts of ten."""
     return (whole + whole // 10 + 2 * part) % _HELD_EVERY == 0
 
@@ -336,28 +336,28 @@ def _month_after(random: Random) -> tuple[bool, Mapping[str, object], str]:
 def _date_after(random: Random) -> tuple[bool, Mapping[str, object], str]:
     distance = random.randint(2, 12)
     day, month = random.randint(1, _DAY_OF_MONTH_MAX - distance), random.choice(MONTHS)
-    return _is_held(day, distance), {"a": day, "b": distance, "month": month}, f"{day + distance} {month}"
+    return is_held(day, distance), {"a": day, "b": distance, "month": month}, f"{day + distance} {month}"
 
 
 def _date_before(random: Random) -> tuple[bool, Mapping[str, object], str]:
     (day, distance), month = _difference(random, _DAY_OF_MONTH_MAX), random.choice(MONTHS)
-    return _is_held_difference(day, distance), {"a": day, "b": distance, "month": month}, f"{day - distance} {month}"
+    return is_held_difference(day, distance), {"a": day, "b": distance, "month": month}, f"{day - distance} {month}"
 
 
 def _change(random: Random) -> tuple[bool, Mapping[str, object], str]:
     paid = random.choice(_PAYMENTS)
     price, currency = random.randint(2, min(paid - 2, 39)), _currency(random)
-    return _is_held_difference(paid, price), {"a": paid, "b": price, "currency": currency}, f"{paid - price} {currency}"
+    return is_held_difference(paid, price), {"a": paid, "b": price, "currency": currency}, f"{paid - price} {currency}"
 
 
 def _together(random: Random) -> tuple[bool, Mapping[str, object], str]:
     (first, second), currency = _sum(random, 60), _currency(random)
-    return _is_held(first, second), {"a": first, "b": second, "currency": currency}, f"{first + second} {currency}"
+    return is_held(first, second), {"a": first, "b": second, "currency": currency}, f"{first + second} {currency}"
 
 
 def _each(random: Random) -> tuple[bool, Mapping[str, object], str]:
     (count, price), currency = _product(random), _currency(random)
-    return _is_held(count, price), {"a": count, "b": price, "currency": currency}, f"{count * price} {currency}"
+    return is_held(count, price), {"a": count, "b": price, "currency": currency}, f"{count * price} {currency}"
 
 
 _FORMS: Final[Mapping[str, Callable[[Random], tuple[bool, Mapping[str, object], str]]]] = {
@@ -411,7 +411,7 @@ def _is_right(example: Example, answer: str) -> bool:
 
 def _sum_fact(random: Random) -> str | None:
     first, second = _sum(random, 100)
-    return None if _is_held(first, second) else f"{first} + {second} = {first + second}"
+    return None if is_held(first, second) else f"{first} + {second} = {first + second}"
 
 
 def _difference_fact(random: Random) -> str | None:
@@ -419,12 +419,12 @@ def _difference_fact(random: Random) -> str | None:
     if random.random() < 1 / 3:
         whole = random.choice(_PAYMENTS)
         part = random.randint(1, whole - 1)
-    return None if _is_held_difference(whole, part) else f"{whole} - {part} = {whole - part}"
+    return None if is_held_difference(whole, part) else f"{whole} - {part} = {whole - part}"
 
 
 def _product_fact(random: Random) -> str | None:
     first, second = random.randint(2, _TABLE_MAX), random.randint(2, _TABLE_MAX)
-    return None if _is_held(first, second) else f"{first} x {second} = {first * second}"
+    return None if is_held(first, second) else f"{first} x {second} = {first * second}"
 
 
 def _table_fact(random: Random) -> str:

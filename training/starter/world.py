@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from training.starter.measures import is_held, is_held_difference
 from training.starter.task import Example, Split, Task
 from training.starter.words import (
     ANIMALS,
@@ -20,6 +21,7 @@ from training.starter.words import (
     THINGS,
     invented,
     listed,
+    spliced,
 )
 
 if TYPE_CHECKING:
@@ -470,7 +472,7 @@ RELATIONS: Final = (
     ),
     Relation(
         "sum",
-        {f"{a} + {b}": str(a + b) for a in range(20) for b in range(20 - a)},
+        {f"{a} + {b}": str(a + b) for a in range(20) for b in range(20 - a) if not is_held(a, b)},
         "{s} is {v}.",
         ("What is {s}?", "How much is {s}?", "{s} is how much?", "Calculate {s}."),
         "{s} makes how much?",
@@ -478,7 +480,7 @@ RELATIONS: Final = (
     ),
     Relation(
         "difference",
-        {f"{a} - {b}": str(a - b) for a in range(20) for b in range(a + 1)},
+        {f"{a} - {b}": str(a - b) for a in range(20) for b in range(a + 1) if not is_held_difference(a, b)},
         "{s} is {v}.",
         ("What is {s}?", "How much is {s}?", "{s} is how much?", "Calculate {s}."),
         "{s} makes how much?",
@@ -744,11 +746,11 @@ def conversation(random: Random) -> list[tuple[str, str]]:
 
 
 def _some(random: Random, words: Sequence[str], count: int) -> list[str]:
-    """Draws different words, a third of the time made up."""
-    if random.choice((True, False, False)):
+    """Draws different words, half of the time made up: who copies these copies any word."""
+    if random.choice((True, False)):
         made_up: dict[str, None] = {}
         while len(made_up) < count:
-            made_up[invented(random)] = None
+            made_up[random.choice((invented, spliced))(random)] = None
         return list(made_up)
     return random.sample(words, count)
 

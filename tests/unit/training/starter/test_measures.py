@@ -94,9 +94,9 @@ def test_the_splits_share_no_names_and_no_things() -> None:
 
 def test_the_mirror_of_a_held_pair_is_not_held() -> None:
     pairs = [(first, second) for first in range(1, 61) for second in range(1, 61)]
-    held = [pair for pair in pairs if measures._is_held(*pair)]
+    held = [pair for pair in pairs if measures.is_held(*pair)]
     assert len(held) > len(pairs) / 10
-    assert not any(measures._is_held(second, first) for first, second in held)
+    assert not any(measures.is_held(second, first) for first, second in held)
 
 
 def question(answer: str) -> Example:
@@ -153,9 +153,9 @@ def test_a_fact_is_true_and_holds_no_held_pair() -> None:
         one, other = int(first), int(second)
         assert int(result) == {"+": one + other, "-": one - other, "x": one * other}[sign]
         if sign == "+" or (sign == "x" and other not in measures._MULTIPLES_MAX):
-            assert not measures._is_held(one, other)
+            assert not measures.is_held(one, other)
         if sign == "-":
-            assert not measures._is_held_difference(one, other)
+            assert not measures.is_held_difference(one, other)
 
 
 def test_a_fact_of_the_calendar_counts_days_and_months() -> None:
