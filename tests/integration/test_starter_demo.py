@@ -71,6 +71,7 @@ class TestTrying:
         assert tried(of("measures"), "180 minutes") == []
 
 
+@pytest.mark.long
 def test_the_demo_publishes_all_experts_has_the_gate_choose_and_tells_wrong_answers(kit: Path) -> None:
     done = demo(kit, "--strict")
 

@@ -77,6 +77,7 @@ def lines(printed: str) -> list[Any]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
+@pytest.mark.long
 async def test_all_three_tell_what_was_answered_and_by_whom(tmp_path: Path) -> None:
     async with serving(Kit(random_kit(tmp_path / "kit")), tmp_path / "suite") as running:
         sorting, translating, asking = await asyncio.gather(
