@@ -58,7 +58,7 @@ async def suite(folder: Path, *settings: str, workers: int = 0) -> AsyncIterator
     Raises:
         RuntimeError: It did not become ready; its log is in `suite.log`.
     """
-    router, registry, aggregator, worker = _free_ports(4, spare=workers)
+    router, registry, aggregator, worker = free_ports(4, spare=workers)
     choices = [
         f"router.port={router}",
         f"registry.port={registry}",
@@ -104,7 +104,7 @@ async def _ready(process: subprocess.Popen[bytes], address: str, folder: Path) -
     raise RuntimeError(f"the suite did not become ready:\n{(folder / 'suite.log').read_text()[-2000:]}")
 
 
-def _free_ports(count: int, spare: int = 0) -> list[int]:
+def free_ports(count: int, spare: int = 0) -> list[int]:
     """Neighbouring ports that were free a moment ago, with the metrics ports above them.
 
     Args:

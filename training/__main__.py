@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 2 refused, 130 interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         check_installed(_NEEDED, what="training", extra="training")
         _run(arguments)
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; the tutorial's test reads its commands with it."""
     parser = argparse.ArgumentParser(
         prog="hocket train",
         description="Train an adapter from a manifest and a dataset. What is given here wins over the manifest, which "

@@ -27,7 +27,7 @@ from examples.text.random_base import write_base
 from hocket.errors import HocketError
 from hocket.packages.adapter import AdapterKind
 from tests.starter_kits import SIZES, random_kit
-from training.__main__ import _parser
+from training.__main__ import make_parser
 from training.plan import plan_training
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def follow(reader: Reader) -> str:
 
 
 def reader_of(folder: Path, kit: Path, *, tiny: bool) -> Reader:
-    router, registry = running._free_ports(2)
+    router, registry = running.free_ports(2)
     return Reader(folder, kit, router, registry, tiny)
 
 
@@ -151,7 +151,7 @@ def test_what_comes_before_training_runs_and_is_what_training_asks_for(tmp_path:
     reader.run(BLOCKS[:TRAIN])
 
     assert len(commands) == 2
-    first, second = (_parser().parse_args(command[2:]) for command in commands)
+    first, second = (make_parser().parse_args(command[2:]) for command in commands)
     assert (first.max_steps, second.max_steps, second.qlora) == (2, 1, True)
     plan = plan_training(first.manifest / "manifest.json", base=first.base, out=first.out)
     assert (plan.adapter.kind, plan.adapter.rank, plan.settings.max_steps) == (AdapterKind.LORA, 16, 80)
