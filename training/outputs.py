@@ -247,7 +247,8 @@ def _config(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 
 
 def _metadata(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    return {
+    beside = plan.beside
+    return ({} if beside is None else {"beside": {"digest": beside.digest, "weight": beside.weight}}) | {
         "trained_on": datetime.now(UTC).strftime("%Y-%m-%d"),
         "base_model_version": plan.base_digest,
         "training_time_hours": round(outcome.seconds / 3600, 4),

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 from hocket.base_folder import base_digest, base_name
 from hocket.bases import normalised_name
 from hocket.errors import HocketError, Reason
+from hocket.identity import digest_of
 from hocket.packages.adapter import AdapterKind
 from hocket.packages.expert.manifest import parse_manifest
+from hocket.packages.expert.reader import decode
 from hocket.packages.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from hocket.packages.adapter import Adapter
     from hocket.packages.expert.manifest import Manifest, ManifestAdapter
 
 SCHEDULERS: Final = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -146,6 +149,21 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """An adapter that another one learns to be mixed with.
+
+    Attributes:
+        digest: Of its package.
+        adapter: A LoRA.
+        weight: Its weight in the mixture; the adapter in training has the rest of 1.
+    """
+
+    digest: str
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """All that a training needs to know.
 
@@ -161,6 +179,7 @@ class Plan:
         settings: How.
         device: Where.
         resume: Whether to go on from the last checkpoint in `out`.
+        beside: The adapter that it learns to be mixed with; None for none.
     """
 
     manifest: Manifest
@@ -174,6 +193,7 @@ class Plan:
     settings: Settings
     device: Device = Device.AUTO
     resume: bool = False
+    beside: Beside | None = None
 
     @property
     def prompt_template(self) -> str | None:
@@ -202,6 +222,8 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
     eval_data: Path | None = None,
     device: Device = Device.AUTO,
     resume: bool = False,
+    beside: Path | None = None,
+    beside_weight: float = 0.5,
     settings: Mapping[str, object] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -216,15 +238,18 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
             `data` is None.
         device: Where to train.
         resume: Whether to go on from the last checkpoint in `out`.
+        beside: The package (`.expert`) of a LoRA on the same base that this one shall be mixed with; None for none.
+        beside_weight: The weight of that one, between 0 and 1.
         settings: By names of fields of `Settings`: they win over the manifest.
         on_progress: Told the bytes of the base hashed so far, and all of them.
 
     Raises:
         HocketError: The refusals of `parse_manifest`; `BAD_MANIFEST` with the field for a value that cannot be trained
             with; `UNSUPPORTED_TYPE` for another kind of adapter; `BAD_REQUEST` for what the caller says, or cannot be
-            read; `BASE_MISMATCH` if the manifest is for other bases.
+            read; `BASE_MISMATCH` if the manifest, or the package beside, is for other bases; the refusals of
+            `hocket.packages.expert.decode` for that package.
     """
-    parsed = parse_manifest(_read(manifest))
+    parsed = parse_manifest(_read(manifest, DEFAULT_LIMITS.manifest_bytes))
     digest = base_digest(base, on_progress)
     place = _base_place(parsed, base, digest)
     dataset = _dataset(parsed)
@@ -242,13 +267,44 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
             Reason.BAD_REQUEST,
             "a soft prompt stands before every example, so that these cannot be packed: --no-packing",
         )
-    return Plan(parsed, place, base, digest, data, eval_data, out, adapter, chosen, device, resume)
+    neighbour = None if beside is None else _beside(beside, beside_weight, adapter, digest)
+    return Plan(parsed, place, base, digest, data, eval_data, out, adapter, chosen, device, resume, neighbour)
 
 
-def _read(path: Path) -> bytes:
+def _beside(path: Path, weight: float, adapter: AdapterPlan, base: str) -> Beside:
+    if not 0 < weight < 1:
+        raise HocketError(Reason.BAD_REQUEST, f"--beside-weight is {weight:g}: it must be above 0 and below 1")
+    data = _read(path, DEFAULT_LIMITS.package_bytes)
+    facts, neighbour = decode(data, digest_of(data))  # learnt beside, and never served: nobody needs to have signed it
+    if (adapter.kind, neighbour.config.kind) != (AdapterKind.LORA, AdapterKind.LORA):
+        raise HocketError(
+            Reason.UNSUPPORTED_TYPE,
+            f"an adapter of kind {adapter.kind} is not trained beside one of kind {neighbour.config.kind}: both must "
+            "be LoRA, whose parts of a mixture are a sum",
+        )
+    config = neighbour.config
+    if (
+        config.rank_pattern
+        or config.alpha_pattern
+        or config.bias != "none"
+        or config.lora_bias
+        or neighbour.soft_prompts
+    ):
+        raise HocketError(
+            Reason.UNSUPPORTED_TYPE,
+            f"{path} has ranks of single modules, biases or a soft prompt: beside a plain LoRA alone is trained",
+        )
+    if facts.base.digest != base:
+        raise HocketError(
+            Reason.BASE_MISMATCH, f"{path} is for the base {facts.base.digest or facts.base.name}, and this is {base}"
+        )
+    return Beside(facts.digest, neighbour, weight)
+
+
+def _read(path: Path, bytes_max: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(DEFAULT_LIMITS.manifest_bytes + 1)
+            return file.read(bytes_max + 1)
     except OSError as error:
         raise HocketError(Reason.BAD_REQUEST, f"cannot read {path}: {error.strerror}") from error
 

@@ -30,6 +30,7 @@ from training import outputs
 from training.batches import NO_LOSS, Collator
 from training.examples import Renderer
 from training.model import context_length, device_of, load_model, load_tokenizer, precision_of
+from training.neighbour import Turns
 from training.plan import Keep, Precision
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def train(plan: Plan, *, on_progress: OnProgress | None = None) -> Outcome:
         HocketError: `BAD_REQUEST` for a device that is not there, a folder that cannot be written, a training there
             that is not resumed, or one that is and had other settings; the refusals of `hocket.datasets.rows` for a
             dataset, with the line, and `BAD_DATASET` for one without a row that fits; `NOT_SERVABLE` for a base that
-            cannot be loaded; `BAD_MANIFEST`; `DEVICE_MEMORY`.
+            cannot be loaded; `BAD_MANIFEST`; `BAD_WEIGHTS` for a neighbour that does not fit it; `DEVICE_MEMORY`.
     """
     tell = on_progress or (lambda _: None)
     device = device_of(plan)
@@ -169,6 +170,9 @@ def _run(
 ) -> Outcome:
     model = load_model(plan, tokenizer, device, precision)
     reporter = _Reporter(tell)
+    callbacks: list[TrainerCallback] = [reporter]
+    if plan.beside is not None:
+        callbacks.append(Turns(model, plan.beside))
     trainer = SFTTrainer(
         model=model,
         args=_arguments(plan.settings, folder, device, precision, evaluates=measured is not None),
@@ -176,7 +180,7 @@ def _run(
         eval_dataset=None if measured is None else measured.rows,
         data_collator=Collator(int(tokenizer.pad_token_id)),
         processing_class=tokenizer,
-        callbacks=[reporter],
+        callbacks=callbacks,
     )
     for parameter in model.parameters():  # TRL makes those of 4-bit bases bfloat16, in which small steps are lost
         if parameter.requires_grad:
@@ -389,6 +393,7 @@ def _prepare_folder(plan: Plan) -> Path:
             "capabilities": plan.manifest.capabilities,  # which some templates put into prompts
             "adapter": asdict(plan.adapter),
             "settings": asdict(plan.settings),
+            "beside": None if plan.beside is None else [plan.beside.digest, plan.beside.weight],
         }
         outputs.write_identity(folder, identity, compare=last is not None)
     except OSError as error:

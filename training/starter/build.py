@@ -37,6 +37,8 @@ KIT: Final = Path("starter")
 BASE: Final = "hocket-starter"
 PUBLISHER: Final = "hocket"
 MANIFESTS: Final = Path(__file__).parent / "experts"
+PARTNERS: Final = {"esperanto-nature": "esperanto-home", "esperanto-home": "esperanto-nature"}
+"""Experts that are meant to be mixed, each trained beside the other: trained apart, they get into each other's way."""
 _TRAIN_ROWS: Final = 30_000
 _EVAL_ROWS: Final = 200
 _INTERRUPTED: Final = 130
@@ -80,21 +82,40 @@ def is_made(package: Path, base: str) -> bool:
 
 def make_expert(task: Task, kit: Path, work: Path, key: Path) -> None:
     """Train, pack and sign one expert. Goes on where an earlier run was stopped."""
-    data, evaluation, out = (work / f"{task.name}{end}" for end in (".jsonl", ".eval.jsonl", ""))
-    asked = write_data(task, evaluation, "eval", _EVAL_ROWS)
-    write_data(task, data, "train", _TRAIN_ROWS, without=asked)
-    base = str(kit / BASE)
-    _hocket(
-        *("train", str(MANIFESTS / f"{task.name}.json"), "--base", base),
-        *("--data", str(data), "--eval-data", str(evaluation), "--out", str(out), *(["--resume"] * out.exists())),
-    )
-    draft, package = (folder / f"expert-{task.name}.expert" for folder in (work, kit / "experts"))
-    draft.unlink(missing_ok=True)
-    _hocket("expert", "pack", str(out), "--base", base, "--out", str(draft))
+    partner = PARTNERS.get(task.name)
+    beside = None if partner is None else _partner(TASKS[partner], kit, work)
+    draft = _train(task, kit / BASE, work, work / task.name, beside)
     _hocket("sign", str(draft), "--publisher", PUBLISHER, "--key", str(key))
+    package = kit / "experts" / draft.name
     package.parent.mkdir(parents=True, exist_ok=True)
     for path in (draft, draft.with_name(draft.name + RELEASE_SUFFIX)):
         path.replace(package.with_name(path.name))
+
+
+def _partner(task: Task, kit: Path, work: Path) -> Path:
+    """The package that a partner learns beside: that of the kit, or, for the first of the two, one trained alone."""
+    made = kit / "experts" / f"expert-{task.name}.expert"
+    alone = work / "alone"
+    draft = alone / made.name
+    if is_made(made, base_digest(kit / BASE)):
+        return made
+    return draft if draft.exists() else _train(task, kit / BASE, work, alone / task.name, None)
+
+
+def _train(task: Task, base: Path, work: Path, out: Path, beside: Path | None) -> Path:
+    """Train and pack one expert: the package, which lies beside `out`."""
+    data, evaluation = (work / f"{task.name}{end}" for end in (".jsonl", ".eval.jsonl"))
+    asked = write_data(task, evaluation, "eval", _EVAL_ROWS)
+    write_data(task, data, "train", _TRAIN_ROWS, without=asked)
+    _hocket(
+        *("train", str(MANIFESTS / f"{task.name}.json"), "--base", str(base)),
+        *("--data", str(data), "--eval-data", str(evaluation), "--out", str(out), *(["--resume"] * out.exists())),
+        *([] if beside is None else ["--beside", str(beside)]),
+    )
+    package = out.with_name(f"expert-{task.name}.expert")
+    package.unlink(missing_ok=True)
+    _hocket("expert", "pack", str(out), "--base", str(base), "--out", str(package))
+    return package
 
 
 def write_digests(kit: Path) -> None:

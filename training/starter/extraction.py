@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from training.starter.drawing import number_between
 from training.starter.task import Example, Split, Task
 from training.starter.words import ANIMALS, CITIES, COLOURS, NAMES, THINGS, held_out, invented, listed, spliced
 
@@ -80,14 +81,6 @@ DAYS: Final = (
 ITEMS: Final = tuple(f"{thing}s" for thing in THINGS if not thing.endswith(("x", "sh", "y", "fe")))
 QUALITIES: Final = (*listed("old last little lost quiet long dark secret broken silent"), *COLOURS)
 
-_HELD_DIVISOR: Final = 7
-_HELD_REMAINDER: Final = 3
-
-
-def is_held_number(number: int) -> bool:
-    """Say whether a number belongs to `TEST`."""
-    return number % _HELD_DIVISOR == _HELD_REMAINDER
-
 
 def _words(words: Sequence[str], make: Callable[[str], str] | None = None) -> Callable[[Random, Split], Value]:
     """Return what draws a word of a list, or for `TRAIN` now and then what is made of an invented word."""
@@ -110,10 +103,7 @@ def _numbers(low: int, high: int) -> Callable[[Random, Split], Value]:
     """Return what draws an integer from `low` to `high`."""
 
     def draw(random: Random, split: Split) -> Value:
-        while True:
-            number = random.randint(low, high)
-            if is_held_number(number) == (split is Split.TEST):
-                return number
+        return number_between(random, split, low, high)
 
     return draw
 
@@ -123,16 +113,14 @@ def _price(random: Random, split: Split) -> Value:
     if random.random() < 1 / 2:
         return _whole_price(random, split)
     while True:
-        cents = random.randint(101, 9_999)
-        if cents % 10 and is_held_number(cents) == (split is Split.TEST):
+        cents = number_between(random, split, 101, 9_999)
+        if cents % 10:
             return cents / 100
 
 
 def _time(random: Random, split: Split) -> Value:
-    while True:
-        slot = random.randrange(7 * 12, 22 * 12)
-        if is_held_number(slot) == (split is Split.TEST):
-            return f"{slot // 12}:{slot % 12 * 5:02}"
+    slot = number_between(random, split, 7 * 12, 22 * 12 - 1)  # five minutes each
+    return f"{slot // 12}:{slot % 12 * 5:02}"
 
 
 def _title(random: Random, split: Split) -> Value:

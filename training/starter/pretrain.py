@@ -41,7 +41,7 @@ SHAPE: Final[dict[str, Any]] = {
 }
 """The base's size: 5.2 million parameters, of which a quarter attend, two thirds are the MLPs, and the rest words."""
 SEED: Final = 6
-STEPS: Final = 1_800
+STEPS: Final = 1_500
 ROWS: Final = 12
 """Rows of CONTEXT tokens in a step."""
 RATE: Final = 0.02

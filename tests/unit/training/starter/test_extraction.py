@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.starter.drawing import is_held_out
 from training.starter.extraction import (
     DOMAINS,
     TASK,
@@ -16,7 +17,6 @@ from training.starter.extraction import (
     TRAIN_REQUESTS,
     Domain,
     conforms,
-    is_held_number,
     mentioned,
     schema,
 )
@@ -184,7 +184,7 @@ def test_values_of_the_splits_are_disjoint(domain: Domain) -> None:
         assert not train & test, name
         assert len(test) >= 2, name
         if field.kind == "integer":
-            assert all(is_held_number(int(number)) for number in test)
+            assert all(is_held_out(int(number)) for number in test)
 
 
 def test_prices_are_written_with_two_decimals_that_json_keeps() -> None:
