@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +24,7 @@ from transformers import (
 
 from hocket.errors import HocketError, Reason
 from hocket.packages.adapter import AdapterKind
+from hocket.packages.expert.tensors import PROMPT
 from training.extras import check_installed
 from training.plan import Device, Precision, PromptStart
 
@@ -25,13 +33,15 @@ if TYPE_CHECKING:
 
     from peft import PeftConfig, PeftModel
 
-    from training.plan import AdapterPlan, Plan
+    from hocket.packages.adapter import RawTensor
+    from training.plan import AdapterPlan, Plan, Start
 
 _DTYPES: Final = {
     Precision.FLOAT32: torch.float32,
     Precision.BFLOAT16: torch.bfloat16,
     Precision.FLOAT16: torch.float16,
 }
+_STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ATTENTION: Final = "sdpa"
 """Keeps packed examples apart by a mask; kernels that need more than torch are not asked for."""
 _TASK: Final = "CAUSAL_LM"
@@ -107,13 +117,14 @@ def context_length(plan: Plan) -> int | None:
 
 
 def load_model(plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.device, precision: Precision) -> PeftModel:
-    """The base, frozen, with a new adapter whose first weights the seed decides.
+    """The base, frozen, with a new adapter whose first weights the seed decides, or the package to start from.
 
     On a CPU the base stays float32, and bfloat16 is what its products are computed in: rows keep their exactness
     between layers, as they will when it serves. On a CUDA device its weights are of the precision, for memory's sake.
 
     Raises:
         HocketError: `NOT_SERVABLE` if the base cannot be loaded; `BAD_MANIFEST` if it lacks one of the projections;
+            `BAD_WEIGHTS` for a package to start from that has other tensors;
             `BAD_REQUEST` if 4 bits are wanted, and bitsandbytes is not there.
     """
     options: dict[str, Any] = {
@@ -141,7 +152,9 @@ def load_model(plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.dev
         made: PeftModel = get_peft_model(model, _config(plan))
     except ValueError as error:  # what is called so is no projection
         raise _bad_targets(plan.adapter.target_modules, str(error)[:200]) from error
-    if plan.adapter.start is PromptStart.TEXT:
+    if plan.start is not None:
+        _start_from(made, plan.start)
+    elif plan.adapter.start is PromptStart.TEXT:
         _start_from_text(made, plan.adapter, tokenizer)
     return made
 
@@ -203,6 +216,26 @@ def _config(plan: Plan) -> PeftConfig:
                 use_rslora=adapter.use_rslora,
                 **shared,
             )
+
+
+def _start_from(model: PeftModel, start: Start) -> None:
+    """Put in the weights of a package; all of them, and no others."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    given = {name: tensor_of(raw) for name, raw in start.adapter.tensors.items()}
+    for prompt in start.adapter.soft_prompts:  # one: nothing else is trained with a soft prompt
+        given[PROMPT] = tensor_of(prompt.embeddings)
+    if {name: each.shape for name, each in own.items()} != {name: each.shape for name, each in given.items()}:
+        raise HocketError(
+            Reason.BAD_WEIGHTS,
+            "the package to start from has other tensors than the manifest asks for: it must be of the same kind, rank "
+            "and targets",
+        )
+    set_peft_model_state_dict(model, given)
+
+
+def tensor_of(raw: RawTensor) -> torch.Tensor:
+    """A package's tensor in float32."""
+    return torch.frombuffer(bytearray(raw.data), dtype=_STORED[raw.dtype]).float().view(raw.shape)
 
 
 def _start_from_text(model: PeftModel, adapter: AdapterPlan, tokenizer: PreTrainedTokenizerFast) -> None:

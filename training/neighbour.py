@@ -14,25 +14,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 from transformers import TrainerCallback
 
 from hocket.errors import HocketError, Reason
+from training.model import tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from peft import PeftModel
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from hocket.packages.adapter import RawTensor
     from training.plan import Beside
 
 _OWN: Final = "default"
 """What PEFT calls the adapter in training."""
-_DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -57,7 +56,7 @@ class Turns(TrainerCallback):
         scale = beside.weight * config.alpha / (config.rank**0.5 if config.use_rslora else config.rank)
         for name in (name.removesuffix(_A) for name in tensors if name.endswith(_A)):
             module = _projection(model, name)
-            a, b = (_tensor(tensors[name + part], module.weight.device) for part in (_A, _B))
+            a, b = (tensor_of(tensors[name + part]).to(module.weight.device) for part in (_A, _B))
             if (a.shape[1], b.shape[0]) != (module.in_features, module.out_features):
                 raise _misfit(name)
             module.register_forward_hook(self._adding(a, b * scale))
@@ -112,11 +111,6 @@ def _projection(model: PeftModel, name: str) -> Any:  # noqa: ANN401 - a linear 
     except AttributeError as error:
         raise _misfit(name) from error
     return getattr(module, "base_layer", module)
-
-
-def _tensor(raw: RawTensor, device: torch.device) -> torch.Tensor:
-    read = torch.frombuffer(bytearray(raw.data), dtype=_DTYPES[raw.dtype])
-    return read.to(device, torch.float32).view(raw.shape)
 
 
 def _misfit(name: str) -> HocketError:

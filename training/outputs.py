@@ -247,14 +247,20 @@ def _config(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 
 
 def _metadata(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    beside = plan.beside
-    return ({} if beside is None else {"beside": {"digest": beside.digest, "weight": beside.weight}}) | {
-        "trained_on": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "base_model_version": plan.base_digest,
-        "training_time_hours": round(outcome.seconds / 3600, 4),
-        "gpu": outcome.device,
-        "precision": outcome.precision,
-        "quantized_base": "nf4" if plan.settings.qlora else None,
-        "tokens": outcome.tokens,
-        "libraries": {name: version(name) for name in _LIBRARIES},
-    }
+    start, beside = plan.start, plan.beside
+    origin = {} if start is None else {"start": start.digest}
+    company = {} if beside is None else {"beside": {"digest": beside.digest, "weight": beside.weight}}
+    return (
+        origin
+        | company
+        | {
+            "trained_on": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "base_model_version": plan.base_digest,
+            "training_time_hours": round(outcome.seconds / 3600, 4),
+            "gpu": outcome.device,
+            "precision": outcome.precision,
+            "quantized_base": "nf4" if plan.settings.qlora else None,
+            "tokens": outcome.tokens,
+            "libraries": {name: version(name) for name in _LIBRARIES},
+        }
+    )

@@ -149,6 +149,19 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """An adapter that a training goes on from.
+
+    Attributes:
+        digest: Of its package.
+        adapter: Of the kind and sizes of the one in training.
+    """
+
+    digest: str
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Beside:
     """An adapter that another one learns to be mixed with.
 
@@ -179,6 +192,7 @@ class Plan:
         settings: How.
         device: Where.
         resume: Whether to go on from the last checkpoint in `out`.
+        start: The adapter whose weights are the first ones; None to begin anew.
         beside: The adapter that it learns to be mixed with; None for none.
     """
 
@@ -193,6 +207,7 @@ class Plan:
     settings: Settings
     device: Device = Device.AUTO
     resume: bool = False
+    start: Start | None = None
     beside: Beside | None = None
 
     @property
@@ -222,6 +237,7 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
     eval_data: Path | None = None,
     device: Device = Device.AUTO,
     resume: bool = False,
+    start: Path | None = None,
     beside: Path | None = None,
     beside_weight: float = 0.5,
     settings: Mapping[str, object] | None = None,
@@ -238,6 +254,8 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
             `data` is None.
         device: Where to train.
         resume: Whether to go on from the last checkpoint in `out`.
+        start: The package (`.expert`) of an adapter of the same kind, rank and targets on the same base, to go on from;
+            None to begin anew.
         beside: The package (`.expert`) of a LoRA on the same base that this one shall be mixed with; None for none.
         beside_weight: The weight of that one, between 0 and 1.
         settings: By names of fields of `Settings`: they win over the manifest.
@@ -246,8 +264,8 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
     Raises:
         HocketError: The refusals of `parse_manifest`; `BAD_MANIFEST` with the field for a value that cannot be trained
             with; `UNSUPPORTED_TYPE` for another kind of adapter; `BAD_REQUEST` for what the caller says, or cannot be
-            read; `BASE_MISMATCH` if the manifest, or the package beside, is for other bases; the refusals of
-            `hocket.packages.expert.decode` for that package.
+            read; `BASE_MISMATCH` if the manifest, or a package, is for other bases; the refusals of
+            `hocket.packages.expert.decode` for packages.
     """
     parsed = parse_manifest(_read(manifest, DEFAULT_LIMITS.manifest_bytes))
     digest = base_digest(base, on_progress)
@@ -267,15 +285,26 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
             Reason.BAD_REQUEST,
             "a soft prompt stands before every example, so that these cannot be packed: --no-packing",
         )
+    first = None if start is None else Start(*_adapter_of(start, digest))
     neighbour = None if beside is None else _beside(beside, beside_weight, adapter, digest)
-    return Plan(parsed, place, base, digest, data, eval_data, out, adapter, chosen, device, resume, neighbour)
+    return Plan(parsed, place, base, digest, data, eval_data, out, adapter, chosen, device, resume, first, neighbour)
+
+
+def _adapter_of(path: Path, base: str) -> tuple[str, Adapter]:
+    """Digest and content of a package for a base. Learnt with, and never served: nobody needs to have signed it."""
+    data = _read(path, DEFAULT_LIMITS.package_bytes)
+    facts, adapter = decode(data, digest_of(data))
+    if facts.base.digest != base:
+        raise HocketError(
+            Reason.BASE_MISMATCH, f"{path} is for the base {facts.base.digest or facts.base.name}, and this is {base}"
+        )
+    return facts.digest, adapter
 
 
 def _beside(path: Path, weight: float, adapter: AdapterPlan, base: str) -> Beside:
     if not 0 < weight < 1:
         raise HocketError(Reason.BAD_REQUEST, f"--beside-weight is {weight:g}: it must be above 0 and below 1")
-    data = _read(path, DEFAULT_LIMITS.package_bytes)
-    facts, neighbour = decode(data, digest_of(data))  # learnt beside, and never served: nobody needs to have signed it
+    package, neighbour = _adapter_of(path, base)
     if (adapter.kind, neighbour.config.kind) != (AdapterKind.LORA, AdapterKind.LORA):
         raise HocketError(
             Reason.UNSUPPORTED_TYPE,
@@ -294,11 +323,7 @@ def _beside(path: Path, weight: float, adapter: AdapterPlan, base: str) -> Besid
             Reason.UNSUPPORTED_TYPE,
             f"{path} has ranks of single modules, biases or a soft prompt: beside a plain LoRA alone is trained",
         )
-    if facts.base.digest != base:
-        raise HocketError(
-            Reason.BASE_MISMATCH, f"{path} is for the base {facts.base.digest or facts.base.name}, and this is {base}"
-        )
-    return Beside(facts.digest, neighbour, weight)
+    return Beside(package, neighbour, weight)
 
 
 def _read(path: Path, bytes_max: int) -> bytes:

@@ -138,7 +138,8 @@ def train(plan: Plan, *, on_progress: OnProgress | None = None) -> Outcome:
         HocketError: `BAD_REQUEST` for a device that is not there, a folder that cannot be written, a training there
             that is not resumed, or one that is and had other settings; the refusals of `hocket.datasets.rows` for a
             dataset, with the line, and `BAD_DATASET` for one without a row that fits; `NOT_SERVABLE` for a base that
-            cannot be loaded; `BAD_MANIFEST`; `BAD_WEIGHTS` for a neighbour that does not fit it; `DEVICE_MEMORY`.
+            cannot be loaded; `BAD_MANIFEST`; `BAD_WEIGHTS` for a package beside or to start from that does not fit it;
+            `DEVICE_MEMORY`.
     """
     tell = on_progress or (lambda _: None)
     device = device_of(plan)
@@ -393,6 +394,7 @@ def _prepare_folder(plan: Plan) -> Path:
             "capabilities": plan.manifest.capabilities,  # which some templates put into prompts
             "adapter": asdict(plan.adapter),
             "settings": asdict(plan.settings),
+            "start": None if plan.start is None else plan.start.digest,
             "beside": None if plan.beside is None else [plan.beside.digest, plan.beside.weight],
         }
         outputs.write_identity(folder, identity, compare=last is not None)

@@ -37,8 +37,15 @@ KIT: Final = Path("starter")
 BASE: Final = "hocket-starter"
 PUBLISHER: Final = "hocket"
 MANIFESTS: Final = Path(__file__).parent / "experts"
-PARTNERS: Final = {"esperanto-nature": "esperanto-home", "esperanto-home": "esperanto-nature"}
-"""Experts that are meant to be mixed, each trained beside the other: trained apart, they get into each other's way."""
+PAIR: Final = ("esperanto-nature", "esperanto-home")
+"""Experts that are meant to be mixed."""
+_ROUNDS: Final = 3
+"""In which each of them goes on beside the other, after its first training."""
+_FURTHER: Final = (
+    *("--max-steps", "200", "--learning-rate", "0.002", "--warmup-steps", "10"),
+    *("--eval-steps", "100", "--save-steps", "100", "--keep", "final"),
+)
+"""How they go on. The last weights are kept: those before were beside a neighbour that is no more."""
 _TRAIN_ROWS: Final = 30_000
 _EVAL_ROWS: Final = 200
 _INTERRUPTED: Final = 130
@@ -82,28 +89,33 @@ def is_made(package: Path, base: str) -> bool:
 
 def make_expert(task: Task, kit: Path, work: Path, key: Path) -> None:
     """Train, pack and sign one expert. Goes on where an earlier run was stopped."""
-    partner = PARTNERS.get(task.name)
-    beside = None if partner is None else _partner(TASKS[partner], kit, work)
-    draft = _train(task, kit / BASE, work, work / task.name, beside)
-    _hocket("sign", str(draft), "--publisher", PUBLISHER, "--key", str(key))
-    package = kit / "experts" / draft.name
-    package.parent.mkdir(parents=True, exist_ok=True)
-    for path in (draft, draft.with_name(draft.name + RELEASE_SUFFIX)):
-        path.replace(package.with_name(path.name))
+    _release(_train(task, kit / BASE, work, work / task.name), kit, key)
 
 
-def _partner(task: Task, kit: Path, work: Path) -> Path:
-    """The package that a partner learns beside: that of the kit, or, for the first of the two, one trained alone."""
-    made = kit / "experts" / f"expert-{task.name}.expert"
-    alone = work / "alone"
-    draft = alone / made.name
-    if is_made(made, base_digest(kit / BASE)):
-        return made
-    return draft if draft.exists() else _train(task, kit / BASE, work, alone / task.name, None)
+def make_pair(pair: Sequence[Task], kit: Path, work: Path, key: Path) -> None:
+    """Make two experts that are meant to be mixed: each learns beside the other, in turns, until both bear it.
+
+    Trained apart, they would get into each other's way. Trained once, one beside the other, the second would bear the
+    first as it is, and not the other way round.
+    """
+    first, second = pair
+    made: dict[str, Path] = {}
+    for place in range(2 * (1 + _ROUNDS)):
+        task, other = (first, second) if place % 2 == 0 else (second, first)
+        out = work / f"pair-{place}" / task.name
+        package = out.with_name(f"expert-{task.name}.expert")
+        if not package.exists():
+            start = made.get(task.name)
+            _train(task, kit / BASE, work, out, start=start, beside=made.get(other.name))
+        made[task.name] = package
+    for package in made.values():
+        _release(package, kit, key)
 
 
-def _train(task: Task, base: Path, work: Path, out: Path, beside: Path | None) -> Path:
-    """Train and pack one expert: the package, which lies beside `out`."""
+def _train(
+    task: Task, base: Path, work: Path, out: Path, *, start: Path | None = None, beside: Path | None = None
+) -> Path:
+    """Train and pack one expert: the package, which lies beside `out`. What goes on from another takes fewer steps."""
     data, evaluation = (work / f"{task.name}{end}" for end in (".jsonl", ".eval.jsonl"))
     asked = write_data(task, evaluation, "eval", _EVAL_ROWS)
     write_data(task, data, "train", _TRAIN_ROWS, without=asked)
@@ -111,11 +123,21 @@ def _train(task: Task, base: Path, work: Path, out: Path, beside: Path | None) -
         *("train", str(MANIFESTS / f"{task.name}.json"), "--base", str(base)),
         *("--data", str(data), "--eval-data", str(evaluation), "--out", str(out), *(["--resume"] * out.exists())),
         *([] if beside is None else ["--beside", str(beside)]),
+        *([] if start is None else ["--start", str(start), *_FURTHER]),
     )
     package = out.with_name(f"expert-{task.name}.expert")
     package.unlink(missing_ok=True)
     _hocket("expert", "pack", str(out), "--base", str(base), "--out", str(package))
     return package
+
+
+def _release(package: Path, kit: Path, key: Path) -> None:
+    """Sign a package, and move it into the kit with its release."""
+    _hocket("sign", str(package), "--publisher", PUBLISHER, "--key", str(key))
+    folder = kit / "experts"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (package, package.with_name(package.name + RELEASE_SUFFIX)):
+        path.replace(folder / path.name)
 
 
 def write_digests(kit: Path) -> None:
@@ -146,7 +168,10 @@ def make(names: Sequence[str], kit: Path, work: Path, key: Path) -> None:
         _hocket("keygen", str(key))
     _hocket("trust", "add", PUBLISHER, "--key", str(key), "--trust", str(kit / "trust"))
     for name in missing:
-        make_expert(TASKS[name], kit, work, key)
+        if name not in PAIR:
+            make_expert(TASKS[name], kit, work, key)
+    if {*PAIR} & {*missing}:
+        make_pair([TASKS[name] for name in PAIR], kit, work, key)
     write_digests(kit)
 
 

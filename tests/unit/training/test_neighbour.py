@@ -1,4 +1,4 @@
-"""An adapter learns to be mixed with another one."""
+"""An adapter goes on from another one, or learns to be mixed with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hocket.base_folder import base_digest
 from hocket.cli.main import app
 from hocket.errors import HocketError, Reason
-from tests.trainings import QUICK, Workshop, questions, workshop
+from tests.trainings import ADAPTERS, QUICK, Workshop, questions, workshop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,3 +166,54 @@ def test_what_is_no_package_is_refused(shop: Workshop, tmp_path: Path) -> None:
         plan_beside(shop, tmp_path / "no.expert")
     with pytest.raises(HocketError, match="cannot read"):
         plan_beside(shop, tmp_path / "gone.expert")
+
+
+class TestStart:
+    def plan(self, shop: Workshop, start: Path, rank: int = 4, kind: str = "lora") -> Any:
+        from training.plan import plan_training  # noqa: PLC0415 - with what it imports
+
+        stated = {**ADAPTERS[kind], "r": rank} if kind == "lora" else ADAPTERS[kind]
+        return plan_training(
+            shop.manifest(kind, base={"adapters": [stated]}),
+            base=shop.base,
+            out=shop.folder / "out",
+            data=shop.data(),
+            start=start,
+            settings={**QUICK, "max_steps": 1},
+        )
+
+    def first_weights(self, plan: Any) -> dict[str, Any]:
+        from peft import get_peft_model_state_dict  # noqa: PLC0415 - slow
+
+        from training.model import device_of, load_model, load_tokenizer, precision_of  # noqa: PLC0415 - slow
+
+        device = device_of(plan)
+        model = load_model(plan, load_tokenizer(plan), device, precision_of(plan, device))
+        return {name: each.numpy() for name, each in get_peft_model_state_dict(model).items()}
+
+    def test_its_first_weights_are_those_of_the_package(self, shop: Workshop, neighbour: Path) -> None:
+        plan = self.plan(shop, neighbour)
+        given = load_file(neighbour.parent / "neighbour-lora" / "adapter_model.safetensors")
+        first = self.first_weights(plan)
+        assert first.keys() == given.keys()
+        assert all((first[name] == given[name]).all() for name in given)
+        trained(plan)
+        document = json.loads((shop.folder / "out" / "manifest.json").read_text())
+        assert document["training"]["metadata"]["start"] == plan.start.digest
+
+    @pytest.mark.parametrize("kind", ["dora", pytest.param("soft_prompt", marks=pytest.mark.long)])
+    def test_every_kind_goes_on(self, kind: str, shop: Workshop) -> None:
+        package = packed(shop, kind, max_steps=1)
+        given = load_file(shop.folder / f"neighbour-{kind}" / "adapter_model.safetensors")
+        first = self.first_weights(self.plan(shop, package, kind=kind))
+        assert all((first[name] == given[name]).all() for name in given)
+
+    def test_a_package_of_another_rank_is_refused(self, shop: Workshop, neighbour: Path) -> None:
+        with pytest.raises(HocketError, match="same kind, rank and targets") as caught:
+            trained(self.plan(shop, neighbour, rank=8))
+        assert caught.value.reason is Reason.BAD_WEIGHTS
+
+    def test_a_training_with_another_start_is_not_resumed(self, shop: Workshop, neighbour: Path) -> None:
+        trained(self.plan(shop, neighbour))
+        with pytest.raises(HocketError, match="start differ"):
+            trained(replace(self.plan(shop, neighbour), start=None, resume=True))
