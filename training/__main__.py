@@ -69,9 +69,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=list(Device), default=Device.AUTO, help="auto takes CUDA where it is")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: torch's)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--start", type=Path, metavar="EXPERT", help="a package to go on from (default: begin anew)")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        dest="start_package",
+        metavar="EXPERT",
+        help="a package to go on from (default: begin anew)",
+    )
     parser.add_argument("--beside", type=Path, metavar="EXPERT", help="a package to learn to be mixed with (LoRA)")
-    parser.add_argument("--beside-weight", type=float, default=0.5, metavar="W", help="its weight; ours is 1 - W")
+    parser.add_argument("--beside-weight", type=float, metavar="W", help="its weight; ours is 1 - W (default: 0.5)")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of text")
     settings = parser.add_argument_group("settings")
     for each in fields(Settings):
@@ -103,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
             eval_data=arguments.eval_data,
             device=Device(arguments.device),
             resume=arguments.resume,
-            start=arguments.start,
+            start_package=arguments.start_package,
             beside=arguments.beside,
             beside_weight=arguments.beside_weight,
             settings=told,

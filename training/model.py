@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from hocket.packages.adapter import RawTensor
-    from training.plan import AdapterPlan, Plan, Start
+    from training.plan import AdapterPlan, Plan, StartPackage
 
 _DTYPES: Final = {
     Precision.FLOAT32: torch.float32,
@@ -45,6 +45,8 @@ _STORED: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bflo
 _ATTENTION: Final = "sdpa"
 """Keeps packed examples apart by a mask; kernels that need more than torch are not asked for."""
 _TASK: Final = "CAUSAL_LM"
+ADAPTER: Final = "default"
+"""What PEFT calls the adapter in training."""
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -152,8 +154,8 @@ def load_model(plan: Plan, tokenizer: PreTrainedTokenizerFast, device: torch.dev
         made: PeftModel = get_peft_model(model, _config(plan))
     except ValueError as error:  # what is called so is no projection
         raise _bad_targets(plan.adapter.target_modules, str(error)[:200]) from error
-    if plan.start is not None:
-        _start_from(made, plan.start)
+    if plan.start_package is not None:
+        _start_from(made, plan.start_package)
     elif plan.adapter.start is PromptStart.TEXT:
         _start_from_text(made, plan.adapter, tokenizer)
     return made
@@ -218,18 +220,20 @@ def _config(plan: Plan) -> PeftConfig:
             )
 
 
-def _start_from(model: PeftModel, start: Start) -> None:
+def _start_from(model: PeftModel, start: StartPackage) -> None:
     """Put in the weights of a package; all of them, and no others."""
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     given = {name: tensor_of(raw) for name, raw in start.adapter.tensors.items()}
-    for prompt in start.adapter.soft_prompts:  # one: nothing else is trained with a soft prompt
+    for prompt in start.adapter.soft_prompts:  # one at most, as planned
         given[PROMPT] = tensor_of(prompt.embeddings)
-    if {name: each.shape for name, each in own.items()} != {name: each.shape for name, each in given.items()}:
-        raise HocketError(
-            Reason.BAD_WEIGHTS,
-            "the package to start from has other tensors than the manifest asks for: it must be of the same kind, rank "
-            "and targets",
-        )
+    for name in sorted(own.keys() | given.keys()):
+        has, wanted = (list(tensors[name].shape) if name in tensors else None for tensors in (given, own))
+        if has != wanted:
+            raise HocketError(
+                Reason.BAD_WEIGHTS,
+                f"the tensor {name[-200:]} is {has or 'not there'} in the package to start from, and the manifest's is "
+                f"{wanted or 'not there'}: they must have the same targets",
+            )
     set_peft_model_state_dict(model, given)
 
 
@@ -244,7 +248,7 @@ def _start_from_text(model: PeftModel, adapter: AdapterPlan, tokenizer: PreTrain
     repeated = (ids * -(-adapter.tokens // len(ids)))[: adapter.tokens]
     base: Any = model.get_base_model()
     embeddings = base.get_input_embeddings()
-    prompt: Any = model.prompt_encoder["default"]
+    prompt: Any = model.prompt_encoder[ADAPTER]
     with torch.no_grad():
         prompt.embedding.weight.copy_(embeddings(torch.tensor(repeated, device=embeddings.weight.device)))
 

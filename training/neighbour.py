@@ -12,14 +12,15 @@ which is the sum that a worker computes for a mixture of the two.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from torch.nn.functional import linear
 from transformers import TrainerCallback
 
 from hocket.errors import HocketError, Reason
-from training.model import tensor_of
+from training.model import ADAPTER, tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from training.plan import Beside
 
-_OWN: Final = "default"
-"""What PEFT calls the adapter in training."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -39,7 +38,7 @@ class Turns(TrainerCallback):
     """Has the adapter alone and beside its neighbour in turns: steps of the optimizer, and batches of an evaluation.
 
     Args:
-        model: The base with the adapter in training, a LoRA.
+        model: The base with the adapter in training, a LoRA, on the device that it is trained on.
         beside: The neighbour, a LoRA for the same base, and its weight.
 
     Raises:
@@ -50,7 +49,7 @@ class Turns(TrainerCallback):
         self._together = False
         self._batches = 0
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self._scales = [layer.scaling[_OWN] for layer in self._layers]
+        self._scales = [layer.scaling[ADAPTER] for layer in self._layers]
         self._weight = beside.weight
         config, tensors = beside.adapter.config, beside.adapter.tensors
         scale = beside.weight * config.alpha / (config.rank**0.5 if config.use_rslora else config.rank)
@@ -74,7 +73,7 @@ class Turns(TrainerCallback):
         self._together = number % 2 == 1
         own = 1 - self._weight if self._together else 1.0
         for layer, scale in zip(self._layers, self._scales, strict=True):
-            layer.scaling[_OWN] = own * scale
+            layer.scaling[ADAPTER] = own * scale
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """A step: by its number, so that a resumed training takes the same turns."""
@@ -92,7 +91,7 @@ class Turns(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **_: Any,  # noqa: ANN401 - theirs
+        **_: object,
     ) -> None:
         """The next batch of an evaluation."""
         del args, state, control
@@ -105,12 +104,16 @@ class Turns(TrainerCallback):
         self._turn(0)
 
 
-def _projection(model: PeftModel, name: str) -> Any:  # noqa: ANN401 - a linear layer of any make, as bases in 4 bits have
+def _projection(model: PeftModel, name: str) -> nn.Linear:
+    """Of the base, below the adapter in training where that has it too. Those of 4-bit bases are `Linear` as well."""
     try:
-        module: Any = model.get_submodule(name)
+        module = model.get_submodule(name)
     except AttributeError as error:
         raise _misfit(name) from error
-    return getattr(module, "base_layer", module)
+    found = module.base_layer if isinstance(module, LoraLayer) else module
+    if not isinstance(found, nn.Linear):
+        raise _misfit(name)
+    return found
 
 
 def _misfit(name: str) -> HocketError:

@@ -25,6 +25,7 @@ from hocket.files import write_whole
 from hocket.packages.adapter import AdapterKind
 from hocket.packages.expert.names import CONFIG, MANIFEST, WEIGHTS
 from hocket.packages.expert.writer import pretty
+from training.model import ADAPTER
 from training.plan import Precision, Settings
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def write_all(plan: Plan, outcome: Outcome, model: PeftModel, curve: Sequence[Ma
     """
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    config = model.peft_config["default"]
+    config = model.peft_config[ADAPTER]
     config.inference_mode = True
     config.base_model_name_or_path = base_name(plan.base)  # and not the folder of this machine
     points = [_point(each) for each in curve if "loss" in each or "eval_loss" in each]
@@ -247,20 +248,18 @@ def _config(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 
 
 def _metadata(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    start, beside = plan.start, plan.beside
-    origin = {} if start is None else {"start": start.digest}
-    company = {} if beside is None else {"beside": {"digest": beside.digest, "weight": beside.weight}}
-    return (
-        origin
-        | company
-        | {
-            "trained_on": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "base_model_version": plan.base_digest,
-            "training_time_hours": round(outcome.seconds / 3600, 4),
-            "gpu": outcome.device,
-            "precision": outcome.precision,
-            "quantized_base": "nf4" if plan.settings.qlora else None,
-            "tokens": outcome.tokens,
-            "libraries": {name: version(name) for name in _LIBRARIES},
-        }
-    )
+    known: dict[str, Any] = {
+        "trained_on": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "base_model_version": plan.base_digest,
+        "training_time_hours": round(outcome.seconds / 3600, 4),
+        "gpu": outcome.device,
+        "precision": outcome.precision,
+        "quantized_base": "nf4" if plan.settings.qlora else None,
+        "tokens": outcome.tokens,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+    }
+    if plan.start_package is not None:
+        known["start"] = plan.start_package.digest
+    if plan.beside is not None:
+        known["beside"] = {"digest": plan.beside.digest, "weight": plan.beside.weight}
+    return known

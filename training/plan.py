@@ -40,6 +40,7 @@ _RANK_SCALING: Final = "rsqrt"
 _RANK: Final = 16
 _DROPOUT: Final = 0.1
 _TOKENS: Final = 32
+_BESIDE_WEIGHT: Final = 0.5
 _IA3_FEEDFORWARD: Final = ("up_proj", "down_proj", "gate_proj")
 _INT4: Final = "int4"
 _MOST: Final = 1e9
@@ -149,12 +150,12 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Start:
+class StartPackage:
     """An adapter that a training goes on from.
 
     Attributes:
         digest: Of its package.
-        adapter: Of the kind and sizes of the one in training.
+        adapter: Of the kind, rank and scale of the one in training.
     """
 
     digest: str
@@ -192,7 +193,7 @@ class Plan:
         settings: How.
         device: Where.
         resume: Whether to go on from the last checkpoint in `out`.
-        start: The adapter whose weights are the first ones; None to begin anew.
+        start_package: The adapter whose weights are the first ones; None to begin anew.
         beside: The adapter that it learns to be mixed with; None for none.
     """
 
@@ -207,7 +208,7 @@ class Plan:
     settings: Settings
     device: Device = Device.AUTO
     resume: bool = False
-    start: Start | None = None
+    start_package: StartPackage | None = None
     beside: Beside | None = None
 
     @property
@@ -237,9 +238,9 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
     eval_data: Path | None = None,
     device: Device = Device.AUTO,
     resume: bool = False,
-    start: Path | None = None,
+    start_package: Path | None = None,
     beside: Path | None = None,
-    beside_weight: float = 0.5,
+    beside_weight: float | None = None,
     settings: Mapping[str, object] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -254,18 +255,19 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
             `data` is None.
         device: Where to train.
         resume: Whether to go on from the last checkpoint in `out`.
-        start: The package (`.expert`) of an adapter of the same kind, rank and targets on the same base, to go on from;
-            None to begin anew.
+        start_package: The package (`.expert`) of an adapter of the same kind, rank, scale and targets on the same base,
+            to go on from; None to begin anew.
         beside: The package (`.expert`) of a LoRA on the same base that this one shall be mixed with; None for none.
-        beside_weight: The weight of that one, between 0 and 1.
+        beside_weight: The weight of that one, between 0 and 1; None for a half.
         settings: By names of fields of `Settings`: they win over the manifest.
         on_progress: Told the bytes of the base hashed so far, and all of them.
 
     Raises:
         HocketError: The refusals of `parse_manifest`; `BAD_MANIFEST` with the field for a value that cannot be trained
             with; `UNSUPPORTED_TYPE` for another kind of adapter; `BAD_REQUEST` for what the caller says, or cannot be
-            read; `BASE_MISMATCH` if the manifest, or a package, is for other bases; the refusals of
-            `hocket.packages.expert.decode` for packages.
+            read; `BASE_MISMATCH` if the manifest, or a package, is for other bases; `BAD_WEIGHTS` with the field for a
+            package to start from that is another adapter than the manifest's; `NOT_SERVABLE` for packages that cannot
+            be served, and the refusals of `hocket.packages.expert.decode`.
     """
     parsed = parse_manifest(_read(manifest, DEFAULT_LIMITS.manifest_bytes))
     digest = base_digest(base, on_progress)
@@ -285,7 +287,11 @@ def plan_training(  # noqa: PLR0913 - the command's own options, by name
             Reason.BAD_REQUEST,
             "a soft prompt stands before every example, so that these cannot be packed: --no-packing",
         )
-    first = None if start is None else Start(*_adapter_of(start, digest))
+    if beside is None and beside_weight is not None:
+        raise HocketError(
+            Reason.BAD_REQUEST, "--beside-weight is the weight of another expert: give --beside EXPERT too"
+        )
+    first = None if start_package is None else _start_package(start_package, adapter, digest)
     neighbour = None if beside is None else _beside(beside, beside_weight, adapter, digest)
     return Plan(parsed, place, base, digest, data, eval_data, out, adapter, chosen, device, resume, first, neighbour)
 
@@ -298,10 +304,40 @@ def _adapter_of(path: Path, base: str) -> tuple[str, Adapter]:
         raise HocketError(
             Reason.BASE_MISMATCH, f"{path} is for the base {facts.base.digest or facts.base.name}, and this is {base}"
         )
+    if facts.not_servable is not None:
+        raise HocketError(
+            Reason.NOT_SERVABLE, f"{path} cannot be served, and so not be trained with: {facts.not_servable}"
+        )
     return facts.digest, adapter
 
 
-def _beside(path: Path, weight: float, adapter: AdapterPlan, base: str) -> Beside:
+def _start_package(path: Path, adapter: AdapterPlan, base: str) -> StartPackage:
+    """An adapter that computes as the planned one does. Its tensors are compared when they are put in."""
+    package, given = _adapter_of(path, base)
+    config = given.config
+    compared: dict[str, tuple[object, object]] = {
+        "kind": (config.kind, adapter.kind),
+        "rank": (config.rank, adapter.rank),
+        "alpha": (config.alpha, adapter.alpha),
+        "use_rslora": (config.use_rslora, adapter.use_rslora),
+        "rank_pattern": (dict(config.rank_pattern), {}),
+        "alpha_pattern": (dict(config.alpha_pattern), {}),
+        "bias": (config.bias, "none"),
+        "lora_bias": (config.lora_bias, False),
+        "soft_prompts": (len(given.soft_prompts), int(adapter.kind is AdapterKind.SOFT_PROMPT)),
+    }
+    for name, (has, wanted) in compared.items():
+        if has != wanted:
+            raise HocketError(
+                Reason.BAD_WEIGHTS,
+                f"{path} cannot be started from: its {name} is {has!s:.100}, and what is trained has {wanted}",
+                field=name,
+            )
+    return StartPackage(package, given)
+
+
+def _beside(path: Path, stated_weight: float | None, adapter: AdapterPlan, base: str) -> Beside:
+    weight = _BESIDE_WEIGHT if stated_weight is None else stated_weight
     if not 0 < weight < 1:
         raise HocketError(Reason.BAD_REQUEST, f"--beside-weight is {weight:g}: it must be above 0 and below 1")
     package, neighbour = _adapter_of(path, base)

@@ -171,9 +171,6 @@ def _run(
 ) -> Outcome:
     model = load_model(plan, tokenizer, device, precision)
     reporter = _Reporter(tell)
-    callbacks: list[TrainerCallback] = [reporter]
-    if plan.beside is not None:
-        callbacks.append(Turns(model, plan.beside))
     trainer = SFTTrainer(
         model=model,
         args=_arguments(plan.settings, folder, device, precision, evaluates=measured is not None),
@@ -181,8 +178,10 @@ def _run(
         eval_dataset=None if measured is None else measured.rows,
         data_collator=Collator(int(tokenizer.pad_token_id)),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[reporter],
     )
+    if plan.beside is not None:  # the trainer has moved the model to its device by now
+        trainer.add_callback(Turns(model, plan.beside))
     for parameter in model.parameters():  # TRL makes those of 4-bit bases bfloat16, in which small steps are lost
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -386,7 +385,7 @@ def _prepare_folder(plan: Plan) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        identity = {
+        identity: dict[str, object] = {
             "base": plan.base_digest,
             "data": file_digest(plan.data),
             "eval_data": None if plan.eval_data is None else file_digest(plan.eval_data),
@@ -394,9 +393,11 @@ def _prepare_folder(plan: Plan) -> Path:
             "capabilities": plan.manifest.capabilities,  # which some templates put into prompts
             "adapter": asdict(plan.adapter),
             "settings": asdict(plan.settings),
-            "start": None if plan.start is None else plan.start.digest,
-            "beside": None if plan.beside is None else [plan.beside.digest, plan.beside.weight],
         }
+        if plan.start_package is not None:
+            identity["start_package"] = plan.start_package.digest
+        if plan.beside is not None:
+            identity["beside"] = [plan.beside.digest, plan.beside.weight]
         outputs.write_identity(folder, identity, compare=last is not None)
     except OSError as error:
         raise HocketError(Reason.BAD_REQUEST, f"cannot use {error.filename or folder}: {error.strerror}") from error

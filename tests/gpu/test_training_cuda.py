@@ -68,7 +68,9 @@ def test_losses_are_those_of_a_cpu(shop: Workshop, kind: str, precision: str) ->
     assert (outcome.precision, outcome.device) == (precision, torch.cuda.get_device_name(0))
 
 
-def plan_of(shop: Workshop, kind: str, config: dict[str, Any], **settings: object) -> Any:
+def plan_of(
+    shop: Workshop, kind: str, config: dict[str, Any], *, beside: Path | None = None, **settings: object
+) -> Any:
     from tests.trainings import QUICK, questions  # noqa: PLC0415 - beside the others
     from training.plan import plan_training  # noqa: PLC0415 - beside the others
 
@@ -77,7 +79,8 @@ def plan_of(shop: Workshop, kind: str, config: dict[str, Any], **settings: objec
         base=shop.base,
         out=shop.folder / "out",
         data=shop.data(),
-        eval_data=shop.data("eval.jsonl", questions(4)),
+        eval_data=shop.data("eval.jsonl", questions(4 if beside is None else 16)),  # a batch for each turn
+        beside=beside,
         settings={**QUICK, **STEPS, **settings},
     )
 
@@ -105,6 +108,28 @@ def test_a_base_in_4_bits_is_trained_on(shop: Workshop, kind: str) -> None:
     assert there == pytest.approx(whole, rel=FOUR_BITS)
     assert evaluated[-1] < evaluated[0]
     assert outcome.precision == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [({"precision": name}, most) for name, most in TOLERANCE.items()] + [({"qlora": True}, FOUR_BITS)],
+)
+def test_losses_beside_another_expert_are_those_of_a_cpu(
+    shop: Workshop, settings: dict[str, Any], tolerance: float
+) -> None:
+    if "qlora" in settings:
+        pytest.importorskip("bitsandbytes", reason="the qlora extra is not installed")
+    from training.plan import Device  # noqa: PLC0415 - beside the others
+
+    _, _, neighbour = losses(shop.plan(out="neighbour", **STEPS), Device.CPU)
+    package = shop.folder / "neighbour.expert"
+    result = CliRunner().invoke(app, ["expert", "pack", str(neighbour.out), "--out", str(package)])
+    assert result.exit_code == 0, result.output
+    config = {"dropout": 0.0}
+    here, evaluated_here, _ = losses(plan_of(shop, "lora", config, beside=package, precision="float32"), Device.CPU)
+    there, evaluated, _ = losses(plan_of(shop, "lora", config, beside=package, **settings), Device.CUDA)
+    assert there == pytest.approx(here, rel=tolerance)
+    assert evaluated == pytest.approx(evaluated_here, rel=tolerance)
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"packing": True, "max_length": 128}])

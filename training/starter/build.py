@@ -3,7 +3,8 @@
 The recipe is the one that anybody follows for their own experts, in the project's own commands: pretrain the base
 (once), and for each expert write its data, `hocket train`, `hocket expert pack`, `hocket sign`. What is there already
 is not made again, and a step that was stopped goes on from its last checkpoint: the command may be stopped, and given
-again. Remove a package, or the base, to have it made anew; who has not the key of the kit's publisher signs with a
+again. Remove a package, or the base, to have it made anew, and the work folder too, to have it trained from the
+beginning; the two of a pair are made together. Who has not the key of the kit's publisher signs with a
 key of their own, which the kit then trusts as well.
 """
 
@@ -89,27 +90,35 @@ def is_made(package: Path, base: str) -> bool:
 
 def make_expert(task: Task, kit: Path, work: Path, key: Path) -> None:
     """Train, pack and sign one expert. Goes on where an earlier run was stopped."""
-    _release(_train(task, kit / BASE, work, work / task.name), kit, key)
+    _release(_train(task, kit / BASE, work, _place(kit, work) / task.name), kit, key)
 
 
 def make_pair(pair: Sequence[Task], kit: Path, work: Path, key: Path) -> None:
     """Make two experts that are meant to be mixed: each learns beside the other, in turns, until both bear it.
 
     Trained apart, they would get into each other's way. Trained once, one beside the other, the second would bear the
-    first as it is, and not the other way round.
+    first as it is, and not the other way round. What was made in an earlier run is not made again.
     """
     first, second = pair
     made: dict[str, Path] = {}
-    for place in range(2 * (1 + _ROUNDS)):
-        task, other = (first, second) if place % 2 == 0 else (second, first)
-        out = work / f"pair-{place}" / task.name
-        package = out.with_name(f"expert-{task.name}.expert")
+    for turn in range(2 * (1 + _ROUNDS)):
+        task, other = (first, second) if turn % 2 == 0 else (second, first)
+        out = _place(kit, work) / f"pair-{turn}" / task.name
+        package = _package_of(out)
         if not package.exists():
-            start = made.get(task.name)
-            _train(task, kit / BASE, work, out, start=start, beside=made.get(other.name))
+            _train(task, kit / BASE, work, out, start=made.get(task.name), beside=made.get(other.name))
         made[task.name] = package
     for package in made.values():
         _release(package, kit, key)
+
+
+def _place(kit: Path, work: Path) -> Path:
+    """Where trainings on the kit's base are kept: those on another base are others."""
+    return work / base_digest(kit / BASE).removeprefix("sha256:")[:12]
+
+
+def _package_of(out: Path) -> Path:
+    return out.with_name(f"expert-{out.name}.expert")
 
 
 def _train(
@@ -125,19 +134,19 @@ def _train(
         *([] if beside is None else ["--beside", str(beside)]),
         *([] if start is None else ["--start", str(start), *_FURTHER]),
     )
-    package = out.with_name(f"expert-{task.name}.expert")
+    package = _package_of(out)
     package.unlink(missing_ok=True)
     _hocket("expert", "pack", str(out), "--base", str(base), "--out", str(package))
     return package
 
 
 def _release(package: Path, kit: Path, key: Path) -> None:
-    """Sign a package, and move it into the kit with its release."""
+    """Sign a package, and copy it into the kit with its release."""
     _hocket("sign", str(package), "--publisher", PUBLISHER, "--key", str(key))
     folder = kit / "experts"
     folder.mkdir(parents=True, exist_ok=True)
     for path in (package, package.with_name(package.name + RELEASE_SUFFIX)):
-        path.replace(folder / path.name)
+        write_whole(folder / path.name, path.read_bytes())
 
 
 def write_digests(kit: Path) -> None:
@@ -148,7 +157,7 @@ def write_digests(kit: Path) -> None:
 
 
 def make(names: Sequence[str], kit: Path, work: Path, key: Path) -> None:
-    """Make what is missing of the kit, and nothing else.
+    """Make what is missing of the kit, and nothing else; of a pair, both.
 
     Args:
         names: Experts that are wanted.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from training.starter.labels import is_label
 from training.starter.task import Example, Split, Task
-from training.starter.words import CITIES, NAMES, held_out, listed
+from training.starter.words import CITIES, NAMES, held_out, listed, spliced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,6 +107,8 @@ _WORDINGS: Final[Mapping[Split, tuple[str, ...]]] = {
     ),
 }
 
+_STRANGE: Final = 0.4
+"""So that one cue is enough: who learns from two at once is lost where one of them is new."""
 _DAYS: Final = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _CUES: Final = {topic: held_out(words) for topic, words in CUES.items()}
 _NAMES: Final = dict(zip(Split, held_out(NAMES), strict=True))
@@ -114,11 +116,14 @@ _CITIES: Final = dict(zip(Split, held_out(CITIES), strict=True))
 _TOPICS: Final = tuple(CUES)
 
 
-def _text(random: Random, split: Split, topic: str) -> str:
+def _text(random: Random, split: Split, topic: str, strange: float = 0.0) -> str:
+    """A text with two cues or three; in a share of those of `TRAIN`, one is a word that means nothing."""
     kept, held = _CUES[topic]
     cues = random.sample(kept, 3)
     if split is Split.TEST:
         cues[random.randrange(2)] = random.choice(held)
+    elif random.random() < strange:
+        cues[random.randrange(2)] = spliced(random)
     name, friend = random.sample(_NAMES[split], 2)
     shown: dict[str, Any] = dict(zip("cde", (cue.replace("-", " ") for cue in cues), strict=True))
     return random.choice(_FRAMES[split]).format(
@@ -137,7 +142,7 @@ def example(random: Random, split: Split) -> Example:
         The text in a question, and its topic.
     """
     topic = random.choice(_TOPICS)
-    prompt = random.choice(_WORDINGS[split]).format(text=_text(random, split, topic))
+    prompt = random.choice(_WORDINGS[split]).format(text=_text(random, split, topic, _STRANGE))
     return Example(prompt, topic, topic)
 
 
