@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.starter_kits import random_kit
 from training.starter import build
 from training.starter.corpus import TASKS
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PAIR = [TASKS[name] for name in build.PAIR]
 
@@ -36,11 +33,11 @@ class Commands:
         self.told.append(arguments)
         value = dict(pairwise(arguments))
         if arguments[0] == "train":
-            build.Path(value["--out"]).mkdir(parents=True, exist_ok=True)
+            Path(value["--out"]).mkdir(parents=True, exist_ok=True)
         elif arguments[:2] == ("expert", "pack"):
-            build.Path(value["--out"]).write_text(f"package {len(self.told)}")
+            Path(value["--out"]).write_text(f"package {len(self.told)}")
         elif arguments[0] == "sign":
-            build.Path(f"{arguments[1]}.release.json").write_text("release")
+            Path(f"{arguments[1]}.release.json").write_text("release")
 
     def trainings(self) -> list[tuple[str, str | None, str | None]]:
         """Per training: its output, what it goes on from and what it learns beside, by the last parts of the paths."""
