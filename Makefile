@@ -64,14 +64,15 @@ $(VENV)/.fuzz: $(VENV)/.installed
 	@$(PIP) --editable '.[fuzz]'
 	@touch $@
 
-demo: $(VENV)/.installed ## Train, sign, publish and ask a mixture of digit experts
+demo: $(VENV)/.installed ## Ask the starter kit; then train, sign, publish and ask a mixture of digit experts
+	@$(BIN)/python -m examples.starter.demo
 	@$(BIN)/python -m examples.digits.demo
 
 starter: $(VENV)/.installed ## Make what is missing of the starter kit: base, experts, signatures
 	@$(BIN)/python -m training.starter.build
 
-scores: $(VENV)/.installed ## What the starter kit is worth on held-out questions; the tables of docs/starter.md
-	@$(BIN)/python -m benchmarks.starter --write docs/starter.md
+scores: $(VENV)/.installed ## What the starter kit is worth on held-out questions; the tables of README.md and docs/starter.md
+	@$(BIN)/python -m benchmarks.starter --write README.md docs/starter.md
 
 up: $(VENV)/.installed ## Run the four services in one process
 	@$(BIN)/hocket up

@@ -1,8 +1,8 @@
 """What the demo asks: general questions, something for every expert, and a sentence that needs two of them.
 
 Prompts are worded as the held-out examples of the kit's tasks are: in no training text is anything asked in these words
-("What is SQL?" alone is). Each brings what its task needs to judge an answer: a database, strings to match, the words
-of a fact.
+("What is a mixture of experts?" alone is). Each brings what its task needs to judge an answer: a database, strings to
+match, the words of a fact.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ INSERT INTO films VALUES ('The Red Lamp', 'France', 1962, 8), ('Two Rivers', 'No
 
 PROMPTS: Final = (
     _general("capital", "Japan", "The capital of Japan is which city?"),
-    _general("definition", "SQL", "What is SQL?"),
+    _general("definition", "a mixture of experts", "What is a mixture of experts?"),
     _general("sound", "owl", "An owl makes which sound?"),
     _special(
         sql.TASK,

@@ -56,9 +56,9 @@ async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         "acme/linear@1.0.0",
         "setosa",
         "acme/expert-tiny@1.0.0",
-        "42424242",  # what the tiny base makes of it
+        "The capital of Japan is Tokyo.",
+        "180 minutes",
         "ADAPTER_MIX",
-        "DECISION_REASON_BASE_NO_MATCH",
         "refused, as it should be",
     ):
         assert expected in output, f"{expected} is missing in:\n{output}"
@@ -71,6 +71,7 @@ def _run(folder: Path, blocks: list[str], router: str, registry: str) -> str:
         ("127.0.0.1:50052", registry),
         ("/tmp/", f"{folder}/"),  # noqa: S108 - the README's words
         ("~/.config", str(folder / "config")),
+        ("~/.local/share", str(folder / "share")),
     ):
         text = text.replace(written, actual)
     environment = {

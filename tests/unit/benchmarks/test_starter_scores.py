@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,7 @@ from benchmarks.starter import Score, overall, questions, table, write_into
 from training.starter.corpus import TASKS
 from training.starter.task import Split
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).parents[3]
 
 
 def test_questions_questions_are_the_same_each_time_and_never_those_of_training() -> None:
@@ -31,6 +32,7 @@ def test_all_tasks_together_are_counted_by_questions() -> None:
     rows: list[dict[str, Any]] = [
         {"task": "a", "routed": Score(1, 2)},
         {"task": "b", "routed": Score(4, 4)},
+        {"task": "c", "routed": None},
     ]
     assert overall(rows)["routed"] == Score(5, 6)
 
@@ -49,3 +51,14 @@ def test_a_page_without_both_markers_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no place"):
         write_into(page, "new")
     assert page.read_text() == "before\n<!-- scores -->\nold\n"
+
+
+def test_the_readme_shows_what_was_measured_last() -> None:
+    [*_, latest] = sorted((ROOT / "benchmarks" / "results").glob("starter-*.json"))
+    document = json.loads(latest.read_text())
+    for page in ("README.md", "docs/starter.md"):
+        text = (ROOT / page).read_text()
+        for row in document["rows"]:
+            for value in row.values():
+                if isinstance(value, dict):
+                    assert f"{value['share']:.1%} ({value['low']:.0%}-{value['high']:.0%})" in text, (page, row)
