@@ -57,7 +57,7 @@ test-gpu: $(VENV)/.installed ## What only a CUDA device can show
 	@$(BIN)/pytest -q -m gpu tests/gpu
 
 fuzz: $(VENV)/.fuzz ## Change package bytes until a reader breaks: FUZZ_SECONDS (60) for each reader
-	@for harness in archive manifest weights adapter apr; do \
+	@for harness in archive manifest weights adapter apr header metadata payload quantized; do \
 		echo "fuzzing $$harness"; $(BIN)/python -m tests.fuzz $$harness --seconds $(FUZZ_SECONDS) || exit 1; done
 
 $(VENV)/.fuzz: $(VENV)/.installed

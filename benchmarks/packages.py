@@ -18,6 +18,7 @@ import numpy as np
 import zstandard
 from safetensors.numpy import save
 
+from benchmarks import apr_parts
 from benchmarks.report import command_line, record
 from examples.publishing import Publisher
 from examples.running import run, suite
@@ -111,6 +112,8 @@ def _store(data: bytes, folder: Path) -> None:
 async def main() -> None:
     """Measure; `--no-save` only prints."""
     arguments = command_line(__doc__, rounds=5).parse_args()
+    apr_notes = {"payload": "4 MiB of random float32, which hardly compress", "budgets": "DESIGN, section 8"}
+    record("packages-apr", apr_parts.rows(4 * arguments.rounds), apr_notes, save=not arguments.no_save)
     content = files()
     joined = b"".join(content.values())
     rows: list[dict[str, Any]] = []

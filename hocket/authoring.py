@@ -24,6 +24,7 @@ what names stand for now, so that the record names members by digest alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tomllib
 from dataclasses import dataclass
@@ -139,6 +140,30 @@ def parse_draft(document: Mapping[str, Any], folder: Path) -> Draft:
     )
 
 
+def format_draft(draft: Draft, weights: str = "") -> str:
+    """A draft as TOML that `read_draft` reads.
+
+    Args:
+        draft: A member may also be a path to an .apr file, relative to the TOML file.
+        weights: Of a softmax gate, the path of the file that holds them, relative to the TOML file: this writes none.
+    """
+    head = {
+        "name": draft.name,
+        "top_k": draft.top_k,
+        "labels": None if draft.labels is None else list(draft.labels),
+        "capacity_factor": draft.capacity_factor,
+    }
+    gate: dict[str, object]
+    if isinstance(draft.gate, FixedGate):
+        gate = {"kind": "fixed", "weights": list(draft.gate.weights)}
+    else:
+        bias = draft.gate.bias
+        gate = {"kind": "softmax", "temperature": draft.gate.temperature, "weights": weights}
+        gate["bias"] = None if bias is None else list(bias)
+    members = [f"\n[[members]]\n{_line(member.kind, member.name)}" for member in draft.members]
+    return "".join(f"{line}\n" for line in (*_lines(head), *members, "\n[gate]", *_lines(gate)))
+
+
 async def resolve(draft: Draft, registry: RegistryClient) -> tuple[MixtureRecord, bytes]:
     """The record that a draft means now, and its gate tensor.
 
@@ -159,6 +184,15 @@ async def resolve(draft: Draft, registry: RegistryClient) -> tuple[MixtureRecord
     if top_k is None:
         top_k = 1 if isinstance(gate, SoftmaxGate) else len(members)
     return MixtureRecord(draft.name, members, gate, top_k, draft.labels, draft.capacity_factor), tensor
+
+
+def _lines(table: Mapping[str, object]) -> list[str]:
+    return [_line(key, value) for key, value in table.items() if value is not None]
+
+
+def _line(key: str, value: object) -> str:
+    """JSON texts, numbers and lists are TOML ones, but for the one control character that JSON does not escape."""
+    return f"{key} = " + json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _sealed(gate: DraftSoftmax | FixedGate, member_count: int) -> tuple[SoftmaxGate | FixedGate, bytes]:

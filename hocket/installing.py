@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName
-from hocket.packages import check_release_name, open_package
+from hocket.packages import check_release_name, describe_package
 from hocket.packages.adapter import AdapterFacts
 from hocket.requirements import Requirement
 from hocket.resolution import Candidate, resolve
@@ -212,7 +212,7 @@ class Finder:
         """Open an offer: its release first, then its content.
 
         Raises:
-            HocketError: What `hocket.packages.open_package` raises, with the place; `NAME_MISMATCH` if release and
+            HocketError: What `hocket.packages.describe_package` raises, with the place; `NAME_MISMATCH` if release and
                 manifest disagree; `NOT_SERVABLE`; `VERSION_TAKEN` and `YANKED` if the registry would say so.
         """
         try:
@@ -226,7 +226,7 @@ class Finder:
     def _opened(self, offer: Offer, commit: Commit | None) -> Prepared:
         data = offer.load()
         releases = () if offer.release is None else (offer.release,)
-        opened = open_package(data, releases=releases, trust=self.trust, policy=self.policy, now=self.now)
+        opened = describe_package(data, releases=releases, trust=self.trust, policy=self.policy, now=self.now)
         facts = opened.facts
         name = next((proof.release for proof in opened.provenance.proofs if proof.release is not None), None)
         if name is not None:

@@ -1,14 +1,20 @@
-"""Private keys on disk: 32 raw bytes each, in files only their owner can read."""
+"""Private keys on disk: 32 raw bytes each, in files only their owner can read.
+
+An Ed25519 key signs (`create_key`), an X25519 key opens packages that are encrypted for it (`create_recipient_key`).
+Nothing in a file says which of the two it is: use each for one purpose.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import key_text
+from hocket.packages.apr.encryption import X25519_KEY_BYTES, Recipient, RecipientKey
 from hocket.packages.keys import SEED_SIZE_BYTES, generate_seed, public_key_of
 
 if TYPE_CHECKING:
@@ -37,11 +43,27 @@ def create_key(path: Path) -> str:
         HocketError: `NAME_TAKEN` if the file exists, `BAD_KEY_FILE` if it cannot be written.
     """
     seed = generate_seed()
+    _create(path, seed)
+    return key_text(public_key_of(seed))
+
+
+def create_recipient_key(path: Path) -> Recipient:
+    """Create a recipient's private key file, as `create_key` does, and return whom packages are encrypted for.
+
+    Raises:
+        HocketError: `NAME_TAKEN` if the file exists, `BAD_KEY_FILE` if it cannot be written.
+    """
+    key = RecipientKey(secrets.token_bytes(X25519_KEY_BYTES))
+    _create(path, key.private_key)
+    return key.recipient
+
+
+def _create(path: Path, secret: bytes) -> None:
     try:
         _make_private_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(seed)
+            file.write(secret)
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError as error:
@@ -50,7 +72,6 @@ def create_key(path: Path) -> str:
         ) from error
     except OSError as error:
         raise _bad(path, f"cannot be written ({error.strerror})") from error
-    return key_text(public_key_of(seed))
 
 
 def load_key(path: Path) -> bytes:

@@ -128,10 +128,16 @@ def check_call_seconds(settings: object, *names: str) -> None:
             raise ValueError(f"{name} must not be negative")
 
 
-def _convert(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - one branch per type of setting
+def _convert(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401 - a setting of any type
     if isinstance(wanted, types.UnionType):
         options = [option for option in wanted.__args__ if option is not types.NoneType]
-        return None if value in {None, ""} else _convert(value, options[0], where)
+        return None if value is None or value == "" else _convert(value, options[0], where)
+    if typing.get_origin(wanted) is dict or dataclasses.is_dataclass(wanted):
+        return _convert_table(value, wanted, where)
+    return _convert_value(value, wanted, where)
+
+
+def _convert_value(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401 - a setting of any type
     if typing.get_origin(wanted) is tuple:
         parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         if isinstance(parts, list):
@@ -149,6 +155,20 @@ def _convert(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401, PLR09
         return float(value)
     elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
         return value
+    if wanted is Path:  # not repeated, for the same reason as in `_convert_table`
+        raise HocketError(Reason.BAD_REQUEST, f"{where} must be the name of a file or folder, as text")
     raise HocketError(
         Reason.BAD_REQUEST, f"{where} cannot be {value!r}: expected {getattr(wanted, '__name__', wanted)}"
     )
+
+
+def _convert_table(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401 - as `_convert`
+    """A table inside a table, which a file alone can give: by name, each of one type, or a dataclass.
+
+    What was given in its place is not repeated: somebody may have written a secret where the name of its file belongs.
+    """
+    if not isinstance(value, dict):
+        raise HocketError(Reason.BAD_REQUEST, f"{where} must be a table of the settings file")
+    if dataclasses.is_dataclass(wanted):
+        return build(typing.cast("type[Any]", wanted), value, where)
+    return {key: _convert(item, wanted.__args__[1], f"{where}.{key}") for key, item in value.items()}

@@ -25,7 +25,7 @@ def predict(model: Any, rows: Any, columns: int = 1) -> Any:
     return np.array([_row(model, row, columns) for row in np.asarray(rows, f32)], f32)
 
 
-def gate_weights(gate: m.SoftmaxGate, row: Any) -> Any:
+def gate_weights(gate: Any, row: Any) -> Any:
     """float32 [E]: softmax of the gate for one row."""
     logits = []
     for weights in gate.weights.T:
@@ -41,7 +41,17 @@ def gate_weights(gate: m.SoftmaxGate, row: Any) -> Any:
 
 
 def tolerance(model: Any, rows: Any) -> Any:
-    """[N]: how far an answer may be from the reference's, by linear output: 1e-6 * max(1, |bias| + sum |x w|)."""
+    """[N]: how far an answer may be from the reference's, by linear output: 1e-6 * max(1, |bias| + sum |x w|).
+
+    Naive Bayes likewise, by what the logarithm of a probability is a sum of.
+    """
+    if isinstance(model, m.GaussianNB):
+        means: Any = model.means
+        variances: Any = model.variances
+        terms = (rows[:, None] - means) ** 2 / (2 * variances) + np.abs(np.log(variances)) + 1
+        return 1e-6 * np.maximum(1, terms.sum(axis=2).max(axis=1))
+    if not isinstance(model, m.LinearModel | m.LogisticRegression | m.MixtureOfExperts):
+        return np.full(len(rows), 1e-6)
     experts: Any = model.experts if isinstance(model, m.MixtureOfExperts) else (model,)
     scale = [np.abs(expert.intercept) + np.abs(rows) @ np.abs(expert.coefficients) for expert in experts]
     return 1e-6 * np.maximum(1, np.max(scale, axis=0))
@@ -98,6 +108,72 @@ def _mixture(model: Any, row: Any, _: int) -> Any:
     return [answer]
 
 
+def _naive_bayes(model: Any, row: Any, _: int) -> Any:
+    scores = []
+    for prior, means, variances in zip(model.class_priors, model.means, model.variances, strict=True):
+        score = np.log(prior)
+        for x, mean, variance in zip(row, means, variances, strict=True):
+            score += f32(-0.5) * np.log(f32(2 * np.pi) * variance) - (x - mean) * (x - mean) / (f32(2) * variance)
+        scores.append(score)
+    exponentials = [np.exp(score - max(scores)) for score in scores]
+    return [exponential / sum(exponentials) for exponential in exponentials]
+
+
+def _neighbors(model: Any, row: Any, columns: int) -> Any:
+    distances = [_METRICS[model.metric](row, other, f32(model.p)) for other in model.x_train]
+    votes = np.zeros(columns, f32)
+    voters = sorted(range(len(distances)), key=distances.__getitem__)[: model.k]  # a stable sort
+    alike = not model.weighted or np.isinf(distances[voters[0]])  # the reference answers NaN where all are that far
+    for nearest in voters:
+        near = alike or distances[nearest] < f32(1e-10)
+        votes[int(model.y_train[nearest])] += f32(1) if near else f32(1) / distances[nearest]
+    return votes / sum(votes)
+
+
+def _power(value: Any, exponent: Any) -> Any:
+    return f32(np.float64(value) ** np.float64(exponent))
+
+
+_METRICS: dict[m.Metric, Any] = {
+    m.Metric.EUCLIDEAN: lambda one, other, _: np.sqrt(_distance(one, other)),
+    m.Metric.MANHATTAN: lambda one, other, _: _summed(abs(x - c) for x, c in zip(one, other, strict=True)),
+    m.Metric.MINKOWSKI: lambda one, other, p: _power(
+        _summed(_power(abs(x - c), p) for x, c in zip(one, other, strict=True)), f32(1) / p
+    ),
+}
+
+
+def _margin(model: Any, row: Any, _: int) -> Any:
+    above = _dot(f32(model.bias), row, model.weights) >= 0
+    return [f32(not above), f32(above)]
+
+
+def _boosted(model: Any, row: Any, _: int) -> Any:
+    total = f32(model.init_prediction)
+    for tree in model.trees:
+        total += f32(model.learning_rate) if _leaf(tree.tree, row) else -f32(model.learning_rate)
+    p = f32(1) / (f32(1) + np.exp(-total))
+    return [f32(1) - p, p]
+
+
+def _network(model: Any, row: Any, _: int) -> Any:
+    """In float64, as scikit-learn computes."""
+    values = row.astype(np.float64)
+    for layer in model.layers:
+        values = _ACTIVATIONS[layer.activation](values @ layer.weights.astype(np.float64) + layer.biases)
+    binary = model.layers[-1].activation is m.Activation.LOGISTIC and len(values) == 1
+    return [1 - values[0], values[0]] if binary else values
+
+
+_ACTIVATIONS: dict[m.Activation, Any] = {
+    m.Activation.IDENTITY: lambda values: values,
+    m.Activation.LOGISTIC: lambda values: 1 / (1 + np.exp(-values)),
+    m.Activation.TANH: np.tanh,
+    m.Activation.RELU: lambda values: np.maximum(values, 0),
+    m.Activation.SOFTMAX: lambda values: np.exp(values - values.max()) / np.exp(values - values.max()).sum(),
+    m.Activation.EXP: np.exp,
+}
+
 _ROWS = {
     m.LinearRegression: _linear,
     m.Ridge: _linear,
@@ -110,6 +186,11 @@ _ROWS = {
     m.RandomForestClassifier: _forest_class,
     m.KMeans: _cluster,
     m.MixtureOfExperts: _mixture,
+    m.GaussianNB: _naive_bayes,
+    m.KNearestNeighbors: _neighbors,
+    m.LinearSVM: _margin,
+    m.GradientBoostingClassifier: _boosted,
+    m.DenseNetwork: _network,
 }
 
 
@@ -120,9 +201,13 @@ def _dot(start: Any, row: Any, coefficients: Any) -> Any:
 
 
 def _distance(row: Any, centroid: Any) -> Any:
+    return _summed((x - c) * (x - c) for x, c in zip(row, centroid, strict=True))
+
+
+def _summed(terms: Any) -> Any:
     total = f32(0)
-    for x, c in zip(row, centroid, strict=True):
-        total += (x - c) * (x - c)
+    for term in terms:
+        total += term
     return total
 
 

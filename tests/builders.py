@@ -14,12 +14,19 @@ from nacl.signing import SigningKey
 
 from hocket.packages import apr
 from hocket.packages.model import (
+    Activation,
     DecisionTreeClassifier,
     DecisionTreeRegressor,
+    DenseLayer,
+    DenseNetwork,
     ElasticNet,
+    GaussianNB,
+    GradientBoostingClassifier,
     KMeans,
+    KNearestNeighbors,
     Lasso,
     LinearRegression,
+    LinearSVM,
     LogisticRegression,
     MixtureOfExperts,
     MoeConfig,
@@ -32,6 +39,51 @@ from hocket.packages.model import (
 
 CREATED_AT = "1764278947"
 METADATA = {"created_at": CREATED_AT, "aprender_version": "0.11.0"}
+ABOUT: dict[str, Any] = {
+    **METADATA,
+    "model_name": "churn",
+    "training": {"samples": 70000, "duration_ms": 1500, "source": "crm", "seed": 7},
+    "hyperparameters": {"alpha": 0.1, "nested": [1, None]},
+    "metrics": {f"m{number}": number for number in range(20)},
+    "custom": {"theirs": {"x": []}},
+    "distillation": "abc",
+    "distillation_info": {
+        "method": "Ensemble",
+        "teacher": {
+            "hash": "t0",
+            "signature": "sig",
+            "model_type": "RandomForest",
+            "param_count": 12345,
+            "ensemble_teachers": [{"hash": "t1", "model_type": "Knn", "param_count": 2}],
+        },
+        "params": {"temperature": 2.5, "alpha": 0.5, "epochs": 3},
+        "layer_mapping": [{"student_layer": 0, "teacher_layer": 1, "weight": 0.5}],
+    },
+    "license": {
+        "uuid": "6f1b0a52",
+        "hash": "sha256:9f",
+        "expiry": "2020-01-31",
+        "seats": 300,
+        "licensee": "Example GmbH",
+        "tier": "Enterprise",
+    },
+    "model_card": {
+        "model_id": "acme/churn",
+        "name": "Churn",
+        "version": "3",
+        "author": "ada",
+        "created_at": "2025-11-27T00:00:00Z",
+        "framework_version": "aprender 0.11.0",
+        "description": "d" * 1000,
+        "license": "MIT",
+        "training_data": {"name": "crm-2025", "samples": 70000},
+        "param_count": 3,
+        "target_hardware": ["cpu", "cuda"],
+        "carbon": {"kg": 0.5},
+    },
+    "later": "kept",
+}
+"""Metadata with every part, and with keys that the format does not declare. Its licence has ended."""
 
 Signing = Callable[[bytes], tuple[bytes, bytes]]
 # (feature, threshold, left, right), or (answer, samples) for a leaf
@@ -111,6 +163,21 @@ def forest(*trees: Tree | None, **more: Any) -> RandomForestClassifier:
     return RandomForestClassifier(members, len(members), **more)
 
 
+def dense(*layers: tuple[Any, Any, str]) -> DenseNetwork:
+    """A network of (weights, biases, activation); of two inputs, three hidden units and two labels by default."""
+    given = layers or (
+        (floats([1, -2, 0.5], [0.25, 1, -1]), floats(0.5, 0, -0.25), "relu"),
+        (floats([1, -1], [0.5, 2], [-1.5, 0.75]), floats(0.125, -0.5), "softmax"),
+    )
+    return DenseNetwork(tuple(DenseLayer(weights, biases, Activation(name)) for weights, biases, name in given))
+
+
+def neighbors(**more: Any) -> KNearestNeighbors:
+    """Five training rows of two classes, of which three vote by default."""
+    rows, classes = floats([0, 0], [1, 0], [0, 1], [3, 3], [4, 3]), np.array([0, 0, 1, 1, 1], np.uint64)
+    return KNearestNeighbors(**{"k": 3, "x_train": rows, "y_train": classes, **more})
+
+
 def mixture(*experts: Any, top_k: int = 2, **gate: Any) -> MixtureOfExperts:
     """Two linear experts by default, those of the reference's worked vector."""
     members = experts or (linear(2, -1), linear(0, 3, intercept=-1.0))
@@ -146,6 +213,17 @@ def models() -> dict[str, Any]:
         ),
         KMeans(3, samples, tol=0.5, labels=np.array([0, 1, 2], np.uint64), inertia=0.5, n_iter=4),
         mixture(),
+        GradientBoostingClassifier(
+            (DecisionTreeClassifier(grow((0, 0.5, (0, 3), (1, 2)))), DecisionTreeClassifier(grow((1, 2)))),
+            init_prediction=-0.25,
+            learning_rate=0.5,
+            n_estimators=2,
+            n_features=2,
+        ),
+        GaussianNB(floats(0.25, 0.75), floats([0, 1], [2, 3]), floats([1, 0.5], [2, 1]), np.array([3, 7], np.uint64)),
+        neighbors(),
+        LinearSVM(floats(2, -1), 0.5, c=2.0, max_iter=7),
+        dense(),
     ]
     return {type(model).__name__: model for model in every}
 

@@ -19,6 +19,7 @@ from services.expert_worker.engine.pages import default_page_positions
 from services.expert_worker.engine.sampling import Choice, Sampling, SamplingRow, choose
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.loader import Prepared, place, prepare
+from services.expert_worker.parameters import move
 from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, assert_close, dense, tensors_for, toy_package
 from tests.engines import asking, prompt_ids, random_package, whole_engine
 from tests.passes import Passes, ids_of, part
@@ -190,7 +191,7 @@ def assert_places(folder: Path, device: torch.device, dtype: torch.dtype) -> Non
     base = opened(folder, device, dtype)
     for package in packages():
         ready = prepared(package, base)
-        (flat,) = ready.tensors
+        (flat,) = move(ready.tensors, torch.device("cpu"))
         (there,) = place(Prepared(ready.digest, ready.tensors, tuple), device)  # type: ignore[arg-type]  # the tensors
         assert isinstance(there, torch.Tensor)
         assert there.device == device

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from examples.digits.export import to_apr
 from examples.digits.train import Member, Split, splits, train_gate, train_members
 from examples.publishing import Publisher, known, softmax_mixture, uniform_mixture
 from examples.running import run, suite
 from hocket.client import Answer, Planned, connect, connect_registry
 from hocket.packages import apr
+from hocket.packages.from_sklearn import convert
 from hocket.v1 import plan_pb2
 
 if TYPE_CHECKING:
@@ -41,15 +41,12 @@ _SHOWN: Final = 7
 
 def apr_files(members: Sequence[Member]) -> dict[str, bytes]:
     """Each expert as the bytes of an `.apr` file, by name."""
-    return {
-        member.name: apr.write(
-            to_apr(member.estimator),
-            name=member.name,
-            labels=[None if digit is None else str(digit) for digit in member.digits],
-            created_at="0",
-        )
-        for member in members
-    }
+    files = {}
+    for member in members:
+        labels = [None if digit is None else str(digit) for digit in member.digits]
+        [expert] = convert(member.estimator, name=member.name, labels=labels).experts
+        files[expert.name] = apr.write(expert.model, name=expert.name, labels=expert.labels, created_at="0")
+    return files
 
 
 async def accuracy(router: RouterClient, model: str, data: Split) -> float:

@@ -34,6 +34,11 @@ Trust = Annotated[
 ]
 """Option: the trust folder."""
 
+AllowExpiredLicences = Annotated[
+    bool, typer.Option("--allow-expired-licences", help="Let pass packages whose licence has ended.")
+]
+"""Option: packages whose licence has ended."""
+
 KeyName = Annotated[
     str,
     typer.Argument(

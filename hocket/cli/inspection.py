@@ -6,12 +6,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hocket.cli import output
+from hocket.cli.about import licence_document
 from hocket.errors import HocketError
 from hocket.identity import short_name
 from hocket.packages.adapter import AdapterKind, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import datetime
     from pathlib import Path
 
     from hocket.bases import BaseModel
@@ -23,6 +25,7 @@ Beside: TypeAlias = "ReleaseFacts | HocketError | None"
 """The release beside a file, what is wrong with it, or none."""
 
 _TRUSTED: Final = "trusted by this trust folder"
+_ENCRYPTED: Final = "encrypted: what is said of the model is what the metadata declares"
 _KEYWORDS_SHOWN: Final = 8
 _KINDS: Final = {
     AdapterKind.LORA: "LoRA",
@@ -38,8 +41,8 @@ _UPSTREAM: Final = {
 }
 
 
-def model_document(facts: ModelFacts, embedded: EmbeddedFacts, release: Beside) -> dict[str, Any]:
-    """An `.apr` file as JSON-able values."""
+def model_document(facts: ModelFacts, embedded: EmbeddedFacts, release: Beside, now: datetime) -> dict[str, Any]:
+    """An `.apr` file as JSON-able values; `now` is what its licence is compared with."""
     return {
         "format": facts.format,
         "digest": facts.digest,
@@ -52,7 +55,8 @@ def model_document(facts: ModelFacts, embedded: EmbeddedFacts, release: Beside) 
         "encrypted": facts.encrypted,
         "signature": asdict(embedded),
         "release": _release_json(release),
-        "model": None if facts.encrypted else _model_json(facts),
+        "model": None if facts.layout is None else _model_json(facts),
+        "license": licence_document(facts.metadata, now),
         "metadata": facts.metadata,
         "sections": [asdict(section) for section in facts.sections],
     }
@@ -62,6 +66,7 @@ def _model_json(facts: ModelFacts) -> dict[str, Any]:
     return {
         "name": facts.name,
         "expert_layout": facts.expert_layout,
+        "quantization": facts.quantization,
         "expert_count": facts.expert_count,
         "feature_count": facts.n_features,
         "column_count": facts.output_columns,
@@ -100,8 +105,9 @@ def print_model(path: Path, facts: ModelFacts, embedded: EmbeddedFacts, release:
             ("digest", facts.digest),
             ("model", f"{facts.expert_count} x {facts.expert_layout} in a {kind}" if facts.expert_layout else kind),
             ("takes", None if facts.n_features is None else f"{facts.n_features} features"),
-            ("answers", None if facts.encrypted else labels or "one number"),
-            ("storage", f"{facts.compression}, {'encrypted' if facts.encrypted else 'in the clear'}"),
+            ("answers", None if facts.layout is None else labels or "one number"),
+            ("storage", f"{facts.compression}, {_ENCRYPTED if facts.encrypted else 'in the clear'}"),
+            ("in memory", output.size(facts.parameter_bytes) if facts.parameter_bytes else None),
             ("flags", ", ".join(facts.flags).lower() or None),
             ("signature", _signature_text(embedded)),
             ("release", _release_text(release)),

@@ -7,7 +7,6 @@ published, so that a refusal changes nothing.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from hocket.cli import describe, files, names, output, servers
-from hocket.cli.progress import progress_of
+from hocket.cli.progress import progress_of, spinner
 from hocket.client.calls import GRPC_STATUS
 from hocket.composition import candidates
 from hocket.errors import HocketError, Reason, Situation
@@ -110,6 +109,7 @@ def install(
     dry_run: DryRun = False,
     trust: files.Trust = None,
     allow_unsigned: AllowUnsigned = False,
+    allow_expired_licences: files.AllowExpiredLicences = False,
     timeout: Timeout = TIMEOUT_SECONDS,
     registry: servers.Registry = servers.REGISTRY_ADDRESS,
     token_file: servers.TokenFile = None,
@@ -133,10 +133,11 @@ def install(
         raise HocketError(Reason.BAD_REQUEST, "--name chooses in repositories and indexes, and only files were given")
     with servers.registry(registry, token_file) as client:
         packages = list(client.list_packages())
-        roots, policy = files.read_trust(trust), Policy(allow_unsigned=allow_unsigned)
+        roots = files.read_trust(trust)
+        policy = Policy(allow_unsigned=allow_unsigned, allow_expired_licences=allow_expired_licences)
         with (
             repositories(timeout) as repository,
-            _spinner("looking", shown=not json),
+            spinner("looking", shown=not json),
         ):
             finder = _finder(packages, roots, policy, repository, cache(partial(_index, repository, index)))
             found = [
@@ -206,7 +207,7 @@ def update(
                 with repositories(timeout) as repository:  # one home at a time is on disk
                     finder = _finder(packages, roots, Policy(), repository, lambda: known)
                     for before in experts_there:
-                        with _spinner(f"{before.publisher}/{before.name}", shown=not json):
+                        with spinner(f"{before.publisher}/{before.name}", shown=not json):
                             change = _change(finder, packages, before, home)
                         if not dry_run:
                             change = _carried_out(client, change, done, shown=not json)
@@ -265,16 +266,6 @@ def _index(repository: Callable[[str], Repository], address: str) -> Index | Non
     if not isinstance(source, InRepository):
         raise HocketError(Reason.BAD_REQUEST, f"{shown(address)!r} is not the address of a git repository (--index)")
     return read_index(repository(source.address), source.ref)
-
-
-@contextmanager
-def _spinner(what: str, *, shown: bool) -> Iterator[None]:
-    """Show on standard error that repositories are read, where somebody would see it."""
-    if not shown or not sys.stderr.isatty():
-        yield
-        return
-    with output.console(stderr=True).status(output.plain(what)):
-        yield
 
 
 def _read_file(source: PackageFile) -> Offer:

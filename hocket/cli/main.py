@@ -61,6 +61,7 @@ VERBS: Final[Mapping[str, _Verb]] = {
     "keygen": _Verb("package", _FILES, "Make a key to sign with."),
     "sign": _Verb("package", _FILES, "Bind a name to a package file, and sign that."),
     "trust": _Verb("trust", _FILES, "Decide whose signatures count."),
+    "apr": _Verb("apr", _FILES, "Make .apr packages: convert, encrypt, quantize."),
     "expert": _Verb("expert", _FILES, "Make .expert packages: new, validate, pack."),
     "train": _Verb("train", _TRAINING, "Train an adapter from a manifest and a dataset."),
     "dataset": _Verb("dataset", _TRAINING, "Look after datasets: validate, stats, dedupe, split."),

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from hocket import keyring
-from hocket.cli import files, inspection, output
+from hocket.cli import about, files, inspection, output
+from hocket.credential_files import read_password, read_recipient_key
 from hocket.errors import HocketError, Reason
-from hocket.identity import ReleaseName, check_name, check_version, key_bytes, key_id_of, key_text
+from hocket.identity import ReleaseName, check_name, check_version, digest_of, key_bytes, key_id_of, key_text
 from hocket.packages import (
     Policy,
     Purpose,
@@ -29,7 +30,7 @@ from hocket.packages import (
 from hocket.packages.adapter import AdapterFacts
 
 if TYPE_CHECKING:
-    from hocket.packages import PackageFacts, Proof
+    from hocket.packages import Credential, PackageFacts, Proof
 
 app = typer.Typer()
 
@@ -71,7 +72,8 @@ def inspect(file: File, *, trust: files.Trust = None, json: output.Json = False)
     """
     data = files.read_package(file)
     releases, problem = _release_beside(file)
-    shown = inspect_package(data, releases, trust=files.read_trust(trust), now=datetime.now(UTC))
+    now = datetime.now(UTC)
+    shown = inspect_package(data, releases, trust=files.read_trust(trust), now=now)
     release = shown.releases[0] if shown.releases else problem
     if isinstance(shown.facts, AdapterFacts):
         if json:
@@ -81,9 +83,10 @@ def inspect(file: File, *, trust: files.Trust = None, json: output.Json = False)
         return
     facts = shown.facts if shown.facts.encrypted else apr.decode(apr.split(data), shown.facts.digest)[0]
     if json:
-        output.emit(inspection.model_document(facts, shown.embedded, release))
+        output.emit(inspection.model_document(facts, shown.embedded, release, now))
     else:
         inspection.print_model(file, facts, shown.embedded, release)
+        about.print_about(facts.metadata, now)
 
 
 @app.command()
@@ -94,6 +97,13 @@ def verify(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Accept a file that nobody you trust has signed.")
     ] = False,
+    allow_expired_licences: files.AllowExpiredLicences = False,
+    password_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The password of an encrypted file.", show_default=False)
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The recipient's private key of one.", show_default=False)
+    ] = None,
     json: output.Json = False,
 ) -> None:
     """Check that a package file may serve, and say why.
@@ -105,13 +115,21 @@ def verify(
     registry to find.
 
     $ hocket verify iris.apr
+    $ hocket verify iris.sealed.apr --password-file iris.password
     """
+    data = files.read_package(file)
+    credentials: dict[str, Credential] = {}
+    if password_file is not None:
+        credentials[digest_of(data)] = read_password(password_file)
+    elif key_file is not None:
+        credentials[digest_of(data)] = read_recipient_key(key_file)
     package = open_package(
-        files.read_package(file),
+        data,
         releases=files.read_releases(file),
         trust=files.read_trust(trust),
-        policy=Policy(allow_unsigned=allow_unsigned),
+        policy=Policy(allow_unsigned=allow_unsigned, allow_expired_licences=allow_expired_licences),
         now=datetime.now(UTC),
+        credentials=credentials,
     )
     if (why := package.facts.not_servable) is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"{file} is proven genuine, but cannot answer: {why}")
@@ -235,7 +253,7 @@ def _cannot_serve(data: bytes, facts: PackageFacts) -> str | None:
     if isinstance(facts, AdapterFacts):
         return facts.not_servable
     if facts.encrypted:
-        return "it is encrypted"
+        return facts.not_servable
     try:
         return apr.decode(apr.split(data), facts.digest)[0].not_servable
     except HocketError as error:

@@ -1,4 +1,4 @@
-"""A bar on standard error while bytes are worked through; none where nobody would see it."""
+"""What moves on standard error while work goes on: a bar, or a sign. Nothing where nobody would see it."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def progress_of(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None
     with Progress(*columns, console=output.console(stderr=True), transient=True) as progress:
         task = progress.add_task(output.plain(what).markup)
         yield lambda done_bytes, total_bytes: progress.update(task, completed=done_bytes, total=total_bytes)
+
+
+@contextmanager
+def spinner(what: str, *, shown: bool) -> Iterator[None]:
+    """Show that something goes on whose length nobody knows.
+
+    Args:
+        what: What.
+        shown: Whether anything is shown for people at all.
+    """
+    if not shown or not sys.stderr.isatty():
+        yield
+        return
+    with output.console(stderr=True).status(output.plain(what)):
+        yield

@@ -17,6 +17,12 @@ which every release of it repeats (`check_release_name`).
 accepts beyond proof, `Revocations` are the keys withdrawn since. Any of them may change while a package is resident:
 `evaluate` then judges it again without opening it, and judges mixtures too.
 
+An encrypted `.apr` package needs a credential, which is a password or a recipient's key; mode is decided by its type:
+
+    open_package(data, releases=[envelope], trust=roots, now=now, credentials={"acme/iris": Password("...")})
+
+Who has none, as a registry, opens it as far as that goes: `describe_package` gives the facts that it declares.
+
 To show a package without believing it, `inspect_package`. To publish one, bind a name to its bytes and sign that:
 
     release = Release(ReleaseName("acme", "iris", "1.0.0"), Subject.of(Purpose.PACKAGE, data, "apr"))
@@ -29,9 +35,13 @@ have modules of their own: `hocket.packages.apr` and `hocket.packages.expert`.
 from __future__ import annotations
 
 from hocket.identity import ReleaseName
+from hocket.packages.apr.encryption import Credential, Password, Recipient, RecipientKey
 from hocket.packages.keys import generate_seed, public_key_of
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.opening import (
+    NO_CREDENTIALS,
+    Credentials,
+    DescribedPackage,
     EmbeddedFacts,
     Inspection,
     Package,
@@ -39,6 +49,7 @@ from hocket.packages.opening import (
     Provenance,
     ReleaseFacts,
     check_release_name,
+    describe_package,
     evaluate,
     inspect_package,
     open_package,
@@ -56,16 +67,23 @@ from hocket.packages.trust import Policy, Proof, Revocations, TrustedKey, TrustR
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "NO_CREDENTIALS",
     "ClaimedRelease",
+    "Credential",
+    "Credentials",
+    "DescribedPackage",
     "EmbeddedFacts",
     "Inspection",
     "Limits",
     "Package",
     "PackageFacts",
+    "Password",
     "Policy",
     "Proof",
     "Provenance",
     "Purpose",
+    "Recipient",
+    "RecipientKey",
     "Release",
     "ReleaseFacts",
     "ReleaseName",
@@ -74,6 +92,7 @@ __all__ = [
     "TrustRoots",
     "TrustedKey",
     "check_release_name",
+    "describe_package",
     "evaluate",
     "generate_seed",
     "inspect_package",

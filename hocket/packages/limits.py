@@ -44,6 +44,8 @@ class Limits:
     """Nodes of all trees of one package together."""
     tree_depth: int = 1024
     """Splits on the way from the root to a leaf."""
+    layers: int = 2**10
+    """Layers of one dense network."""
     archive_bytes: int = 1024 * _MIB
     """Contents of all files of an archive together."""
     archive_ratio: int = 20

@@ -6,7 +6,9 @@ held as Python floats. A parameter that the file leaves absent is None: the mode
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +22,43 @@ Integers = NDArray[np.int64]
 Counts = NDArray[np.uint64]
 
 
+class QuantKind(StrEnum):
+    """How 32 neighbouring values share one float16 scale."""
+
+    Q8_0 = "q8_0"
+    """8 bits each: whole numbers -127 to 127."""
+    Q4_0 = "q4_0"
+    """4 bits each: whole numbers -8 to 7."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """float32 values as quantised blocks, in place of an array; `hocket.packages.apr.quantization` makes them.
+
+    Attributes:
+        kind: What a block looks like.
+        shape: Of the array.
+        blocks: The blocks of 32 values, row by row, the last one padded.
+    """
+
+    kind: QuantKind
+    shape: tuple[int, ...]
+    blocks: bytes
+
+    @property
+    def size(self) -> int:
+        """How many values they stand for."""
+        return math.prod(self.shape)
+
+
+Weights = Floats | Quantized
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearRegression:
-    """y = x . coefficients + intercept. `coefficients` is float32 [F]."""
+    """y = x . coefficients + intercept. `coefficients` is float32 [F], or as many quantised values."""
 
-    coefficients: Floats | None
+    coefficients: Weights | None
     intercept: float
     fit_intercept: bool = True
 
@@ -33,7 +67,7 @@ class LinearRegression:
 class Ridge:
     """A linear model trained with an L2 penalty `alpha`; predicts like `LinearRegression`."""
 
-    coefficients: Floats | None
+    coefficients: Weights | None
     intercept: float
     alpha: float
     fit_intercept: bool = True
@@ -43,7 +77,7 @@ class Ridge:
 class Lasso:
     """A linear model trained with an L1 penalty `alpha`; predicts like `LinearRegression`."""
 
-    coefficients: Floats | None
+    coefficients: Weights | None
     intercept: float
     alpha: float
     fit_intercept: bool = True
@@ -55,7 +89,7 @@ class Lasso:
 class ElasticNet:
     """A linear model trained with both penalties; predicts like `LinearRegression`."""
 
-    coefficients: Floats | None
+    coefficients: Weights | None
     intercept: float
     alpha: float
     l1_ratio: float
@@ -71,7 +105,7 @@ LinearModel = LinearRegression | Ridge | Lasso | ElasticNet
 class LogisticRegression:
     """Binary: p(column 1) = sigmoid(intercept + x . coefficients), p(column 0) = 1 - p(column 1)."""
 
-    coefficients: Floats | None
+    coefficients: Weights | None
     intercept: float
     learning_rate: float = 0.01
     max_iter: int = 1000
@@ -167,7 +201,7 @@ class KMeans:
 
     Attributes:
         n_clusters: Clusters, and output columns.
-        centroids: float32 [n_clusters, F].
+        centroids: float32 [n_clusters, F], or quantised.
         max_iter: Iteration limit when training.
         tol: Convergence tolerance when training.
         random_state: Seed when training.
@@ -177,7 +211,7 @@ class KMeans:
     """
 
     n_clusters: int
-    centroids: Floats | None
+    centroids: Weights | None
     max_iter: int = 300
     tol: float = 1e-4
     random_state: int | None = None
@@ -188,9 +222,9 @@ class KMeans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoftmaxGate:
-    """weights = softmax(x . weights / temperature). `weights` is float32 [F, E]; `temperature` is above 0."""
+    """softmax(x . weights / temperature). `weights` is float32 [F, E], or quantised; `temperature` is above 0."""
 
-    weights: Floats
+    weights: Weights
     temperature: float = 1.0
 
 
@@ -218,9 +252,150 @@ class MixtureOfExperts:
         return min(self.config.top_k, len(self.experts))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GaussianNB:
+    """Naive Bayes: p(column c) ~ class_priors[c] * prod_i normal(x_i; means[c, i], variances[c, i]).
+
+    Attributes:
+        class_priors: float32 [C].
+        means: float32 [C, F].
+        variances: float32 [C, F], smoothing included.
+        classes: What each column stands for, uint64 [C]: a column's label, if none is recorded.
+        var_smoothing: Smoothing when training.
+    """
+
+    class_priors: Floats | None
+    means: Floats | None
+    variances: Floats | None
+    classes: Counts | None
+    var_smoothing: float = 1e-9
+
+
+class Metric(StrEnum):
+    """A distance. Numbered in this order in a file."""
+
+    EUCLIDEAN = "euclidean"
+    """The square root of the sum of (x - c)**2."""
+    MANHATTAN = "manhattan"
+    """The sum of |x - c|."""
+    MINKOWSKI = "minkowski"
+    """The p-th root of the sum of |x - c|**p."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KNearestNeighbors:
+    """The `k` training rows nearest to the input vote for their columns; of rows equally far, those stored first.
+
+    Attributes:
+        k: How many vote.
+        x_train: Training inputs, float32 [rows, F], or quantised.
+        y_train: Training columns, uint64 [rows].
+        metric: What is near.
+        p: Of `MINKOWSKI`, above 0; another metric has no use for it.
+        weighted: Whether a vote counts 1 / distance (1 where that is below 1e-10); else each counts the same.
+    """
+
+    k: int
+    x_train: Weights | None
+    y_train: Counts | None
+    metric: Metric = Metric.EUCLIDEAN
+    p: float = 2.0
+    weighted: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearSVM:
+    """Binary: column 1 where bias + x . weights >= 0, else column 0. `weights` is float32 [F], or quantised."""
+
+    weights: Weights | None
+    bias: float
+    c: float = 1.0
+    learning_rate: float = 0.01
+    max_iter: int = 1000
+    tol: float = 1e-4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientBoostingClassifier:
+    """Binary: p(column 1) = sigmoid(init_prediction + learning_rate * sum of steps), column 0 the rest.
+
+    A tree's step is +1 where it answers another column than 0, else -1.
+
+    Attributes:
+        trees: The trees, in the order in which their steps are added.
+        init_prediction: Where the sum starts.
+        learning_rate: How much a step counts.
+        n_estimators: Trees asked for when training.
+        max_depth: Depth limit when training.
+        n_features: Input width where it is known.
+    """
+
+    trees: tuple[DecisionTreeClassifier, ...]
+    init_prediction: float
+    learning_rate: float = 0.1
+    n_estimators: int = 100
+    max_depth: int = 3
+    n_features: int | None = None
+
+
+class Activation(StrEnum):
+    """What a layer does to its sums. Numbered in this order in a file."""
+
+    IDENTITY = "identity"
+    LOGISTIC = "logistic"
+    TANH = "tanh"
+    RELU = "relu"
+    SOFTMAX = "softmax"
+    EXP = "exp"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseLayer:
+    """activation(x . weights + biases).
+
+    Attributes:
+        weights: float32 [inputs, outputs], or quantised: scikit-learn's `coefs_`.
+        biases: float32 [outputs].
+        activation: Of each output; `SOFTMAX` over all of them.
+    """
+
+    weights: Weights
+    biases: Floats
+    activation: Activation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseNetwork:
+    """Dense layers, one after the other: scikit-learn's MLPs, and multinomial logistic regression in one layer.
+
+    The last layer's activation says what it answers: `SOFTMAX` a probability per column; `LOGISTIC` one too, and with a
+    single output p(column 1), column 0 being the rest; any other a number per output.
+    """
+
+    layers: tuple[DenseLayer, ...]
+
+
 Regressor = LinearModel | DecisionTreeRegressor | RandomForestRegressor
-TreeModel = DecisionTreeClassifier | DecisionTreeRegressor | RandomForestClassifier | RandomForestRegressor
-Model = LinearModel | LogisticRegression | TreeModel | KMeans | MixtureOfExperts
+TreeModel = (
+    DecisionTreeClassifier
+    | DecisionTreeRegressor
+    | RandomForestClassifier
+    | RandomForestRegressor
+    | GradientBoostingClassifier
+)
+Model = (
+    LinearModel
+    | LogisticRegression
+    | TreeModel
+    | KMeans
+    | MixtureOfExperts
+    | GaussianNB
+    | KNearestNeighbors
+    | LinearSVM
+    | DenseNetwork
+    | Quantized
+)
+"""What a package may hold. A lone `Quantized` is a tensor, not something that answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +418,17 @@ class ModelFacts:
         format_version: As stored, `1.0`.
         model_type_id: As stored; it does not decide the layout.
         model_type: Name of that id.
-        compression: `none` or `zstd`.
+        compression: `none`, `zstd` or `lz4`.
         flags: Names of the header bits that are set, lowest first.
         encrypted: Whether the payload is ciphertext; then everything about the model is unknown.
         signed: Whether an embedded signature is present; not whether it verifies.
         name: The metadata's `model_name`.
         metadata: The whole metadata as JSON-able values, in file order, unknown keys kept.
         sections: Where each part of the file lies.
-        layout: Class name of the model (`Ridge`, `MixtureOfExperts`); None when encrypted.
+        layout: Of the payload: class name of the model (`Ridge`, `MixtureOfExperts`), within `Quantized<...>` if its
+            weights are quantised; `QuantizedBlock` for a lone tensor; None when encrypted.
         expert_layout: Class name of a mixture's experts.
+        quantization: Kind of the quantised blocks, `q8_0` or `q4_0`; None if there are none.
         n_features: Input width where the package says it.
         n_features_min: Least input width the model can read.
         output_columns: Columns the model answers with, counting those whose label is None.
@@ -278,6 +455,7 @@ class ModelFacts:
     sections: tuple[Section, ...]
     layout: str | None = None
     expert_layout: str | None = None
+    quantization: str | None = None
     n_features: int | None = None
     n_features_min: int = 0
     output_columns: int = 0

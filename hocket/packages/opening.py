@@ -8,24 +8,27 @@ any content decompressed and decoded. The magic bytes say which format it is, ne
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of, key_id_of
 from hocket.packages import apr, expert
 from hocket.packages.adapter import AdapterFacts
+from hocket.packages.apr import about
 from hocket.packages.keys import verify
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.release import ClaimedRelease, Purpose, Subject, read_release, verify_release
 from hocket.packages.trust import Policy, Proof, Revocations, TrustRoots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from hocket.identity import ReleaseName
     from hocket.packages.adapter import Adapter
     from hocket.packages.apr import Container
+    from hocket.packages.apr.encryption import Credential
     from hocket.packages.model import Model, ModelFacts
 
 _APR: Final = "apr"
@@ -33,6 +36,12 @@ _EXPERT: Final = "expert"
 
 PackageFacts: TypeAlias = "ModelFacts | AdapterFacts"
 """What is known about a package: of an `.apr` file, or of an `.expert` file."""
+
+Credentials: TypeAlias = "Mapping[str, Credential]"
+"""What opens encrypted packages, by digest or by `publisher/name`."""
+
+NO_CREDENTIALS: Final[Credentials] = MappingProxyType({})
+"""Encrypted packages stay closed."""
 
 _MOST_TELLING_FIRST: Final = (
     # somebody trusted signed, and it does not count: a person can act on that
@@ -47,6 +56,7 @@ _MOST_TELLING_FIRST: Final = (
     Reason.SIGNER_NOT_TRUSTED,
     Reason.UNSIGNED,
 )
+_EXPIRY_CHARS_SHOWN: Final = 40
 _NOBODY_VOUCHES: Final = frozenset({Reason.SIGNER_NOT_TRUSTED, Reason.UNSIGNED})
 
 
@@ -90,6 +100,21 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
+class DescribedPackage:
+    """A package that somebody vouches for, opened as far as that takes no credential.
+
+    Attributes:
+        facts: What it holds; of an encrypted one, what it declares: claims that whoever decrypts it compares.
+        provenance: Why it was accepted.
+        model: What it holds, decoded; None of an encrypted one.
+    """
+
+    facts: PackageFacts
+    provenance: Provenance
+    model: Model | Adapter | None
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseFacts:
     """What a release beside an inspected file says.
 
@@ -111,8 +136,8 @@ class Inspection:
     releases: tuple[ReleaseFacts, ...]
 
 
-def open_package(
-    data: bytes,
+def open_package(  # noqa: PLR0913 - what to open, who counts, and what opens it
+    data: bytes | memoryview,
     *,
     releases: Sequence[bytes] = (),
     trust: TrustRoots,
@@ -121,12 +146,62 @@ def open_package(
     now: datetime,
     limits: Limits = DEFAULT_LIMITS,
     digest: str | None = None,
+    credentials: Credentials = NO_CREDENTIALS,
 ) -> Package:
     """Open a package, in this order: hash, verify, and only then decompress and decode.
 
     A package is accepted if at least one proof holds, whatever becomes of the others (see `evaluate`). An embedded
     signature has to verify even where another proof holds, though its key need not be trusted then. The signature
     that upstream's tools leave inside an `.expert` file is no proof: it is found in the facts, whatever it is worth.
+
+    An encrypted package is opened with the credential for its digest, else with that for the `publisher/name` of the
+    first release that is a proof and has one. A name that is not proven opens nothing, and no second credential is
+    tried. Deriving a key from a password takes some 20 ms of a core and 19 MiB: call it from a thread where an event
+    loop runs.
+
+    Args:
+        data: The whole file.
+        releases: The DSSE envelopes that came with it.
+        trust: The trusted keys.
+        policy: What is accepted beyond proof.
+        revoked: Key ids that are trusted no longer.
+        now: The time, with its zone.
+        limits: Bounds on sizes.
+        digest: The digest the bytes are supposed to have, when they were asked for by it.
+        credentials: For encrypted packages.
+
+    Raises:
+        HocketError: `DIGEST_MISMATCH` if the bytes are not those asked for; for an `.apr` file the container's
+            refusals (`hocket.packages.apr.split`) and `SIGNATURE_INVALID` for a broken embedded signature; the
+            refusals of `evaluate`; then the content's (`hocket.packages.apr.decode`, `hocket.packages.expert.decode`);
+            and `LICENCE_EXPIRED` (`check_licence`).
+    """
+    container, actual, provenance = _vouched(
+        data, releases, digest, trust=trust, policy=policy, revoked=revoked, now=now, limits=limits
+    )
+    if container is None:
+        adapter_facts, adapter = expert.decode(data, actual, limits)
+        return Package(adapter_facts, provenance, adapter)
+    credential = _credential(credentials, actual, provenance.proofs)
+    facts, model = apr.decode(container, actual, limits, credential=credential)
+    check_licence(facts, policy, now)
+    return Package(facts, provenance, model)
+
+
+def describe_package(
+    data: bytes | memoryview,
+    *,
+    releases: Sequence[bytes] = (),
+    trust: TrustRoots,
+    policy: Policy = Policy(),  # noqa: B008 - frozen
+    revoked: Revocations = frozenset(),
+    now: datetime,
+    limits: Limits = DEFAULT_LIMITS,
+    digest: str | None = None,
+) -> DescribedPackage:
+    """Open a package as `open_package` does, but an encrypted one without its credential, as far as that goes.
+
+    For those who pass packages on and route to them, and never run one: registries.
 
     Args:
         data: The whole file.
@@ -139,10 +214,43 @@ def open_package(
         digest: The digest the bytes are supposed to have, when they were asked for by it.
 
     Raises:
-        HocketError: `DIGEST_MISMATCH` if the bytes are not those asked for; for an `.apr` file the container's
-            refusals (`hocket.packages.apr.split`) and `SIGNATURE_INVALID` for a broken embedded signature; the
-            refusals of `evaluate`; then the content's (`hocket.packages.apr.decode`, `hocket.packages.expert.decode`).
+        HocketError: As `open_package`; `ENCRYPTED` for an encrypted package that does not declare its model.
     """
+    container, actual, provenance = _vouched(
+        data, releases, digest, trust=trust, policy=policy, revoked=revoked, now=now, limits=limits
+    )
+    model: Model | Adapter
+    if container is None:
+        adapter_facts, model = expert.decode(data, actual, limits)
+        return DescribedPackage(adapter_facts, provenance, model)
+    if not container.header.encrypted:
+        facts, model = apr.decode(container, actual, limits)
+        check_licence(facts, policy, now)
+        return DescribedPackage(facts, provenance, model)
+    facts = apr.describe(container, actual, limits)
+    if facts.not_servable is not None:
+        raise HocketError(
+            Reason.ENCRYPTED,
+            f"nobody could route to this package: {facts.not_servable} (custom.hocket.parameter_bytes and the like); "
+            "encrypt the model again with `hocket apr encrypt`, or publish it in the clear",
+            digest=actual,
+        )
+    check_licence(facts, policy, now)
+    return DescribedPackage(facts, provenance, None)
+
+
+def _vouched(
+    data: bytes | memoryview,
+    releases: Sequence[bytes],
+    digest: str | None,
+    *,
+    trust: TrustRoots,
+    policy: Policy,
+    revoked: Revocations,
+    now: datetime,
+    limits: Limits,
+) -> tuple[Container | None, str, Provenance]:
+    """Bytes that somebody vouches for: their container if they are an `.apr` file, their digest, and why."""
     actual = digest_of(data)
     if digest is not None and digest != actual:
         raise HocketError(
@@ -154,8 +262,7 @@ def open_package(
     if expert.is_expert(data):
         subject = Subject(Purpose.PACKAGE, actual, len(data), _EXPERT)
         proofs = evaluate(subject, releases, None, trust=trust, policy=policy, revoked=revoked, now=now)
-        adapter_facts, adapter = expert.decode(data, actual, limits)
-        return Package(adapter_facts, Provenance(proofs, EmbeddedFacts()), adapter)
+        return None, actual, Provenance(proofs, EmbeddedFacts())
     container = apr.split(data, limits)
     embedded = _embedded_facts(container, trust, revoked, now)
     if embedded.present and not embedded.verified:
@@ -166,8 +273,13 @@ def open_package(
         )
     subject = Subject(Purpose.PACKAGE, actual, len(data), _APR)
     proofs = evaluate(subject, releases, embedded.key_id, trust=trust, policy=policy, revoked=revoked, now=now)
-    facts, model = apr.decode(container, actual, limits)
-    return Package(facts, Provenance(proofs, embedded), model)
+    return container, actual, Provenance(proofs, embedded)
+
+
+def _credential(credentials: Credentials, digest: str, proofs: Sequence[Proof]) -> Credential | None:
+    """What opens a package: the credential for its digest, else for the first of its proven names that has one."""
+    names = [f"{proof.release.publisher}/{proof.release.name}" for proof in proofs if proof.release is not None]
+    return next((credentials[address] for address in (digest, *names) if address in credentials), None)
 
 
 def evaluate(
@@ -281,6 +393,31 @@ def check_release_name(facts: PackageFacts, name: ReleaseName) -> None:
             f"the manifest says {facts.name}@{facts.version}, the release {name.name}@{name.version}: release it under "
             "the manifest's name and version, or change the manifest and pack again",
         )
+
+
+def check_licence(facts: ModelFacts, policy: Policy, now: datetime) -> None:
+    """Return if the licence inside an `.apr` file, if there is one, still holds, or policy asks for none.
+
+    Seats are shown to whoever asks, and not counted: nothing here knows what one is.
+
+    Args:
+        facts: Of the package.
+        policy: What is accepted beyond proof.
+        now: The time, with its zone.
+
+    Raises:
+        HocketError: `LICENCE_EXPIRED` if it has ended, or its end cannot be read.
+    """
+    licence = about.licence(facts.metadata)
+    if licence is None or policy.allow_expired_licences or licence.expired(now) is False:
+        return
+    what = "is no ISO 8601 date or time" if licence.expired(now) is None else "has passed"
+    raise HocketError(
+        Reason.LICENCE_EXPIRED,
+        f"the end of this package's licence, {str(licence.expiry)[:_EXPIRY_CHARS_SHOWN]!a}, {what}: "
+        "ask its publisher for a new one, or set allow_expired_licences",
+        digest=facts.digest,
+    )
 
 
 def _embedded_facts(container: Container, trust: TrustRoots, revoked: Revocations, now: datetime) -> EmbeddedFacts:

@@ -159,9 +159,12 @@ class Policy:
         allow_unsigned: Accept bytes for which nobody trusted vouches: unsigned, or signed by strangers only.
             Nothing else is forgiven: a signature that does not verify, a key revoked or expired, a release of
             other bytes are refused all the same.
+        allow_expired_licences: Accept a package whose licence has ended, or does not say when in a way that can be
+            read.
     """
 
     allow_unsigned: bool = False
+    allow_expired_licences: bool = False
 
 
 @dataclass(frozen=True, slots=True)

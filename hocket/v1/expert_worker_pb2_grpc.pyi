@@ -45,8 +45,9 @@ class ExpertWorkerServiceStub:
 
     INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
     ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
-    the worker has ended three times while it loaded or ran the package.
+    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `NOT_SERVABLE`; `ENCRYPTED` when the worker has no
+    credential for an encrypted package, `DECRYPTION_FAILED` or `WRONG_RECIPIENT` when it has another one;
+    `QUARANTINED` when the worker has ended three times while it loaded or ran the package.
     DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
     UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
@@ -105,8 +106,9 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
 
     INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
     ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
-    the worker has ended three times while it loaded or ran the package.
+    `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `NOT_SERVABLE`; `ENCRYPTED` when the worker has no
+    credential for an encrypted package, `DECRYPTION_FAILED` or `WRONG_RECIPIENT` when it has another one;
+    `QUARANTINED` when the worker has ended three times while it loaded or ran the package.
     DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
     UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.
@@ -168,8 +170,9 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT: `BAD_TENSOR`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_PACKAGE`, `UNKNOWN_EXPERT` for an
         ordinal the package does not have. FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
-        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED` when
-        the worker has ended three times while it loaded or ran the package.
+        `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `NOT_SERVABLE`; `ENCRYPTED` when the worker has no
+        credential for an encrypted package, `DECRYPTION_FAILED` or `WRONG_RECIPIENT` when it has another one;
+        `QUARANTINED` when the worker has ended three times while it loaded or ran the package.
         DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading or waiting for memory took too long.
         RESOURCE_EXHAUSTED: `DEVICE_MEMORY` when the expert alone exceeds the whole budget.
         UNAVAILABLE: `UNREACHABLE` when it must be fetched and the registry does not answer.

@@ -288,7 +288,7 @@ class ModelFacts(_message.Message):
     name: _builtins.str
     """Model name from the metadata; for display, never an address."""
     compression: _builtins.str
-    """Payload compression: `none` or `zstd`."""
+    """Payload compression: `none`, `zstd` or `lz4`."""
     encrypted: _builtins.bool
     """Whether the payload is encrypted."""
     feature_count: _builtins.int

@@ -217,7 +217,9 @@ class PlannedExpert(_message.Message):
     expert: _builtins.str
     """`sha256:<64 hex>`, followed by `#ordinal` inside a package of several."""
     unavailable_reason: _builtins.str
-    """Why nobody can run it (`YANKED`, `KEY_REVOKED`, `NO_REPLICA`, ...). It counts as missing."""
+    """Why nobody can run it (`YANKED`, `KEY_REVOKED`, `NO_REPLICA`; `ENCRYPTED` when no live worker has a credential for
+    its package, ...). It counts as missing.
+    """
     @_builtins.property
     def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows of the input that it computes, ascending."""

@@ -679,6 +679,7 @@ class WorkerState(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     VOCABULARY_SHA256_FIELD_NUMBER: _builtins.int
+    UNLOCKS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name, unique in this registry."""
     address: _builtins.str
@@ -703,6 +704,10 @@ class WorkerState(_message.Message):
     def base(self) -> _package_pb2.BaseModel:
         """The base language model that it serves; absent when it serves none."""
 
+    @_builtins.property
+    def unlocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Encrypted packages that it has a credential for, as `publisher/name` or `sha256:<64 hex>`."""
+
     def __init__(
         self,
         *,
@@ -715,10 +720,11 @@ class WorkerState(_message.Message):
         draining: _builtins.bool = ...,
         base: _package_pb2.BaseModel | None = ...,
         vocabulary_sha256: _builtins.str = ...,
+        unlocks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base", b"base", "budget_bytes", b"budget_bytes", "device", b"device", "draining", b"draining", "formats", b"formats", "residency", b"residency", "vocabulary_sha256", b"vocabulary_sha256", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base", b"base", "budget_bytes", b"budget_bytes", "device", b"device", "draining", b"draining", "formats", b"formats", "residency", b"residency", "unlocks", b"unlocks", "vocabulary_sha256", b"vocabulary_sha256", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

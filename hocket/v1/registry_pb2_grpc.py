@@ -116,7 +116,8 @@ class RegistryServiceServicer(object):
 
     def PublishPackage(self, request_iterator, context):
         """Takes a package in: hashed, its release and signatures checked, parsed, stored, then visible.
-        Idempotent by (digest, publisher, name, version).
+        Idempotent by (digest, publisher, name, version). An encrypted package stays closed: it counts as what its metadata
+        declares, and is refused as `ENCRYPTED` when that says nothing.
 
         INVALID_ARGUMENT: `DIGEST_MISMATCH`, `BAD_REQUEST`, `BAD_RELEASE`, `TOO_LARGE`, and every `BAD_...`,
         `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.

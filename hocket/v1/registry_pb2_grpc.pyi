@@ -45,7 +45,8 @@ class RegistryServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RegistryServiceAsyncStub: ...
     PublishPackage: _grpc.StreamUnaryMultiCallable[_registry_pb2.PublishPackageRequest, _registry_pb2.PublishPackageResponse]
     """Takes a package in: hashed, its release and signatures checked, parsed, stored, then visible.
-    Idempotent by (digest, publisher, name, version).
+    Idempotent by (digest, publisher, name, version). An encrypted package stays closed: it counts as what its metadata
+    declares, and is refused as `ENCRYPTED` when that says nothing.
 
     INVALID_ARGUMENT: `DIGEST_MISMATCH`, `BAD_REQUEST`, `BAD_RELEASE`, `TOO_LARGE`, and every `BAD_...`,
     `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.
@@ -135,7 +136,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PublishPackage: _aio.StreamUnaryMultiCallable[_registry_pb2.PublishPackageRequest, _registry_pb2.PublishPackageResponse]  # type: ignore[assignment]
     """Takes a package in: hashed, its release and signatures checked, parsed, stored, then visible.
-    Idempotent by (digest, publisher, name, version).
+    Idempotent by (digest, publisher, name, version). An encrypted package stays closed: it counts as what its metadata
+    declares, and is refused as `ENCRYPTED` when that says nothing.
 
     INVALID_ARGUMENT: `DIGEST_MISMATCH`, `BAD_REQUEST`, `BAD_RELEASE`, `TOO_LARGE`, and every `BAD_...`,
     `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.
@@ -228,7 +230,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.PublishPackageResponse, _abc.Awaitable[_registry_pb2.PublishPackageResponse]]:
         """Takes a package in: hashed, its release and signatures checked, parsed, stored, then visible.
-        Idempotent by (digest, publisher, name, version).
+        Idempotent by (digest, publisher, name, version). An encrypted package stays closed: it counts as what its metadata
+        declares, and is refused as `ENCRYPTED` when that says nothing.
 
         INVALID_ARGUMENT: `DIGEST_MISMATCH`, `BAD_REQUEST`, `BAD_RELEASE`, `TOO_LARGE`, and every `BAD_...`,
         `UNSUPPORTED_...` and `MANIFEST_...` reason of a package (docs/packages.md, docs/experts.md), `DUPLICATE_FILE`.

@@ -44,7 +44,8 @@ class RouterServiceStub:
     INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
     2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
     FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
-    `NOT_SERVABLE` for an adapter, which does not answer rows.
+    `NOT_SERVABLE` for an adapter, which does not answer rows; `ENCRYPTED` when no live worker has a credential for an
+    encrypted package, or when it holds several experts, whose gate nobody but a worker can read.
     ABORTED: `COVERAGE` when experts are missing that the request insists on.
     RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
     `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
@@ -105,7 +106,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
     2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
     FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
-    `NOT_SERVABLE` for an adapter, which does not answer rows.
+    `NOT_SERVABLE` for an adapter, which does not answer rows; `ENCRYPTED` when no live worker has a credential for an
+    encrypted package, or when it holds several experts, whose gate nobody but a worker can read.
     ABORTED: `COVERAGE` when experts are missing that the request insists on.
     RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
     `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.
@@ -169,7 +171,8 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: `BAD_TENSOR` (width, datatype, NaN or infinity, no rows, more than 1024 rows or
         2^21 values), `TOP_K_OUT_OF_RANGE`, `BAD_REQUEST`. NOT_FOUND: `UNKNOWN_MODEL`.
         FAILED_PRECONDITION: `YANKED`, `KEY_REVOKED`, `SIGNER_NOT_TRUSTED` for a model that is withdrawn,
-        `NOT_SERVABLE` for an adapter, which does not answer rows.
+        `NOT_SERVABLE` for an adapter, which does not answer rows; `ENCRYPTED` when no live worker has a credential for an
+        encrypted package, or when it holds several experts, whose gate nobody but a worker can read.
         ABORTED: `COVERAGE` when experts are missing that the request insists on.
         RESOURCE_EXHAUSTED: `CAPACITY` when every expert of a capacity-limited mixture is busy,
         `DEVICE_MEMORY` when an expert is larger than a worker's whole budget.

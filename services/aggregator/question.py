@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _RETRIES: Final = metrics.RETRIES.labels("aggregator")
 _SAME_EVERYWHERE: Final = frozenset({Situation.MALFORMED, Situation.UNKNOWN, Situation.REFUSED})
 """What is wrong with the request, or forbidden: no other replica has a better answer."""
+_HERE_ALONE: Final = frozenset({Reason.QUARANTINED, Reason.ENCRYPTED, Reason.DECRYPTION_FAILED, Reason.WRONG_RECIPIENT})
+"""What is wrong with one worker: it has crashed on the package, or lacks the credential that another may have."""
 _SILENT: Final = frozenset({Reason.DEADLINE, Reason.STRAGGLER})
 _RETRY_SECONDS: Final = 1.0
 """Pause advised when no worker has named one: a worker that is gone is known to be by then."""
@@ -139,10 +141,10 @@ class Question:
     """One expert, and how to ask its replicas.
 
     A replica that is out of reach, or whose breaker is open, is asked after the others. The next one is asked in
-    place of one that is unavailable or keeps the expert in quarantine, and beside one that is silent: running an
-    expert is a pure function, so it may run twice. The first answer counts; a refusal counts when nobody else is
-    being asked, or when every replica would give it. A refusal that was waited with is the outcome when all others
-    end in silence: it says more.
+    place of one that is unavailable, keeps the expert in quarantine or cannot decrypt it, and beside one that is
+    silent: running an expert is a pure function, so it may run twice. The first answer counts; a refusal counts when
+    nobody else is being asked, or when every replica would give it. A refusal that was waited with is the outcome when
+    all others end in silence: it says more.
 
     A replica that has to load the expert first may well be silent: that does not speak against it, and no second one
     is made to load it meanwhile.
@@ -244,7 +246,7 @@ class Question:
 
     def _goes_on(self, error: HocketError, now: float) -> bool:
         """Whether somebody may still answer after this refusal."""
-        elsewhere = error.situation is Situation.UNAVAILABLE or error.reason is Reason.QUARANTINED
+        elsewhere = error.situation is Situation.UNAVAILABLE or error.reason in _HERE_ALONE
         if elsewhere and self._untried and self._ask_one_more(now):
             _RETRIES.inc()
         if error.situation is not Situation.UNAVAILABLE and error.reason not in _SILENT:

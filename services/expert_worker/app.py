@@ -25,6 +25,7 @@ from services.expert_worker.authority import Authority
 from services.expert_worker.background import keep_running
 from services.expert_worker.batching import Batcher
 from services.expert_worker.cache import PackageCache
+from services.expert_worker.credentials import read_all
 from services.expert_worker.device import budget_bytes, choose_device, compute_threads
 from services.expert_worker.feed import Feed
 from services.expert_worker.journal import Journal
@@ -63,7 +64,8 @@ class WorkerApp:
         tokens: The admin token that guards loading and unloading, if there is one.
 
     Raises:
-        HocketError: `BAD_REQUEST` if this machine has not the device chosen.
+        HocketError: `BAD_REQUEST` if this machine has not the device chosen, or cannot halve on it; `BAD_KEY_FILE` if a
+            credential file holds none, or is open to others.
 
     Attributes:
         handlers: What it serves.
@@ -83,11 +85,18 @@ class WorkerApp:
         self._address = address
         self._name = settings.name or _name_at(address)
         self._device = choose_device(settings.device)
+        if settings.half and self._device.type != "cuda":
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                f"worker.half is for CUDA devices, and this worker computes on {self._device}: leave it out",
+            )
         self._executor = ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify")
         self._cache = PackageCache(settings.data_dir / "cache", settings.cache_bytes)
         self._journal = Journal(settings.data_dir / "journal")
         self._revocations = RevocationFile(settings.data_dir / "revocations.json")
-        self._authority = Authority(TrustFolder(settings.trust_dir), Policy(allow_unsigned=settings.allow_unsigned))
+        policy = Policy(allow_unsigned=settings.allow_unsigned, allow_expired_licences=settings.allow_expired_licences)
+        self._credentials = read_all(settings.credentials)
+        self._authority = Authority(TrustFolder(settings.trust_dir), policy, self._credentials)
         self._registry = RegistryClient(channels.get(settings.registry), token=worker_token)
         self._announcer = Announcer(self._registry, self._state)
         self._text: TextEngine | None = None
@@ -145,6 +154,8 @@ class WorkerApp:
         await asyncio.to_thread(self._cache.tidy)
         if self._settings.allow_unsigned:
             _log.warning("allow_unsigned is on: this worker runs packages that nobody trusted has signed")
+        if self._settings.allow_expired_licences:
+            _log.warning("allow_expired_licences is on: this worker runs packages whose licence has ended")
         metrics.RESIDENT_BYTES.labels(str(self._device)).set_function(lambda: self.residency.used_bytes)
         self._batcher.start()
         if self._text is not None:
@@ -251,7 +262,7 @@ class WorkerApp:
         return known.find(self._settings.base)
 
     def _prepare(self, package: Package) -> Prepared:
-        return prepare(package, None if self._text is None else self._text.base)
+        return prepare(package, None if self._text is None else self._text.base, half=self._settings.half)
 
     async def _place(self, prepared: Prepared) -> tuple[Served, ...]:
         def marked() -> tuple[Served, ...]:
@@ -271,6 +282,7 @@ class WorkerApp:
                 ResidencyMessage(digest=package.digest, tier=self._servicer.tier) for package in self.residency.packages
             ],
             draining=self._leaving,
+            unlocks=sorted(self._credentials),
         )
         if self._text is not None:
             state.formats.append("expert")

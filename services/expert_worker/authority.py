@@ -12,7 +12,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError, Reason
-from hocket.packages import Package, Policy, Proof, Purpose, Subject, TrustRoots, evaluate, open_package
+from hocket.packages import (
+    NO_CREDENTIALS,
+    Credentials,
+    Package,
+    Policy,
+    Proof,
+    Purpose,
+    Subject,
+    TrustRoots,
+    evaluate,
+    open_package,
+)
 from services.expert_worker.revocations import Withdrawn
 
 if TYPE_CHECKING:
@@ -25,7 +36,7 @@ POLL_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Credentials:
+class Evidence:
     """All that decides whether a package may serve, apart from its content.
 
     Args:
@@ -49,11 +60,13 @@ class Standing:
         roots: Trusted keys.
         policy: What the operator accepts beyond proof.
         withdrawn: What was revoked and yanked.
+        credentials: What opens encrypted packages.
     """
 
     roots: TrustRoots = field(default_factory=TrustRoots)
     policy: Policy = field(default_factory=Policy)
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    credentials: Credentials = field(default_factory=lambda: NO_CREDENTIALS, repr=False)
 
     def check(self, digest: str) -> None:
         """Return unless a package is withdrawn whoever signed it.
@@ -64,8 +77,8 @@ class Standing:
         if digest in self.withdrawn.digests:
             raise HocketError(Reason.YANKED, f"{digest} was withdrawn: use another version", digest=digest)
 
-    def open(self, digest: str, data: bytes, releases: Sequence[bytes]) -> tuple[Package, Credentials]:
-        """Open a package that may serve now. Hashes, verifies and decodes: call it from a thread.
+    def open(self, digest: str, data: bytes | memoryview, releases: Sequence[bytes]) -> tuple[Package, Evidence]:
+        """Open a package that may serve now. Hashes, verifies, decrypts and decodes: call it from a thread.
 
         Raises:
             HocketError: `YANKED`, and the refusals of `hocket.packages.open_package`.
@@ -80,11 +93,12 @@ class Standing:
             revoked=self.withdrawn.keys,
             now=now,
             digest=digest,
+            credentials=self.credentials,
         )
         subject = Subject(Purpose.PACKAGE, digest, len(data), package.facts.format)
-        return package, Credentials(subject, tuple(releases), package.provenance.embedded.key_id, now)
+        return package, Evidence(subject, tuple(releases), package.provenance.embedded.key_id, now)
 
-    def judge(self, credentials: Credentials) -> tuple[Proof, ...]:
+    def judge(self, evidence: Evidence) -> tuple[Proof, ...]:
         """Judge again a package that was opened before, as of then. Verifies signatures: call it from a thread.
 
         That a key's time runs out withdraws nothing from memory, that it leaves the trust folder or is revoked does.
@@ -92,15 +106,15 @@ class Standing:
         Raises:
             HocketError: `YANKED`, and the refusals of `hocket.packages.evaluate`.
         """
-        self.check(credentials.subject.digest)
+        self.check(evidence.subject.digest)
         return evaluate(
-            credentials.subject,
-            credentials.releases,
-            credentials.embedded_key_id,
+            evidence.subject,
+            evidence.releases,
+            evidence.embedded_key_id,
             trust=self.roots,
             policy=self.policy,
             revoked=self.withdrawn.keys,
-            now=credentials.time,
+            now=evidence.time,
         )
 
 
@@ -110,15 +124,16 @@ class Authority:
     Args:
         folder: The trust folder.
         policy: What the operator accepts beyond proof.
+        credentials: What opens encrypted packages.
 
     Attributes:
         standing: The current view, replaced whole.
         changed: Set whenever it was replaced; whoever waits for it clears it.
     """
 
-    def __init__(self, folder: TrustFolder, policy: Policy) -> None:
+    def __init__(self, folder: TrustFolder, policy: Policy, credentials: Credentials = NO_CREDENTIALS) -> None:
         self._folder = folder
-        self.standing = Standing(policy=policy)
+        self.standing = Standing(policy=policy, credentials=credentials)
         self.changed = asyncio.Event()
 
     def withdraw(self, withdrawn: Withdrawn) -> bool:

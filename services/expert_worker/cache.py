@@ -2,7 +2,7 @@
 
 `sha256/ab/<hex>` holds the bytes, `<hex>.releases` beside it the envelopes. Nothing read here is believed: whoever
 opens a package compares the digest and verifies the releases again. When the cache grows too large, what was read or
-written longest ago goes first.
+written longest ago goes first. Large packages are mapped rather than read (`services.expert_worker.mapping`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from hocket.packages import DEFAULT_LIMITS
+from services.expert_worker.mapping import read_or_map
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -39,11 +40,11 @@ class CachedPackage:
     """What lies in the cache under a digest.
 
     Args:
-        data: Supposedly the file of that digest.
+        data: Supposedly the file of that digest. Let go of it soon: it may be a map, under a lease.
         releases: DSSE envelopes.
     """
 
-    data: bytes
+    data: bytes | memoryview
     releases: tuple[bytes, ...]
 
 
@@ -71,9 +72,10 @@ class PackageCache:
         """What was written under a digest; None if there is nothing, or nothing that can be read."""
         path = self._path(digest)
         try:
-            if path.stat().st_size > DEFAULT_LIMITS.package_bytes:
+            releases = _read_releases(path.with_suffix(_RELEASES))
+            if (data := read_or_map(path, DEFAULT_LIMITS.package_bytes)) is None:
                 return None
-            cached = CachedPackage(path.read_bytes(), _read_releases(path.with_suffix(_RELEASES)))
+            cached = CachedPackage(data, releases)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -98,6 +100,7 @@ class PackageCache:
         path = self._path(digest)
         envelopes = json.dumps([base64.b64encode(envelope).decode() for envelope in releases]).encode()
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path.with_suffix(_RELEASES), envelopes)
             write_durably(path, data)

@@ -1,12 +1,14 @@
-"""The arithmetic of every expert: parameters on a device, rows in, answers out.
+"""The arithmetic of experts: parameters on a device, rows in, answers out.
+
+Linear models and trees are here, `neighbours.py` has what compares rows with stored ones, `families.py` the rest.
 
 A kernel takes float32 `[n, F]` on its device and answers float32 `[n, C]`. Rows are independent: on a CPU a row has
-the same answer, bit for bit, whatever rows share its pass; on CUDA the float64 sums of linear kernels may add in
-another order, which moves an answer by at most F * 2**-53 * sum |x_i w_i| before it is rounded to float32. Trees, votes
-and clusters are exact everywhere.
+the same answer, bit for bit, whatever rows share its pass; on CUDA the float64 sums of linear kernels and naive Bayes
+may add in another order, which moves an answer by at most F * 2**-53 * sum |x_i w_i| before it is rounded to float32.
+Trees, votes, clusters, neighbours, margins and the layers of networks are exact everywhere.
 
 Sources of the formulas: the `.apr` reference (`docs/packages.md`), whose float32 answers linear kernels meet within
-1e-6 * max(1, |bias| + sum |x_i w_i|) and the others exactly.
+1e-6 * max(1, |bias| + sum |x_i w_i|), and trees, votes, clusters, neighbours and margins exactly.
 """
 
 from __future__ import annotations
@@ -29,8 +31,6 @@ _WORKSPACE_VALUES: Final = 2**20
 _WIDE: Final = 2**15
 """Width from which torch may split the sum of a single row between threads (its grain size)."""
 
-_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
-
 
 class Kernel(Protocol):
     """One expert, ready to run."""
@@ -48,7 +48,7 @@ class Linear:
     """y = x . weights + bias: products in float32, their sum in float64.
 
     Args:
-        weights: float32 `[F]`; or `[n, F]`, the weights of each row.
+        weights: float32 or float16 `[F]`; or `[n, F]`, the weights of each row.
         bias: float64 `[1]`, the intercept; or `[n, 1]`.
     """
 
@@ -62,7 +62,7 @@ class Linear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """float32 `[n, 1]`."""
-        return _row_sums(rows * self.weights).add_(self.bias).to(torch.float32)
+        return row_sums(rows * self.weights).add_(self.bias).to(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +70,7 @@ class Logistic:
     """p = 1 / (1 + exp(-(x . weights + bias))), the sum and the sigmoid in float64.
 
     Args:
-        weights: float32 `[F]`; or `[n, F]`, the weights of each row.
+        weights: float32 or float16 `[F]`; or `[n, F]`, the weights of each row.
         bias: float64 `[1]`, the intercept; or `[n, 1]`.
     """
 
@@ -84,7 +84,7 @@ class Logistic:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """float32 `[n, 2]`: 1 - p, p."""
-        margins = _row_sums(rows * self.weights).add_(self.bias)
+        margins = row_sums(rows * self.weights).add_(self.bias)
         # torch.sigmoid rounds differently at the end of its input than inside it; these three do not.
         p = margins.neg_().exp_().add_(1).reciprocal_()
         return torch.cat((1 - p, p), dim=1).to(torch.float32)
@@ -132,7 +132,7 @@ class Trees:
     @property
     def rows_at_once(self) -> int:
         """Rows to take through the trees in one go."""
-        return max(1, _WORKSPACE_VALUES // len(self.roots))
+        return rows_at_once(len(self.roots))
 
     def leaves(self, rows: Tensor) -> Tensor:
         """The leaf each row reaches in each tree: int32 `[n, T]`, indices of nodes."""
@@ -199,75 +199,19 @@ class Mean:
         """float32 `[n, 1]`."""
         voters = len(self.trees.roots)
         sums = [
-            _running_sum(self.value[self.trees.leaves(part)].cpu().numpy())
+            running_sum(self.value[self.trees.leaves(part)].cpu().numpy())
             for part in torch.split(rows, self.trees.rows_at_once)
         ]
         return torch.from_numpy(np.concatenate(sums) / np.float32(voters)).unsqueeze(1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Nearest:
-    """One-hot of the nearest centroid, exactly as the reference finds it.
-
-    The reference adds (x - c)**2 in float32 from left to right and keeps the strictly smallest, lowest index first.
-    Here float64 distances decide wherever float32 rounding cannot change the outcome; only rows whose best centroids
-    are closer to each other than that go through the float32 arithmetic, in its order.
-
-    Args:
-        centroids: float64 `[K, F]`, float32 values.
-        squares: float64 `[K]`, the squared length of each.
-    """
-
-    centroids: Tensor
-    squares: Tensor
-
-    @property
-    def work_per_row(self) -> int:
-        """One product per feature and centroid."""
-        return self.centroids.numel()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """float32 `[n, K]`."""
-        rows_at_once = max(1, _WORKSPACE_VALUES // len(self.centroids))
-        nearest = torch.cat([self._nearest(part) for part in torch.split(rows, rows_at_once)])
-        answer = torch.zeros((len(rows), len(self.centroids)), dtype=torch.float32, device=rows.device)
-        return answer.scatter_(1, nearest.unsqueeze(1), 1.0)
-
-    def _nearest(self, rows: Tensor) -> Tensor:
-        """int64 `[n]`."""
-        width = rows.shape[1]
-        exact = rows.to(torch.float64)
-        lengths = (exact * exact).sum(-1, keepdim=True) + self.squares
-        distances = torch.addmm(lengths, exact, self.centroids.T, alpha=-2).clamp_(min=0)
-        # How far the reference's float32 sum may be from this float64 one. n float32 roundings are within n * 2**-24,
-        # relative to the distance, and terms below the smallest number within 2**-150 each; the expansion
-        # |x|**2 + |c|**2 - 2 x . c loses up to n * 2**-53 of the lengths. Every term twice over, for second orders.
-        slack = distances * ((width + 3) * 2.0**-23) + lengths * ((width + 4) * 2.0**-51) + width * 2.0**-148
-        least = (distances + slack).min(dim=1, keepdim=True).values
-        # Beyond float32 the reference's distance is infinite, and infinities tie.
-        possible = ((distances - slack) <= least) | (least >= _FLOAT32_MAX)
-        nearest = distances.argmin(dim=1)
-        open_rows = (possible.sum(dim=1) > 1).nonzero().squeeze(1)
-        if len(open_rows):
-            nearest[open_rows] = self._reference(rows[open_rows], possible[open_rows]).to(rows.device)
-        return nearest
-
-    def _reference(self, rows: Tensor, possible: Tensor) -> Tensor:
-        """The reference's choice among the possible centroids of each row: int64 `[n]`, on the host."""
-        row, centroid = possible.nonzero(as_tuple=True)
-        pairs_at_once = max(1, _WORKSPACE_VALUES // rows.shape[1])
-        distances = []
-        for some, others in zip(*(torch.split(whole, pairs_at_once) for whole in (row, centroid)), strict=True):
-            difference = rows[some] - self.centroids[others].to(torch.float32)
-            distances.append(_running_sum((difference * difference).cpu().numpy()))
-        row_of, centroid_of = row.cpu().numpy(), centroid.cpu().numpy()
-        order = np.lexsort((centroid_of, np.concatenate(distances), row_of))
-        _, first = np.unique(row_of[order], return_index=True)
-        return torch.from_numpy(centroid_of[order][first])
+def rows_at_once(values_per_row: int) -> int:
+    """Rows to compute in one go, when each takes so many intermediate values."""
+    return max(1, _WORKSPACE_VALUES // max(1, values_per_row))
 
 
-def _row_sums(products: Tensor) -> Tensor:
-    """float64 `[n, 1]`: the sum of each row of float32 `[n, F]`, in an order that only F decides (on a CPU)."""
+def row_sums(products: Tensor) -> Tensor:
+    """float64 `[n, 1]`: the sum of each row of `[n, F]`, in an order that only F decides (on a CPU)."""
     count, width = products.shape
     if count == 1 and width >= _WIDE:
         # torch shares out several sums between threads, but cuts a single one in pieces.
@@ -275,7 +219,7 @@ def _row_sums(products: Tensor) -> Tensor:
     return products.sum(-1, keepdim=True, dtype=torch.float64)
 
 
-def _running_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def running_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32 `[n]`: each row of `[n, F]` added from left to right in float32, as the reference does.
 
     `accumulate` is the one sum of numpy and torch that promises this order.

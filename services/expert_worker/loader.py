@@ -8,26 +8,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 
 from hocket.errors import HocketError, Reason
-from hocket.packages import model as m
 from hocket.packages.adapter import Adapter, AdapterFacts
 from hocket.rpc.convert import VALUES_MAX
-from services.expert_worker.compute import Kernel, Linear, Logistic, Mean, Nearest, Trees, Votes
 from services.expert_worker.engine.folding import fold
 from services.expert_worker.journal import raw_digest
+from services.expert_worker.layout import family_of, lay_out
+from services.expert_worker.parameters import move
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
     from hocket.packages import Package
+    from services.expert_worker.compute import Kernel
     from services.expert_worker.engine.expert import AdapterExpert
     from services.expert_worker.engine.folding import Foldable
+    from services.expert_worker.parameters import Parameter
 
 _RETRY_SECONDS = 1.0
 
@@ -89,13 +91,13 @@ class Prepared:
 
     Args:
         digest: Of the package.
-        tensors: Every parameter; nothing else takes device memory.
+        tensors: Every parameter; nothing else takes device memory. Quantised blocks become values there.
         assemble: From the same tensors, moved: the experts by ordinal.
         facts: What an adapter expert says about itself, for composing it; None for tensor experts.
     """
 
     digest: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Parameter, ...]
     assemble: Callable[[Sequence[Tensor]], tuple[Served, ...]]
     facts: AdapterFacts | None = None
 
@@ -105,12 +107,14 @@ class Prepared:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def prepare(package: Package, base: Foldable | None = None) -> Prepared:
+def prepare(package: Package, base: Foldable | None = None, *, half: bool = False) -> Prepared:
     """Lay out a package's experts for computing. The result shares no memory with the package.
 
     Args:
         package: Verified.
         base: What adapter experts ride on here; None if nothing.
+        half: Whether linear models and dense networks hold their weights in float16. Everything else is as it is, and
+            what is computed with them too.
 
     Raises:
         HocketError: `NOT_SERVABLE` if the package says that it cannot answer, or is an adapter expert and there is no
@@ -123,13 +127,13 @@ def prepare(package: Package, base: Foldable | None = None) -> Prepared:
         assert isinstance(facts, AdapterFacts)  # noqa: S101 - both are, or neither
         assert isinstance(model, Adapter)  # noqa: S101 - both are, or neither
         return _prepare_adapter(facts, model, base)
-    tensors, kernels = _lay_out(model, facts.output_columns)
+    tensors, kernels = lay_out(model, facts.output_columns, half=half)
     wider, raw = facts.n_features is None, raw_digest(facts.digest)
     width = facts.n_features_min if facts.n_features is None else facts.n_features
 
     def assemble(moved: Sequence[Tensor]) -> tuple[Expert, ...]:
         return tuple(
-            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row, _family(kernel), raw)
+            Expert(kernel, width, wider, facts.output_columns, kernel.work_per_row, family_of(kernel), raw)
             for kernel in kernels(moved)
         )
 
@@ -154,11 +158,11 @@ def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
         HocketError: `DEVICE_MEMORY` if the device has less memory left than the budget says.
     """
     if device.type == "cpu":
-        return prepared.assemble(prepared.tensors)
+        return prepared.assemble(move(prepared.tensors, device))
     # Its event, not the stream: what the engine starts after the copy is not waited for. The thread sleeps meanwhile.
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
     try:
-        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in prepared.tensors]
+        moved = move(prepared.tensors, device)
         torch.cuda.current_stream(device).record_event(copied).synchronize()
     except torch.OutOfMemoryError as error:
         raise HocketError(
@@ -168,95 +172,3 @@ def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
             retry_after_seconds=_RETRY_SECONDS,
         ) from error
     return prepared.assemble(moved)
-
-
-_LaidOut = tuple["tuple[Tensor, ...]", "Callable[[Sequence[Tensor]], tuple[Kernel, ...]]"]
-
-
-def _lay_out(model: m.Model, columns: int) -> _LaidOut:
-    match model:
-        case m.MixtureOfExperts(experts=experts):
-            return _linear(experts, Linear)
-        case m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
-            return _linear((model,), Linear)
-        case m.LogisticRegression():
-            return _linear((model,), Logistic)
-        case m.KMeans(centroids=centroids):
-            assert centroids is not None  # noqa: S101 - servable
-            exact = centroids.astype(np.float64)
-            return (_tensor(exact), _tensor((exact * exact).sum(axis=1))), lambda moved: (Nearest(*moved),)
-        case m.DecisionTreeClassifier() | m.RandomForestClassifier():
-            table = _Table.of(_members(model))
-            column = _tensor(np.concatenate([tree.value for tree in table.trees]))
-            return (*table.tensors, column), lambda moved: (Votes(table.on(moved), moved[4], columns),)
-        case m.DecisionTreeRegressor() | m.RandomForestRegressor():
-            table = _Table.of(_members(model))
-            value = _tensor(np.concatenate([tree.value for tree in table.trees]))
-            return (*table.tensors, value), lambda moved: (Mean(table.on(moved), moved[4]),)
-
-
-def _family(kernel: Kernel) -> object:
-    return type(kernel) if isinstance(kernel, Linear | Logistic) else kernel
-
-
-def _linear(experts: Sequence[m.LinearModel | m.LogisticRegression], kernel: type[Linear | Logistic]) -> _LaidOut:
-    weights = np.stack([expert.coefficients for expert in experts if expert.coefficients is not None])
-    biases = np.array([[expert.intercept] for expert in experts], np.float64)
-
-    def kernels(moved: Sequence[Tensor]) -> tuple[Kernel, ...]:
-        return tuple(kernel(*row) for row in zip(*(tensor.unbind(0) for tensor in moved), strict=True))
-
-    return (_tensor(weights), _tensor(biases)), kernels
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Table:
-    """The nodes of all trees, one after the other."""
-
-    trees: Sequence[m.Tree]
-    tensors: tuple[Tensor, ...]
-    depth: int
-
-    @classmethod
-    def of(cls, trees: Sequence[m.Tree]) -> _Table:
-        sizes = np.array([len(tree.feature) for tree in trees])
-        roots = np.cumsum(sizes) - sizes
-        first = np.repeat(roots, sizes)
-        itself = np.arange(sizes.sum())
-        feature = np.concatenate([tree.feature for tree in trees])
-        is_leaf = feature < 0
-        left = np.where(is_leaf, itself, np.concatenate([tree.left for tree in trees]) + first)
-        right = np.where(is_leaf, itself, np.concatenate([tree.right for tree in trees]) + first)
-        tensors = (
-            _tensor(roots.astype(np.int32)),
-            _tensor(np.where(is_leaf, 0, feature).astype(np.int32)),
-            _tensor(np.concatenate([tree.threshold for tree in trees])),
-            _tensor(np.stack((right, left), axis=1).reshape(-1).astype(np.int32)),
-        )
-        return cls(trees, tensors, _depth(roots, is_leaf, left, right))
-
-    def on(self, moved: Sequence[Tensor]) -> Trees:
-        roots, feature, threshold, children, *_ = moved
-        return Trees(roots, feature, threshold, children, self.depth)
-
-
-def _depth(
-    roots: NDArray[np.int64], is_leaf: NDArray[np.bool_], left: NDArray[np.int64], right: NDArray[np.int64]
-) -> int:
-    """Splits on the way to the deepest leaf, level by level."""
-    level, depth = roots[~is_leaf[roots]], 0
-    while len(level):
-        depth += 1
-        level = np.concatenate((left[level], right[level]))
-        level = level[~is_leaf[level]]
-    return depth
-
-
-def _members(model: m.TreeModel) -> list[m.Tree]:
-    members = model.trees if isinstance(model, m.RandomForestClassifier | m.RandomForestRegressor) else (model,)
-    return [member.tree for member in members if member.tree is not None]
-
-
-def _tensor(array: NDArray[np.float32] | NDArray[np.float64] | NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-    """A tensor of its own memory: arrays of a package are read-only views that would keep the whole file."""
-    return torch.from_numpy(array.copy())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from hocket.packages import Proof
     from hocket.packages.adapter import AdapterFacts
-    from services.expert_worker.authority import Authority, Credentials, Standing
+    from services.expert_worker.authority import Authority, Evidence, Standing
     from services.expert_worker.loader import Prepared, Served
     from services.expert_worker.supply import Report, Supplied
 
@@ -64,7 +64,7 @@ class ResidentPackage:
         digest: Which.
         experts: By ordinal.
         size_bytes: What it takes.
-        credentials: For judging it again.
+        evidence: For judging it again.
         proofs: What vouches for it now.
         facts: What an adapter expert says about itself, for composing it; None for tensor experts.
         in_use_count: Requests that run on it or are about to.
@@ -75,7 +75,7 @@ class ResidentPackage:
     digest: str
     experts: tuple[Served, ...]
     size_bytes: int
-    credentials: Credentials
+    evidence: Evidence
     proofs: tuple[Proof, ...]
     facts: AdapterFacts | None = None
     in_use_count: int = 0
@@ -405,7 +405,7 @@ class Residency:
             digest,
             experts,
             size_bytes,
-            supplied.credentials,
+            supplied.evidence,
             proofs,
             supplied.prepared.facts,
             loading.waiting_count,
@@ -419,7 +419,7 @@ class Residency:
         experts, proofs = await self._place(supplied.prepared), supplied.proofs
         while standing is not self._authority.standing:  # trust has changed meanwhile
             standing = self._authority.standing
-            proofs = await asyncio.to_thread(standing.judge, supplied.credentials)
+            proofs = await asyncio.to_thread(standing.judge, supplied.evidence)
         return experts, proofs
 
     async def _or_free(self, size_bytes: int, work: Awaitable[T]) -> T:
@@ -506,7 +506,7 @@ def _judge(standing: Standing, packages: list[ResidentPackage]) -> list[tuple[Pr
     verdicts: list[tuple[Proof, ...] | HocketError] = []
     for package in packages:
         try:
-            verdicts.append(standing.judge(package.credentials))
+            verdicts.append(standing.judge(package.evidence))
         except HocketError as error:
             verdicts.append(error)
     return verdicts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError
 from hocket.identity import check_name, is_digest
 from hocket.settings import check_call_seconds, check_counts
+from services.expert_worker.credentials import CredentialFile, check_address
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,8 @@ class WorkerSettings:
         admin_token_file: Secret file with the token that loading and unloading needs; None leaves them open.
         worker_token_file: Secret file with the token it announces itself with; None where the registry asks for none.
         device: Where it computes: `cpu`, `cuda:0`, or `auto` for the first CUDA device if there is one.
+        half: Hold the weights of linear models, linear SVMs and dense networks in float16, which needs a CUDA device:
+            half the memory, and answers that move by some 2**-11 of their largest term.
         budget_bytes: Memory for experts on that device; 0 for a share of what is free at start, when the base is there.
         kv_bytes: Memory for the keys and values of texts on that device; 0 for a share, as `budget_bytes`, of which no
             more is taken than `sequences_max` texts of the base's full length can use.
@@ -47,6 +50,9 @@ class WorkerSettings:
         workers_on_machine: Workers that share this machine and its device: what is chosen for `budget_bytes` and
             `compute_threads` is divided by it.
         allow_unsigned: Admit packages that nobody trusted has signed. Logged at start, counted per use.
+        allow_expired_licences: Load packages whose licence has ended. Logged at start.
+        credentials: Secret files with what opens encrypted packages, by `publisher/name` or digest, which goes first.
+            Read at start.
         preload: Digests of packages to load at start.
         queue_max: Requests waiting for the device; the next one is refused as `QUEUE_FULL`.
         step_tokens: Most tokens that one step of the text engine computes: a long prompt holds up others no longer.
@@ -73,6 +79,7 @@ class WorkerSettings:
     admin_token_file: Path | None = None
     worker_token_file: Path | None = None
     device: str = "auto"
+    half: bool = False
     budget_bytes: int = 0
     kv_bytes: int = 0
     arena_bytes: int = 0
@@ -80,6 +87,8 @@ class WorkerSettings:
     compute_threads: int = 0
     workers_on_machine: int = 1
     allow_unsigned: bool = False
+    allow_expired_licences: bool = False
+    credentials: dict[str, CredentialFile] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
     queue_max: int = 512
     step_tokens: int = 512
@@ -111,6 +120,8 @@ class WorkerSettings:
         check_counts(self, "queue_max", "loading_max", "in_flight_max", "workers_on_machine")
         check_counts(self, "step_tokens", "sequences_max", "text_queue_max")
         check_call_seconds(self, "default_deadline_seconds", "text_deadline_seconds")
+        for address in self.credentials:
+            check_address(address)
         for digest in self.preload:
             if not is_digest(digest):
                 raise ValueError(f"preload names packages by sha256:<64 hex digits>, not {digest!r}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from hocket.client.registry import RegistryClient
     from hocket.packages import Package, Proof
-    from services.expert_worker.authority import Credentials, Standing
+    from services.expert_worker.authority import Evidence, Standing
     from services.expert_worker.cache import PackageCache
     from services.expert_worker.journal import Journal
     from services.expert_worker.loader import Prepared
@@ -36,12 +36,12 @@ class Supplied:
 
     Args:
         prepared: Its experts.
-        credentials: For judging it again.
+        evidence: For judging it again.
         proofs: What vouches for it.
     """
 
     prepared: Prepared
-    credentials: Credentials
+    evidence: Evidence
     proofs: tuple[Proof, ...]
 
 
@@ -145,17 +145,26 @@ class Supply:
         return data, tuple(header.releases)
 
     async def _open(
-        self, digest: str, standing: Standing, data: bytes, releases: tuple[bytes, ...], report: Report
+        self,
+        digest: str,
+        standing: Standing,
+        data: bytes | memoryview,
+        releases: tuple[bytes, ...],
+        report: Report,
     ) -> Supplied:
-        def open_and_prepare() -> tuple[Package, Credentials, Prepared]:
+        def open_and_prepare() -> tuple[Package, Evidence, Prepared]:
             with self._journal.loading(digest):
-                package, credentials = standing.open(digest, data, releases)
-                return package, credentials, self._prepare(package)
+                package, evidence = standing.open(digest, data, releases)
+                return package, evidence, self._prepare(package)
 
         report(_VERIFYING, 0, len(data))
-        package, credentials, prepared = await self._in_thread(open_and_prepare)
+        package, evidence, prepared = await self._in_thread(open_and_prepare)
         report(_VERIFYING, len(data), len(data))
-        return Supplied(prepared, credentials, package.provenance.proofs)
+        return Supplied(prepared, evidence, package.provenance.proofs)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+        # A future that has run is part of a cycle, and keeps its result until that is collected: a package, or a map of
+        # one under a lease. So the result does not pass through it.
+        results: list[T] = []
+        await asyncio.get_running_loop().run_in_executor(self._executor, lambda: results.append(work(*arguments)))
+        return results.pop()

@@ -3,8 +3,9 @@
 1. An upload rests on a proof that holds now: its release, if it brought one, else the signature inside the file, else
    the policy. A release that proves nothing is refused, even where the signature inside the file would have been
    enough: whoever sent it wanted the name.
-2. Only then is anything decoded. What cannot answer is not taken, nor what answers more columns than are sent, nor an
-   adapter that is released under another name or version than its manifest says.
+2. Only then is anything decoded. What is encrypted stays closed, and counts as what its metadata declares: workers
+   compare. What cannot answer is not taken, nor what answers more columns than are sent, nor an adapter that is
+   released under another name or version than its manifest says.
 3. A mixture's members are here, may serve, agree on the width of the input, and either all score labels or all give
    numbers. Labels are scattered into one ordered list: the record's, else the members' in order.
 4. What was admitted is judged again whenever trust changes, each proof as of the moment when it came: that a key's time
@@ -28,11 +29,12 @@ from hocket.packages import (
     Subject,
     TrustRoots,
     check_release_name,
+    describe_package,
     evaluate,
-    open_package,
     verify_release,
 )
 from hocket.packages.adapter import AdapterFacts
+from hocket.packages.apr.quantization import floats
 from hocket.packages.model import MixtureOfExperts
 from hocket.rpc.convert import COLUMNS_MAX
 
@@ -151,14 +153,14 @@ class OwnMixture:
 
 @dataclass(frozen=True, slots=True)
 class AdmittedPackage:
-    """A package whose proof holds and whose content was read.
+    """A package whose proof holds and whose content was read; of an encrypted one, what it declares.
 
     Args:
         facts: What it holds.
         proof: What it rests on.
         release: Its release as signed; empty if the proof is another.
         embedded_key_id: Key of the verified signature inside the file; None if there is none.
-        mixture: The mixture that it is by itself; None for a single expert.
+        mixture: The mixture that it is by itself; None for a single expert, and for an encrypted gate.
     """
 
     facts: PackageFacts
@@ -222,11 +224,11 @@ def admit_package(
         now: The time, with its zone.
 
     Raises:
-        HocketError: The refusals of `hocket.packages.open_package` and of `prove`; `NOT_SERVABLE`; for
+        HocketError: The refusals of `hocket.packages.describe_package` and of `prove`; `NOT_SERVABLE`; for
             an adapter `NAME_MISMATCH`, or `BAD_REQUEST` if no release could bear the name in its manifest.
     """
     releases = (release,) if release else ()
-    opened = open_package(
+    opened = describe_package(
         data,
         releases=releases,
         trust=terms.trust,
@@ -427,8 +429,9 @@ def _check_columns(facts: ModelFacts) -> None:
 
 
 def _own_mixture(digest: str, model: MixtureOfExperts) -> OwnMixture:
-    tensor = gate_tensor(model.gate.weights)
-    features, experts = model.gate.weights.shape
+    weights = floats(model.gate.weights)
+    tensor = gate_tensor(weights)
+    features, experts = weights.shape
     gate = SoftmaxGate(features, experts, digest_of(tensor), model.gate.temperature)
     record = MixtureRecord(
         name=f"apr-{digest.removeprefix('sha256:')[:16]}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from hocket.packages import Policy
 from hocket.rpc.handlers import Handlers, Tokens
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from services.registry.catalog import Catalog
@@ -49,7 +50,9 @@ class RegistryApp:
         self._catalog = Catalog(
             settings.data_dir,
             settings.trust_dir,
-            allow_unsigned=settings.allow_unsigned,
+            policy=Policy(
+                allow_unsigned=settings.allow_unsigned, allow_expired_licences=settings.allow_expired_licences
+            ),
             package_bytes_max=settings.package_bytes_max,
             on_change=self._tell,
         )

@@ -101,7 +101,7 @@ class Catalog:
     Args:
         data_dir: Folder of `registry.db` and `blobs/`; made if need be.
         trust_dir: The trust folder.
-        allow_unsigned: Whether bytes are admitted that nobody trusted has signed.
+        policy: What is admitted beyond proof.
         package_bytes_max: Largest package.
         on_change: Told the newest revision after each durable change.
 
@@ -116,7 +116,7 @@ class Catalog:
         data_dir: Path,
         trust_dir: Path,
         *,
-        allow_unsigned: bool,
+        policy: Policy,
         package_bytes_max: int,
         on_change: Callable[[int], None],
     ) -> None:
@@ -127,7 +127,7 @@ class Catalog:
             metadata_bytes=METADATA_BYTES_MAX,
             metadata_depth=METADATA_DEPTH_MAX,
         )
-        self.terms = Terms(TrustRoots(), Policy(allow_unsigned=allow_unsigned), frozenset())
+        self.terms = Terms(TrustRoots(), policy, frozenset())
         self._data_dir = data_dir
         self._store = Store(data_dir / "registry.db")
         self._trust_folder = TrustFolder(trust_dir)
@@ -155,6 +155,8 @@ class Catalog:
         _log.info("registry_open", data_dir=str(self._data_dir), revision=revision, sqlite=sqlite3.sqlite_version)
         if self.terms.policy.allow_unsigned:
             _log.warning("unsigned_allowed", admitted_count=by_policy_count)
+        if self.terms.policy.allow_expired_licences:
+            _log.warning("expired_licences_allowed")
 
     def close(self) -> None:
         """Let go of the store."""

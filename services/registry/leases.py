@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _TEXT_LENGTH_MAX: Final = 256
 _FORMATS_MAX: Final = 16
 _RESIDENT_MAX: Final = 2**16
+_UNLOCKS_MAX: Final = 2**12
 _RETRY_SECONDS: Final = 5.0
 
 
@@ -85,6 +86,10 @@ def _check(state: WorkerState) -> None:
         raise _bad("worker.formats", f"a worker loads at most {_FORMATS_MAX} formats")
     if len(state.residency) > _RESIDENT_MAX:
         raise _bad("worker.residency", f"a worker lists at most {_RESIDENT_MAX} packages")
+    if len(state.unlocks) > _UNLOCKS_MAX or any(len(address) > _TEXT_LENGTH_MAX for address in state.unlocks):
+        raise _bad(
+            "worker.unlocks", f"a worker has credentials for at most {_UNLOCKS_MAX} packages, each named briefly"
+        )
     for resident in state.residency:
         if not is_digest(resident.digest):
             raise _bad("worker.residency", f"{resident.digest[:80]!r} is not a digest (sha256:<64 hex digits>)")

@@ -24,6 +24,7 @@ class RegistrySettings:
         admin_token_file: Secret file with the token that changing anything needs; None leaves it open.
         worker_token_file: Secret file with the token that Announce needs; None leaves it open.
         allow_unsigned: Admit what nobody trusted has signed. Logged at start, counted per use, shown on the package.
+        allow_expired_licences: Admit packages whose licence has ended. Logged at start.
         lease_seconds: How long a worker stays listed without another word from it.
         trust_poll_seconds: How often the trust folder is looked at.
         package_bytes_max: Largest package.
@@ -43,6 +44,7 @@ class RegistrySettings:
     admin_token_file: Path | None = None
     worker_token_file: Path | None = None
     allow_unsigned: bool = False
+    allow_expired_licences: bool = False
     lease_seconds: float = 10.0
     trust_poll_seconds: float = 2.0
     package_bytes_max: int = DEFAULT_LIMITS.package_bytes

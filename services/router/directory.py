@@ -74,6 +74,8 @@ class Snapshot:
         gone_bases: Bases that workers served a while ago and none does now, each with the `time.monotonic()` second
             until which it is known.
         gates: By digest of each base that live workers serve, the gate over the experts that ride on it.
+        gateless: Digests by all addresses of encrypted packages that hold several experts: nobody but a worker can read
+            their gate, so none is a model, and its experts are.
     """
 
     revision: int
@@ -85,6 +87,7 @@ class Snapshot:
     experts: Experts = field(default_factory=Experts)
     gone_bases: tuple[tuple[Base, float], ...] = ()
     gates: Mapping[str, RulesGate] = field(default_factory=dict)
+    gateless: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, address: str) -> Model:
         """The model behind a mixture name, `publisher/name@version`, a digest or `digest#ordinal`.
@@ -95,6 +98,13 @@ class Snapshot:
         """
         if reason := self.withdrawn.get(address):
             raise HocketError(reason, f"the release {address} is withdrawn ({reason})", model=address)
+        if (digest := self.gateless.get(address)) is not None:
+            raise HocketError(
+                Reason.ENCRYPTED,
+                f"the gate of {address} is encrypted with its experts: put a mixture of {digest}#0, #1, ... with a "
+                "gate of its own, and ask that",
+                model=address,
+            )
         model = self.addresses.get(address) or self._member(address)
         if model is None and address.partition("#")[0] in self.experts.by_address:
             raise HocketError(
@@ -180,7 +190,7 @@ class _View:
             if digest in of_package:
                 model = of_package[digest]
             elif package.HasField("adapter") or package.model.expert_count > 1:
-                continue  # answers no rows; or its own mixture follows in the feed
+                continue  # answers no rows; or its own mixture follows in the feed, or its gate is encrypted
             else:
                 name = listed_name(package)
                 try:
@@ -488,7 +498,13 @@ def _index(view: _View, workers: Iterable[Worker], before: Snapshot | None) -> S
     listed, addresses, withdrawn = view.index()
     experts = index(view.packages.values(), before.experts.terms if before else {})
     gates = build_gates(experts, workers, before.gates if before else {})
-    return Snapshot(0, listed, addresses, withdrawn, view.packages, (), experts, gates=gates)
+    gateless = {
+        address: digest
+        for digest, package in view.packages.items()
+        if package.model.encrypted and package.model.expert_count > 1
+        for address in (digest, *map(release_name, package.releases))
+    }
+    return Snapshot(0, listed, addresses, withdrawn, view.packages, (), experts, gates=gates, gateless=gateless)
 
 
 def build_gates(experts: Experts, workers: Iterable[Worker], before: Mapping[str, RulesGate]) -> dict[str, RulesGate]:
@@ -552,4 +568,5 @@ def _worker(state: WorkerState) -> Worker:
         resident=frozenset(held.digest for held in state.residency),
         draining=state.draining,
         base=Base(base.name, base.digest, base.weights_sha256) if base.digest else None,
+        unlocks=frozenset(state.unlocks),
     )

@@ -8,8 +8,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from services.router.model import REFUSALS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from hocket.v1.package_pb2 import Package
 
 Placed: TypeAlias = "Sequence[tuple[str, str | None]]"
 """Planned experts, as text, each with the name of its first replica if it has one."""
@@ -49,6 +53,7 @@ class Worker:
         resident: Digests it holds in memory.
         draining: Whether it takes no new requests.
         base: The base language model that it serves; None when it serves none.
+        unlocks: Encrypted packages that it has a credential for: digests, and `publisher/name`.
     """
 
     name: str
@@ -58,10 +63,18 @@ class Worker:
     resident: frozenset[str]
     draining: bool
     base: Base | None = None
+    unlocks: frozenset[str] = frozenset()
 
     def can_load(self, package_format: str, size_bytes: int) -> bool:
         """Whether it takes new requests for what has this format and size."""
         return not self.draining and package_format in self.formats and size_bytes <= self.budget_bytes
+
+    def opens(self, package: Package) -> bool:
+        """Whether it can read what is inside a package: of an encrypted one, with its credential, as it has said."""
+        if not package.model.encrypted or package.digest in self.unlocks or package.digest in self.resident:
+            return True
+        released = (release for release in package.releases if release.state not in REFUSALS)
+        return any(f"{release.publisher}/{release.name}" in self.unlocks for release in released)
 
     def serves(self, base: str | None = None) -> bool:
         """Whether it answers text, by the base of this digest or by any, also when it takes no new requests."""

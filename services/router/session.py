@@ -167,7 +167,10 @@ def _replicas(leaf: Leaf, workers: Sequence[Worker], loads: Loads) -> tuple[list
     package = leaf.package
     if leaf.refusal is not None:
         return [], leaf.refusal
-    replicas = place(package.digest, package.model.parameter_bytes, package.format, workers, loads)
+    able = [worker for worker in workers if worker.opens(package)] if package.model.encrypted else workers
+    if workers and not able:
+        return [], Reason.ENCRYPTED
+    replicas = place(package.digest, package.model.parameter_bytes, package.format, able, loads)
     return replicas, "" if replicas else Reason.NO_REPLICA
 
 

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from hocket.errors import HocketError
 from hocket.packages import apr, expert
+from hocket.packages.apr import about
+from hocket.packages.apr.header import MODEL_TYPES
+from hocket.packages.apr.layouts import layout_of
+from hocket.packages.apr.metadata import read_metadata, write_metadata
+from hocket.packages.apr.quantization import BLOCK_BYTES, block_count, dequantized_model, quantized_model
 from hocket.packages.expert.archive import is_expert, read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.weights import read_tensors
-from hocket.packages.limits import DEFAULT_LIMITS
+from hocket.packages.limits import DEFAULT_LIMITS, Limits
+from hocket.packages.model import GaussianNB, KMeans, KNearestNeighbors, Quantized, QuantKind
 from tests import archives, builders, experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from hocket.packages.model import Model
 
 BYTES_MAX: Final = 2**16
 """The longest input."""
@@ -34,14 +44,43 @@ _FILES_MAX: Final = 300
 _REPEATED_BYTES_MAX: Final = DEFAULT_LIMITS.archive_ratio_free_bytes
 _NOT_HASHED: Final = f"sha256:{'0' * 64}"
 
+_QUANTIZED_KMEANS: Final = "Quantized<KMeans>"
+
+_SHARE: Final = 64
+APR_LIMITS: Final[Limits] = replace(
+    DEFAULT_LIMITS,
+    package_bytes=DEFAULT_LIMITS.package_bytes // _SHARE,
+    metadata_bytes=DEFAULT_LIMITS.metadata_bytes // _SHARE,
+    metadata_values=DEFAULT_LIMITS.metadata_values // _SHARE,
+    uncompressed_bytes=DEFAULT_LIMITS.uncompressed_bytes // _SHARE,
+    labels=DEFAULT_LIMITS.labels // _SHARE,
+    experts=DEFAULT_LIMITS.experts // _SHARE,
+    trees=DEFAULT_LIMITS.trees // _SHARE,
+    tree_nodes=DEFAULT_LIMITS.tree_nodes // _SHARE,
+)
+"""An `.apr` file of 64 KiB can hold a bomb of the largest payload: so the same bounds, smaller, to be fast."""
+APR_SECONDS_MAX: Final = 1.0
+APR_BYTES_MAX: Final = 2 * (APR_LIMITS.uncompressed_bytes + APR_LIMITS.metadata_bytes)
+"""Twice what may be in a file: its bytes, and what is made of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Harness:
-    """One reader, where to begin, and what to do with any bytes before they are read; only reading is judged."""
+    """One reader, where to begin, and what to do with any bytes before they are read; only reading is judged.
+
+    Args:
+        read: The reader.
+        seeds: Where to begin.
+        prepare: Makes of any bytes what the reader is given.
+        seconds_max: Processor time that reading may take.
+        memory_bytes_max: Memory that it may take.
+    """
 
     read: Callable[[bytes], object]
     seeds: Callable[[], Iterable[bytes]]
     prepare: Callable[[bytes], bytes] = bytes
+    seconds_max: float = archives.REFUSAL_SECONDS_MAX
+    memory_bytes_max: int = archives.REFUSAL_BYTES_MAX
 
 
 def packed(data: bytes) -> bytes:
@@ -79,8 +118,71 @@ def adapter(data: bytes) -> None:
 
 
 def model(data: bytes) -> None:
-    """An `.apr` file."""
-    apr.decode(apr.split(data), _NOT_HASHED)
+    """An `.apr` file, and what its quantised blocks stand for."""
+    _, read = apr.decode(apr.split(data, APR_LIMITS), _NOT_HASHED, APR_LIMITS)
+    dequantized_model(read)
+
+
+def header(data: bytes) -> None:
+    """An `.apr` file taken apart."""
+    container = apr.split(data, APR_LIMITS)
+    assert sum(section.size for section in container.sections) == len(data)
+
+
+def metadata(data: bytes) -> None:
+    """Metadata: read, understood, and written so that it reads the same again."""
+    found = read_metadata(data, APR_LIMITS)
+    for part in (about.licence(found), about.distillation(found), about.model_card(found)):
+        assert part is None or isinstance(part.section(), dict)
+    again = read_metadata(write_metadata(found))
+    assert again.keys() == found.keys()
+
+
+def payload(data: bytes) -> bytes:
+    """An `.apr` file with any payload, stored in any way under any type id; the first six bytes say which.
+
+    type id, compression id, u32 uncompressed size (of a stored payload it is always right)
+    """
+    types = sorted(MODEL_TYPES)
+    return _file(data, types[_first(data) % len(types)], builders.METADATA)
+
+
+def quantized(data: bytes) -> bytes:
+    """An `.apr` file with any payload, stored in any way, under any quantised layout; the first six bytes say which.
+
+    layout, compression id, u32 uncompressed size (of a stored payload it is always right)
+    """
+    layouts = _quantized_layouts()
+    layout, expert_layout = layouts[_first(data) % len(layouts)]
+    own = {"layout": layout} | ({"expert_layout": expert_layout} if expert_layout else {})
+    return _file(data, 1, {**builders.METADATA, "custom": {"hocket": own}})
+
+
+_CHOICE: Final = struct.Struct("<BBI")
+_COMPRESSIONS: Final = ("none", "zstd", "zstd-max", "lz4")
+
+
+def _first(data: bytes) -> int:
+    return data[0] if data else 0
+
+
+def _file(data: bytes, model_type_id: int, metadata: Mapping[str, Any]) -> bytes:
+    _, compression, size = _CHOICE.unpack(data[: _CHOICE.size].ljust(_CHOICE.size, b"\0"))
+    compression %= len(_COMPRESSIONS)
+    block = data[_CHOICE.size :]
+    return builders.raw_apr(
+        block,
+        metadata,
+        model_type_id=model_type_id,
+        compression_id=compression,
+        uncompressed_bytes=size if compression else len(block),
+    )
+
+
+def _chosen(choice: int, compression: str, made: Model) -> bytes:
+    """What `payload` and `quantized` make such a file of again."""
+    part = apr.split(builders.apr_bytes(made, compression=compression))
+    return _CHOICE.pack(choice, _COMPRESSIONS.index(compression), part.header.uncompressed_bytes) + part.payload
 
 
 def _sealed(data: bytes) -> bytes:
@@ -160,10 +262,80 @@ def _written(files: Mapping[str, bytes], times: Mapping[str, int] | None = None)
 
 
 def _models() -> Iterator[bytes]:
-    for made in (builders.linear(), builders.mixture()):
-        for compression in ("none", "zstd"):
+    for made in builders.models().values():
+        for compression in ("none", "zstd", "lz4"):
             yield builders.apr_bytes(made, compression=compression)
+    for made in _quantized_models():
+        yield builders.apr_bytes(made)
     yield builders.apr_bytes(signing=builders.signer())
+
+
+def _headers() -> Iterator[bytes]:
+    for flags in range(8):
+        yield builders.raw_apr(b"", b"", flags=flags, after_payload=bytes(96))
+    for neighbour in (
+        b"APR1",
+        b"APR2",
+        b"APR\0\2\0",
+        b"APR\0\1\0\0\0\0PST",
+        b"APBUNDLE",
+        b"GGUF",
+        b"\x40" + bytes(7) + b"{",
+    ):
+        yield neighbour.ljust(64, b"\0")
+    yield from _models()
+
+
+def _metadata() -> Iterator[bytes]:
+    yield write_metadata(builders.METADATA)
+    yield write_metadata({**builders.METADATA, "custom": {"a": [{}, [], None, True, -1, 2**40, 0.5, "x" * 300]}})
+    for part in ("license", "distillation_info", "model_card"):
+        yield write_metadata({**builders.METADATA, part: builders.ABOUT[part]})
+    yield write_metadata(builders.ABOUT)
+
+
+def _payloads() -> Iterator[bytes]:
+    types = sorted(MODEL_TYPES)
+    for made in builders.models().values():
+        for compression in _COMPRESSIONS:
+            yield _chosen(types.index(layout_of(made)[0]), compression, made)
+    for made in _largest():
+        for compression in ("zstd", "lz4"):
+            yield _chosen(types.index(layout_of(made)[0]), compression, made)
+
+
+def _largest() -> Iterator[Model]:
+    """Models that take all the room there is, and next to none when they are compressed."""
+    values = APR_LIMITS.uncompressed_bytes // 4 - 2**12
+    yield KMeans(8, np.zeros((8, values // 8), np.float32))
+    half = np.zeros((16, values // 32), np.float32)
+    ones = np.ones_like(half)
+    yield GaussianNB(np.ones(16, np.float32), half, ones, np.arange(16, dtype=np.uint64))
+    yield KNearestNeighbors(1, half, np.zeros(16, np.uint64))
+
+
+def _quantized() -> Iterator[bytes]:
+    for made in _quantized_models():
+        layout = layout_of(made)[1]
+        for compression in _COMPRESSIONS:
+            yield _chosen(_quantized_layouts().index((layout.name, layout.expert)), compression, made)
+    shape = (2, APR_LIMITS.features)
+    largest = Quantized(QuantKind.Q4_0, shape, bytes(BLOCK_BYTES[QuantKind.Q4_0] * block_count(shape)))
+    yield _chosen(_quantized_layouts().index((_QUANTIZED_KMEANS, None)), "zstd", KMeans(2, largest))
+
+
+def _quantized_models() -> Iterator[Model]:
+    for kind in QuantKind:
+        for made in builders.models().values():
+            with contextlib.suppress(HocketError):  # not every family can be
+                yield quantized_model(made, kind)
+
+
+@cache
+def _quantized_layouts() -> tuple[tuple[str, str | None], ...]:
+    """Every quantised layout that can be recorded, and of what a mixture is."""
+    layouts = (layout_of(made)[1] for made in _quantized_models())
+    return tuple({(layout.name, layout.expert): None for layout in layouts})
 
 
 def _with_checksums(tar: bytes) -> bytes:
@@ -172,10 +344,22 @@ def _with_checksums(tar: bytes) -> bytes:
     return b"".join(archives.checked(block) if block[257:262] == b"ustar" else block for block in blocks)
 
 
+def _apr(
+    read: Callable[[bytes], object],
+    seeds: Callable[[], Iterable[bytes]],
+    prepare: Callable[[bytes], bytes] = bytes,
+) -> Harness:
+    return Harness(read, seeds, prepare, APR_SECONDS_MAX, APR_BYTES_MAX)
+
+
 HARNESSES: Final[Mapping[str, Harness]] = {
     "archive": Harness(read_archive, _archives, packed),
     "manifest": Harness(manifest, _manifests),
     "weights": Harness(read_tensors, _weights),
     "adapter": Harness(adapter, _adapters, package),
-    "apr": Harness(model, _models, _sealed),
+    "apr": _apr(model, _models, _sealed),
+    "header": _apr(header, _headers, _sealed),
+    "metadata": _apr(metadata, _metadata),
+    "payload": _apr(model, _payloads, payload),
+    "quantized": _apr(model, _quantized, quantized),
 }

@@ -12,12 +12,16 @@ import torch
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
+from hocket.packages.apr.quantization import dequantized_model, quantized_model
+from hocket.packages.model import QuantKind
 from services.expert_worker.batching import Batcher
 from services.expert_worker.device import budget_bytes, choose_device
 from services.expert_worker.journal import Journal
 from services.expert_worker.loader import Prepared, place, prepare
-from tests.builders import apr_bytes, models
+from tests.builders import apr_bytes, dense, linear, models
+from tests.unit.packages.test_apr_quantization import LAYOUTS
 from tests.worker_numerics import (
+    APPROXIMATE,
     RECORDED_MIN,
     answer,
     assert_meets_the_oracle,
@@ -26,6 +30,7 @@ from tests.worker_numerics import (
     opened,
     random_models,
     recorded,
+    tensor_experts,
 )
 
 DEVICE = "cuda:0"
@@ -62,14 +67,14 @@ def test_near_ties_of_clusters_fall_as_in_the_reference() -> None:
         assert_meets_the_oracle(m.KMeans(6, centroids), rows, DEVICE)
 
 
-def test_batch_mates_move_a_linear_answer_by_one_step_at_most_and_nothing_else() -> None:
+def test_batch_mates_move_what_is_a_sum_by_one_step_at_most_and_nothing_else() -> None:
     rng = np.random.default_rng(7)
     rows = rng.normal(size=(64, 300)).astype(np.float32)
     for model in random_models(rng, 300):
         for expert in on_device(model, DEVICE):
             together = answer(expert, rows, DEVICE)
             alone = np.concatenate([answer(expert, row[None], DEVICE) for row in rows])
-            if isinstance(model, m.LinearRegression | m.LogisticRegression | m.MixtureOfExperts):
+            if isinstance(model, (*APPROXIMATE, m.MixtureOfExperts)) or getattr(model, "weighted", False):
                 assert (np.abs(together - alone) <= np.spacing(np.maximum(np.abs(together), np.abs(alone)))).all()
             else:
                 assert np.array_equal(together, alone)
@@ -93,6 +98,45 @@ def test_parameters_take_the_device_memory_they_are_accounted_for() -> None:
     assert prepared.size_bytes <= taken <= prepared.size_bytes + 512 * len(prepared.tensors)
     del experts
     assert torch.cuda.memory_allocated(DEVICE) == before
+
+
+@pytest.mark.parametrize("kind", QuantKind)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantised_models_become_values_on_the_device(layout: str, kind: QuantKind) -> None:
+    model = quantized_model(models()[layout], kind)
+    rows = np.random.default_rng(3).normal(size=(64, 2)).astype(np.float32)
+    plain: Any = dequantized_model(model)
+
+    given = [answer(expert, rows, DEVICE) for expert in on_device(model, DEVICE)]
+
+    wanted = [answer(expert, rows, DEVICE) for expert in on_device(plain, DEVICE)]
+    assert [one.tobytes() for one in given] == [other.tobytes() for other in wanted]
+    for expert in plain.experts if layout == "MixtureOfExperts" else (plain,):
+        assert_meets_the_oracle(expert, rows, DEVICE)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_quantised_and_halved_parameters_take_what_they_are_accounted_for(half: bool) -> None:  # noqa: FBT001 - a case
+    weights = np.random.default_rng(0).normal(size=(1024, 2048)).astype(np.float32)
+    model = quantized_model(dense((weights, weights[0], "relu")), QuantKind.Q4_0)
+    prepared = prepare(opened(apr_bytes(model)), half=half)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(DEVICE)
+    (expert,) = tensor_experts(prepared, DEVICE)
+    taken = torch.cuda.memory_allocated(DEVICE) - before
+    assert prepared.size_bytes == (2 if half else 4) * weights.size + 4 * 2048
+    assert prepared.size_bytes <= taken <= prepared.size_bytes + 1024
+    del expert
+
+
+def test_halved_weights_answer_as_rounded_ones() -> None:
+    rows = np.random.default_rng(3).normal(size=(40, 3)).astype(np.float32)
+    weights = np.random.default_rng(4).normal(size=(3, 5)).astype(np.float32)
+    rounded = weights.astype(np.float16).astype(np.float32)
+    for make in (lambda values: linear(*values[:, 0].tolist()), lambda values: dense((values, weights[0], "softmax"))):
+        (given,) = tensor_experts(prepare(opened(apr_bytes(make(weights))), half=True), DEVICE)
+        (wanted,) = on_device(make(rounded), DEVICE)
+        np.testing.assert_allclose(answer(given, rows, DEVICE), answer(wanted, rows, DEVICE), rtol=3e-7)
 
 
 def test_a_device_without_room_is_a_refusal_that_passes() -> None:

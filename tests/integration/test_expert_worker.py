@@ -23,6 +23,7 @@ from hocket.client.registry import RegistryClient
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import model as m
+from hocket.packages.apr.quantization import dequantized_model, quantized_model
 from hocket.packages.trust import TrustedKey
 from hocket.rpc.channel import Channels
 from hocket.rpc.convert import matrix_to_tensor
@@ -224,6 +225,16 @@ class TestAnswers:
                 given = values(await worker.run(f"{digest}#{ordinal}"))
                 assert np.allclose(given, predict(member, ROWS, given.shape[1]), atol=1e-5), layout
         assert worker.app.residency.packages[0].in_use_count == 0
+
+    @pytest.mark.parametrize("layout", ["MixtureOfExperts", "DenseNetwork"])
+    async def test_a_quantised_model_answers_as_what_its_blocks_stand_for(self, world: World, layout: str) -> None:
+        worker, registry = world
+        model = quantized_model(models()[layout], m.QuantKind.Q8_0)
+        digest = await published(registry, apr_bytes(model), f"acme/{layout.lower()}-q8@1.0")
+        plain = dequantized_model(model)
+        for ordinal, member in enumerate(plain.experts if isinstance(plain, m.MixtureOfExperts) else (plain,)):
+            given = values(await worker.run(f"{digest}#{ordinal}"))
+            assert np.allclose(given, predict(member, ROWS, given.shape[1]), atol=1e-5)
 
     async def test_many_at_once_get_their_own_answers(self, world: World) -> None:
         worker, registry = world
@@ -629,7 +640,7 @@ async def main() -> None:
     await asyncio.gather(*(client.run_tensor(expert, rows, 10.0) for expert in (computed, loaded)))
 
 def say(word: str) -> Any:
-    def hang(*_: Any) -> None:
+    def hang(*_: Any, **__: Any) -> None:
         print(word, flush=True)
         sys.stdin.read()
     return hang

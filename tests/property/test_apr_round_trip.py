@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hocket.errors import HocketError
 from hocket.packages import apr
 from hocket.packages import model as m
 from hocket.packages.apr.metadata import read_metadata, write_metadata
+from hocket.packages.apr.quantization import quantized_model
 from tests import builders
 
 f32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -94,6 +96,45 @@ def clusterings(draw: Any) -> Any:
     )
 
 
+@st.composite
+def naive_bayes(draw: Any) -> Any:
+    shape = draw(st.integers(1, 4)), draw(WIDTH)
+    classes = draw(arrays(np.uint64, shape[0], unique=True))
+    return m.GaussianNB(draw(vector(shape[0])), draw(vector(shape)), draw(vector(shape)), classes, draw(f32))
+
+
+@st.composite
+def neighbors(draw: Any) -> Any:
+    count, metric = draw(st.integers(1, 5)), draw(st.sampled_from(m.Metric))
+    power = draw(st.floats(0.125, 8, width=32)) if metric is m.Metric.MINKOWSKI else 2.0
+    samples = draw(vector((count, draw(WIDTH))))
+    classes = draw(arrays(np.uint64, count, elements=st.integers(0, 9)))
+    return m.KNearestNeighbors(draw(u64), samples, classes, metric, power, weighted=draw(st.booleans()))
+
+
+@st.composite
+def networks(draw: Any) -> Any:
+    sizes = draw(st.lists(WIDTH, min_size=2, max_size=4))
+    layers = [
+        m.DenseLayer(draw(vector(shape)), draw(vector(shape[1])), draw(st.sampled_from(m.Activation)))
+        for shape in itertools.pairwise(sizes)
+    ]
+    return m.DenseNetwork(tuple(layers))
+
+
+def quantised(shape: tuple[int, int]) -> Any:
+    """Models with weights of this shape, of a size that fits float16 scales."""
+    weights = arrays(np.float32, shape, elements=st.floats(-1e5, 1e5, width=32))
+    models = st.one_of(
+        weights.map(lambda values: m.LogisticRegression(values[0], 0.5)),
+        weights.map(lambda values: m.KMeans(len(values), values)),
+        weights.map(lambda values: m.KNearestNeighbors(1, values, np.arange(len(values), dtype=np.uint64))),
+        weights.map(lambda values: builders.dense((values, values[0], "relu"))),
+        weights.map(lambda values: builders.mixture(*(builders.linear(*row) for row in values.T), weights=values)),
+    )
+    return st.builds(quantized_model, models, st.sampled_from(m.QuantKind))
+
+
 MODELS = {
     "linear": WIDTH.flatmap(linear_models),
     "logistic": st.builds(m.LogisticRegression, WIDTH.flatmap(vector), f32, f32, u64, f32),
@@ -103,6 +144,20 @@ MODELS = {
     "forest regressor": forests(m.RandomForestRegressor, regressors, st.none() | vector(2)),
     "clustering": clusterings(),
     "mixture": mixtures(),
+    "naive bayes": naive_bayes(),
+    "neighbours": neighbors(),
+    "margin": st.builds(m.LinearSVM, WIDTH.flatmap(vector), f32, f32, f32, u64, f32),
+    "boosting": st.builds(
+        m.GradientBoostingClassifier,
+        st.lists(classifiers, min_size=1, max_size=4).map(tuple),
+        f32,
+        f32,
+        u64,
+        u64,
+        n_features=st.just(10),
+    ),
+    "network": networks(),
+    "quantised": st.tuples(WIDTH, st.integers(1, 70)).flatmap(quantised),
 }
 
 
@@ -143,19 +198,23 @@ def read(data: bytes) -> None:
         facts, model = apr.decode(apr.split(data), "sha256:")
     except HocketError:
         return
-    assert facts.layout == type(model).__name__
+    name = type(model).__name__
+    assert facts.layout in {name, f"{name}Block", f"Quantized<{name}>"}
 
 
 SMALL = {
     "linear": builders.linear(),
     "tree": m.DecisionTreeClassifier(builders.grow((1, 0.5, (0, 3), (2, 4))), max_depth=3),
     "mixture": builders.mixture(),
+    "quantised": quantized_model(builders.linear(), m.QuantKind.Q8_0),
 }
+RECORDS = {"quantised": {"custom": {"hocket": {"layout": "Quantized<LinearRegression>"}}}}
 
 
 @pytest.mark.parametrize("layout", SMALL)
 def test_every_flipped_bit_under_a_right_checksum_is_refused_or_decoded(layout: str) -> None:
-    data = builders.apr_bytes(SMALL[layout], metadata=builders.METADATA, compression="none")
+    metadata = {**builders.METADATA, **RECORDS.get(layout, {})}
+    data = builders.apr_bytes(SMALL[layout], metadata=metadata, compression="none")
 
     for bit in range(8 * (len(data) - 4)):
         byte = bit // 8
@@ -164,7 +223,7 @@ def test_every_flipped_bit_under_a_right_checksum_is_refused_or_decoded(layout: 
 
 @pytest.mark.parametrize("layout", SMALL)
 def test_every_flipped_bit_under_the_old_checksum_is_refused(layout: str) -> None:
-    data = builders.apr_bytes(SMALL[layout], metadata=builders.METADATA)
+    data = builders.apr_bytes(SMALL[layout], metadata={**builders.METADATA, **RECORDS.get(layout, {})})
 
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
@@ -174,7 +233,7 @@ def test_every_flipped_bit_under_the_old_checksum_is_refused(layout: str) -> Non
 
 
 @settings(max_examples=200, deadline=None)
-@given(payload=st.binary(max_size=200), model_type_id=st.sampled_from([1, 2, 3, 4, 6, 0x40]))
+@given(payload=st.binary(max_size=200), model_type_id=st.sampled_from([1, 2, 3, 4, 5, 6, 8, 9, 10, 0x21, 0x40]))
 def test_any_payload_is_refused_or_decoded(payload: bytes, model_type_id: int) -> None:
     read(builders.raw_apr(payload, model_type_id=model_type_id))
 

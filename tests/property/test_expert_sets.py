@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hocket.errors import HocketError, Reason
 from hocket.packages import Policy, Purpose, Subject
 from hocket.trust_folder import TrustFolder
-from services.expert_worker.authority import Authority, Credentials
+from services.expert_worker.authority import Authority, Evidence
 from services.expert_worker.loader import Prepared, Served
+from services.expert_worker.parameters import move
 from services.expert_worker.residency import Residency
 from services.expert_worker.supply import Report, Supplied
 from tests.signing import NOW
@@ -63,13 +64,13 @@ class Memory:
         if which in self.broken:
             raise HocketError(Reason.BAD_ADAPTER, "scripted")
         prepared = Prepared(digest, (torch.empty(self.sizes[which], dtype=torch.uint8),), lambda _moved: ())
-        credentials = Credentials(Subject(Purpose.PACKAGE, digest, 9, "expert"), (), None, NOW)
-        return Supplied(prepared, credentials, standing.judge(credentials))
+        evidence = Evidence(Subject(Purpose.PACKAGE, digest, 9, "expert"), (), None, NOW)
+        return Supplied(prepared, evidence, standing.judge(evidence))
 
     async def place(self, prepared: Prepared) -> tuple[Served, ...]:
         self.look()
         await asyncio.sleep(0.1)
-        return prepared.assemble(prepared.tensors)
+        return prepared.assemble(move(prepared.tensors, torch.device("cpu")))
 
     def look(self) -> None:
         residency = self.residency

@@ -29,6 +29,7 @@ ALLOWED = {
 BASE_UPWARDS = {
     "hocket.authoring": {"hocket.client"},
     "hocket.composition": {"hocket.v1"},
+    "hocket.credential_files": {"hocket.packages"},
     "hocket.datasets.rows": {"hocket.packages"},
     "hocket.evaluation.metrics": {"hocket.packages"},
     "hocket.evaluation.scores": {"hocket.packages"},

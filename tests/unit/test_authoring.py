@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hocket.authoring import Draft, DraftMember, DraftSoftmax, parse_draft, read_draft, resolve
+from hocket.authoring import Draft, DraftMember, DraftSoftmax, format_draft, parse_draft, read_draft, resolve
 from hocket.errors import HocketError, Reason
 from hocket.identity import ExpertId, digest_of
 from hocket.mixtures import FixedGate, MixtureRef, SoftmaxGate, gate_tensor, parse_mixture, read_gate
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 A = "sha256:" + "a" * 64
 B = "sha256:" + "b" * 64
@@ -309,3 +308,38 @@ async def test_whatever_is_resolved_reads_back_from_its_body(
     assert parse_mixture(record.body()) == record
     assert gate == (b"" if fixed else gate_tensor(softmax.weights))
     assert record.top_k == (top_k or (3 if fixed else 1))
+
+
+@given(
+    labels=st.none() | st.lists(st.text(st.characters(codec="utf-8"), max_size=9), min_size=1, max_size=4).map(tuple),
+    weights=st.lists(st.floats(0, 1e300), min_size=2, max_size=2).map(tuple),
+    top_k=st.none() | st.integers(1, 2),
+    capacity_factor=st.none() | st.floats(1, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_draft_is_written_as_it_is_read(
+    labels: Any, weights: Any, top_k: int | None, capacity_factor: float | None
+) -> None:
+    members = (DraftMember("expert", "acme/low-digits@1.0.0"), DraftMember("mixture", "other"))
+    draft = Draft("digits", members, FixedGate(weights), top_k, labels, capacity_factor)
+
+    again = parse_draft(tomllib.loads(format_draft(draft)), Path())
+
+    for name in ("name", "members", "gate", "top_k", "labels", "capacity_factor"):
+        assert getattr(again, name) == getattr(draft, name)
+
+
+def test_a_written_softmax_gate_names_the_file_of_its_weights(tmp_path: Path) -> None:
+    weights = np.array([[0.5, -1], [2, 3]], np.float32)
+    gate = DraftSoftmax(weights, 0.5, (0.25, -1.0))
+    members = (DraftMember("expert", A), DraftMember("expert", "low.apr"))
+    (tmp_path / "low.apr").write_bytes(b"low")
+    np.save(tmp_path / "gate.npy", weights)
+    (tmp_path / "m.toml").write_text(format_draft(Draft("m", members, gate, 1), "gate.npy"))
+
+    again = read_draft(tmp_path / "m.toml")
+
+    assert isinstance(again.gate, DraftSoftmax)
+    np.testing.assert_array_equal(again.gate.weights, weights)
+    assert (again.gate.temperature, again.gate.bias) == (0.5, (0.25, -1.0))
+    assert [member.name for member in again.members] == [A, digest_of(b"low")]

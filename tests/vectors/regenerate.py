@@ -16,7 +16,10 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from tests import builders  # noqa: E402 - the line above makes it importable when run as a script
+# The line above makes these importable when this is run as a script.
+from hocket.packages.apr.quantization import quantized_model  # noqa: E402
+from hocket.packages.model import QuantKind  # noqa: E402
+from tests import builders  # noqa: E402
 
 SELECTION = (
     "linear.plain",
@@ -36,6 +39,11 @@ SELECTION = (
     "moe_top0.plain",
     "moe_ridge.save_apr",
     "gbm.zstd",
+    "nb.zstd.signed",
+    "knn.plain",
+    "knn_manhattan_weighted.zstd.signed",
+    "svm.plain",
+    "quant_matrix100_q8_0",
     "quant_one_q4_0",
     "meta_licensed",
     "meta_zstd_max",
@@ -67,6 +75,9 @@ def own_files() -> dict[str, bytes]:
     files = {
         f"{layout}.apr": builders.apr_bytes(model, compression="none") for layout, model in builders.models().items()
     }
+    for layout, kind in (("MixtureOfExperts", QuantKind.Q8_0), ("DenseNetwork", QuantKind.Q4_0)):
+        model = quantized_model(builders.models()[layout], kind)
+        files[f"{layout}.{kind}.apr"] = builders.apr_bytes(model, compression="none")
     files["labelled.signed.apr"] = builders.apr_bytes(
         builders.logistic(),
         name="setosa",

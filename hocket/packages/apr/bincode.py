@@ -16,7 +16,7 @@ import numpy as np
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -67,6 +67,7 @@ class Codec(Generic[T]):
     write: Callable[[bytearray, T], None]
 
 
+_U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 _F32: Final = struct.Struct("<f")
 
@@ -114,8 +115,9 @@ def read_array(reader: Reader, count: int, dtype: str) -> NDArray[Any]:
     if count * stored.itemsize > reader.rest:
         raise reader.bad(f"{count} values are announced, {reader.rest} bytes are left")
     array = np.frombuffer(reader.take(count * stored.itemsize), stored).astype(stored.newbyteorder("="))
-    if not np.isfinite(array).all():
-        raise reader.bad("a parameter is not finite")
+    with np.errstate(invalid="ignore"):  # without a mask, for which there may be no room
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+            raise reader.bad("a parameter is not finite")
     array.flags.writeable = False
     return array
 
@@ -194,6 +196,21 @@ def sequence(codec: Codec[T], limit: Callable[[Limits], int], what: str) -> Code
         _write_u64(out, len(values))
         for value in values:
             codec.write(out, value)
+
+    return Codec(read, write)
+
+
+def enumeration(members: Sequence[T]) -> Codec[T]:
+    """One of several names, stored as its number in this order."""
+
+    def read(reader: Reader) -> T:
+        number: int = _U32.unpack(reader.take(_U32.size))[0]
+        if number >= len(members):
+            raise reader.bad(f"{number} is none of {', '.join(map(str, members))}, counted from 0")
+        return members[number]
+
+    def write(out: bytearray, value: T) -> None:
+        out += _U32.pack(members.index(value))
 
     return Codec(read, write)
 

@@ -109,7 +109,7 @@ def split(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> Containe
     if header.compression_id not in set(Compression):
         raise HocketError(
             Reason.UNSUPPORTED_COMPRESSION,
-            f"compression id {header.compression_id} is not supported: store the model plain or with zstd",
+            f"compression id {header.compression_id} is not supported: store the model plain, with zstd or with LZ4",
         )
     signature = None
     if header.signed:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
+from hocket.packages.apr.quantization import weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,38 +21,55 @@ _FLOAT32_STEP: Final = 2.0**-23
 _FLOAT32_LEAST: Final = 2.0**-149
 """Absolute spacing of the smallest float32 numbers."""
 _FLOAT64_BYTES: Final = 8
-_ROOT_BYTES: Final = 4
+_WORD_BYTES: Final = 4
+"""A float32; also the index of a tree's root, or of a class."""
 _NODE_BYTES: Final = 16
 """Feature, threshold and two children; the answer comes on top."""
 
 
 def is_fitted(model: m.Model) -> bool:
     """Whether every parameter that prediction needs is there."""
+    parts: Sequence[object]
     match model:
-        case m.MixtureOfExperts():
-            return bool(model.experts) and all(is_fitted(expert) for expert in model.experts)
-        case m.KMeans():
-            return model.centroids is not None
-        case m.DecisionTreeClassifier() | m.DecisionTreeRegressor():
-            return model.tree is not None
-        case m.RandomForestClassifier() | m.RandomForestRegressor():
-            return bool(model.trees) and all(tree.tree is not None for tree in model.trees)
+        case m.MixtureOfExperts(experts=experts):
+            parts = [expert if is_fitted(expert) else None for expert in experts]
+        case m.GaussianNB():
+            parts = (model.class_priors, model.means, model.variances, model.classes)
+        case m.KNearestNeighbors():
+            parts = (model.x_train, model.y_train)
+        case m.DenseNetwork():
+            parts = model.layers
+        case _ if isinstance(model, m.TreeModel):
+            parts = [member.tree for member in _members(model)]
         case _:
-            return model.coefficients is not None
+            parts = weights_of(model)
+    return bool(parts) and all(part is not None for part in parts)
 
 
 def not_servable(model: m.Model) -> str | None:
     """Why a well-formed model cannot answer, for people; None if it can.
 
-    These are the cases where the reference aborts, or answers 0 whatever the input.
+    These are the cases where the reference aborts, or answers 0 or NaN whatever the input.
     """
+    if isinstance(model, m.Quantized):
+        return "it is a lone quantised tensor, not a model"
     if not is_fitted(model):
         return "the model was never fitted: parameters that prediction needs are absent"
     if width(model) == 0:
         return "the model reads no input"
-    if isinstance(model, m.KMeans) and model.n_clusters == 0:
-        return "the model has no clusters"
-    return _gate_mismatch(model) if isinstance(model, m.MixtureOfExperts) else None
+    why = None
+    match model:
+        case m.KMeans(n_clusters=0):
+            why = "the model has no clusters"
+        case m.MixtureOfExperts():
+            why = _gate_mismatch(model)
+        case m.KNearestNeighbors(k=k, x_train=inputs) if inputs is not None and not 1 <= k <= inputs.shape[0]:
+            why = f"the model asks {k} neighbours of {inputs.shape[0]} training rows"
+        case m.GaussianNB(variances=variances) if variances is not None and variances.min(initial=1) <= 0:
+            why = "a variance is not above 0"
+        case m.GaussianNB(class_priors=priors) if priors is not None and not ((priors >= 0).all() and priors.any()):
+            why = "the class priors are not probabilities"
+    return why
 
 
 def _gate_mismatch(model: m.MixtureOfExperts) -> str | None:
@@ -65,15 +83,21 @@ def _gate_mismatch(model: m.MixtureOfExperts) -> str | None:
 
 def width(model: m.Model) -> int | None:
     """Input columns, where the model says it."""
+    if isinstance(model, m.TreeModel):
+        return model.n_features
     match model:
-        case m.MixtureOfExperts():
-            return len(model.gate.weights)
-        case m.KMeans():
-            return None if model.centroids is None else model.centroids.shape[1]
-        case m.LogisticRegression() | m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
-            return None if model.coefficients is None else model.coefficients.size
+        case m.MixtureOfExperts(gate=gate):
+            return gate.weights.shape[0]
+        case m.DenseNetwork(layers=layers):
+            return layers[0].weights.shape[0] if layers else None
         case _:
-            return model.n_features
+            array = _array(model)
+            return None if array is None else array.shape[-1]
+
+
+def _array(model: m.Model) -> m.Weights | None:
+    """The one array of a model that has a column for each feature; None if it is absent, or there is no such array."""
+    return model.means if isinstance(model, m.GaussianNB) else next(iter(weights_of(model)), None)
 
 
 def least_width(model: m.Model) -> int:
@@ -96,8 +120,9 @@ def with_width(model: m.Model, recorded: object, limits: Limits) -> m.Model:
             disagrees with itself, `TOO_LARGE` beyond the limit.
     """
     found = {width(model)}
-    if isinstance(model, m.RandomForestClassifier | m.RandomForestRegressor):
+    if isinstance(model, m.RandomForestClassifier | m.RandomForestRegressor | m.GradientBoostingClassifier):
         found |= {tree.n_features for tree in model.trees}
+    if isinstance(model, m.RandomForestClassifier | m.RandomForestRegressor):
         found.add(None if model.x_train is None else model.x_train.shape[1])
     known = {features for features in found if features is not None}
     if len(known) > 1:
@@ -119,13 +144,14 @@ def with_width(model: m.Model, recorded: object, limits: Limits) -> m.Model:
 def labels(model: m.Model, recorded: object, limits: Limits) -> tuple[str | None, ...] | None:
     """One label per output column of a classifier; None for a regressor, which has one column without a label.
 
-    The number of columns is 2 for logistic regression, the clusters of k-means, else one past the largest class of
-    the training data when that is stored. A tree without it has as many as are recorded, or leaves need.
+    The number of columns is 2 for what is binary, the clusters of k-means, the classes of naive Bayes, the outputs of a
+    dense network, else one past the largest class of the training data when that is stored. A tree without it has as
+    many as are recorded, or leaves need.
 
     Args:
         model: As decoded.
         recorded: `custom.hocket.labels`: strings, integers, or null for a column to drop; None if absent, then
-            columns are labelled by their index.
+            columns are labelled by their index, or by the classes that naive Bayes stores.
         limits: Bounds their number and length.
 
     Raises:
@@ -139,19 +165,38 @@ def labels(model: m.Model, recorded: object, limits: Limits) -> tuple[str | None
                 Reason.BAD_METADATA, "custom.hocket.labels are for classifiers, this model is a regressor"
             )
         return None
-    least = 1 + max((int(tree.value.max()) for tree in trees(model)), default=-1)
     fixed, count = columns
+    least = 0 if isinstance(model, m.GradientBoostingClassifier) else _largest_leaf(model) + 1
     if least > count:
         raise HocketError(Reason.BAD_PAYLOAD, f"a leaf answers column {least - 1} of {count}")
     if max(count, len(recorded) if isinstance(recorded, list) else 0) > limits.labels:
         raise HocketError(Reason.TOO_LARGE, f"the model has more than {limits.labels} labels")
     if recorded is None:
-        return tuple(str(column) for column in range(count))
+        stored = model.classes if isinstance(model, m.GaussianNB) else None
+        return tuple(map(str, range(count) if stored is None else stored.tolist()))
     if not isinstance(recorded, list) or len(recorded) < count or (fixed and len(recorded) > count):
         raise HocketError(
             Reason.BAD_METADATA,
             f"custom.hocket.labels must list one label for each of the {count} output columns",
         )
+    return label_names(recorded, limits)
+
+
+def label_names(recorded: object, limits: Limits) -> tuple[str | None, ...]:
+    """Recorded labels as text.
+
+    Args:
+        recorded: `custom.hocket.labels`: a list of strings, integers, or null for a column to drop.
+        limits: Bounds their number and length.
+
+    Raises:
+        HocketError: `BAD_METADATA` for labels that are malformed or repeated, or if there is none; `TOO_LARGE` beyond a
+            limit.
+    """
+    if not isinstance(recorded, list):
+        raise HocketError(Reason.BAD_METADATA, "custom.hocket.labels must be a list")
+    if len(recorded) > limits.labels:
+        raise HocketError(Reason.TOO_LARGE, f"the model has more than {limits.labels} labels")
     names = tuple(_label(label, limits) for label in recorded)
     kept = [name for name in names if name is not None]
     if not kept or len(set(kept)) < len(kept):
@@ -159,19 +204,43 @@ def labels(model: m.Model, recorded: object, limits: Limits) -> tuple[str | None
     return names
 
 
+def output_columns(model: m.Model, names: tuple[str | None, ...] | None) -> int:
+    """How many columns a model answers with.
+
+    Args:
+        model: As decoded.
+        names: Its `labels`.
+    """
+    if names is None:
+        return model.layers[-1].biases.size if isinstance(model, m.DenseNetwork) and model.layers else 1
+    return len(names)
+
+
 def _columns(model: m.Model) -> tuple[bool, int] | None:
     """Whether the number of output columns is fixed, and that number or the least; None for a regressor."""
+    columns: tuple[bool, int] | None = None
     match model:
-        case m.LogisticRegression():
-            return True, 2
+        case m.LogisticRegression() | m.LinearSVM() | m.GradientBoostingClassifier():
+            columns = True, 2
         case m.KMeans():
-            return True, model.n_clusters
+            columns = True, model.n_clusters
+        case m.GaussianNB(classes=classes):
+            columns = True, 0 if classes is None else classes.size
+        case m.DenseNetwork(layers=(*_, m.DenseLayer(activation=m.Activation.LOGISTIC, biases=biases))):
+            columns = True, max(biases.size, 2)
+        case m.DenseNetwork(layers=(*_, m.DenseLayer(activation=m.Activation.SOFTMAX, biases=biases))):
+            columns = True, biases.size
+        case m.KNearestNeighbors(y_train=classes):
+            columns = True, 0 if classes is None or not classes.size else int(classes.max()) + 1
         case m.RandomForestClassifier(y_train=classes) if classes is not None and classes.size:
-            return True, int(classes.max()) + 1
+            columns = True, int(classes.max()) + 1
         case m.DecisionTreeClassifier() | m.RandomForestClassifier():
-            return False, 1 + max((int(tree.value.max()) for tree in trees(model)), default=-1)
-        case _:
-            return None
+            columns = False, _largest_leaf(model) + 1
+    return columns
+
+
+def _largest_leaf(model: m.Model) -> int:
+    return max((int(tree.value.max()) for tree in trees(model)), default=-1)
 
 
 def _label(label: object, limits: Limits) -> str | None:
@@ -201,6 +270,8 @@ def output_range(model: m.Model) -> tuple[float, float] | None:
             low = sum(float(leaves.min()) for leaves in answers) / count
             high = sum(float(leaves.max()) for leaves in answers) / count
             return low - rounding, high + rounding
+        case m.DenseNetwork(layers=(*_, m.DenseLayer(activation=m.Activation.TANH))):
+            return -1.0, 1.0
         case _:
             return None if _columns(model) is None else (0.0, 1.0)
 
@@ -213,21 +284,39 @@ def parameter_bytes(model: m.Model) -> int:
     match model:
         case m.MixtureOfExperts():
             return sum(parameter_bytes(expert) for expert in model.experts)
-        case m.KMeans():
-            return 0 if model.centroids is None else _FLOAT64_BYTES * (model.centroids.size + len(model.centroids))
-        case m.LogisticRegression() | m.LinearRegression() | m.Ridge() | m.Lasso() | m.ElasticNet():
-            return 0 if model.coefficients is None else model.coefficients.nbytes + _FLOAT64_BYTES
+        case m.DenseNetwork(layers=layers):
+            return _WORD_BYTES * sum(layer.weights.size + layer.biases.size for layer in layers)
+        case _ if isinstance(model, m.TreeModel):
+            steps = isinstance(model, m.GradientBoostingClassifier)  # a leaf says which way, in a float32
+            return sum(
+                _WORD_BYTES + len(tree.feature) * (_NODE_BYTES + (_WORD_BYTES if steps else tree.value.itemsize))
+                for tree in trees(model)
+            )
         case _:
-            return sum(_ROOT_BYTES + len(tree.feature) * (_NODE_BYTES + tree.value.itemsize) for tree in trees(model))
+            array = _array(model)
+            return 0 if array is None else _array_bytes(model, array)
+
+
+def _array_bytes(model: m.Model, array: m.Weights) -> int:
+    """Of a model that holds one array, and what goes with each of its rows."""
+    rows = array.shape[0]
+    match model:
+        case m.KMeans():
+            return _FLOAT64_BYTES * (array.size + rows)
+        case m.KNearestNeighbors():
+            squares = rows if model.metric is m.Metric.EUCLIDEAN else 0
+            return _FLOAT64_BYTES * (array.size + squares) + _WORD_BYTES * rows
+        case m.GaussianNB():
+            return _FLOAT64_BYTES * (2 * array.size + rows)
+        case _:
+            return _WORD_BYTES * array.size + _FLOAT64_BYTES
 
 
 def trees(model: m.Model) -> list[m.Tree]:
     """The trees of a tree or forest, without those never fitted; none for other models."""
-    match model:
-        case m.DecisionTreeClassifier() | m.DecisionTreeRegressor():
-            members: Sequence[m.DecisionTreeClassifier | m.DecisionTreeRegressor] = (model,)
-        case m.RandomForestClassifier() | m.RandomForestRegressor():
-            members = model.trees
-        case _:
-            members = ()
+    members = _members(model) if isinstance(model, m.TreeModel) else ()
     return [member.tree for member in members if member.tree is not None]
+
+
+def _members(model: m.TreeModel) -> Sequence[m.DecisionTreeClassifier | m.DecisionTreeRegressor]:
+    return (model,) if isinstance(model, m.DecisionTreeClassifier | m.DecisionTreeRegressor) else model.trees

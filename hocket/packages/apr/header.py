@@ -1,4 +1,4 @@
-"""The 32 bytes that begin every `.apr` file, and the neighbours that only look like one.
+"""The 32 bytes that begin every `.apr` file.
 
     offset  size  field
     0       4     magic `APRN`
@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from hocket.errors import HocketError, Reason
+from hocket.packages.apr.neighbours import FIRST_BYTES, neighbour
 
 MAGIC: Final = b"APRN"
-HEADER: Final = struct.Struct("<4sBBHIIIBB10x")
+HEADER: Final = struct.Struct("<4sBBHIIIBB10s")
 
 MODEL_TYPES: Final = {
     0x0001: "LinearRegression",
@@ -47,16 +48,6 @@ MODEL_TYPES: Final = {
     0x00FF: "Custom",
 }
 
-_NEIGHBOURS: Final = (
-    (b"APR1", "a tensor container of a later release (APR1)"),
-    (b"APR2", "an early version 2 container (APR2)"),
-    (b"APR\0\x01\0\0\0\0PST", "a route-planning model of a companion tool"),
-    (b"APR\0", "a version 2 tensor container"),
-    (b"APBUNDLE", "a bundle of several models"),
-    (b"GGUF", "a GGUF model"),
-)
-_SAFETENSORS_HEADER_BYTES_MAX: Final = 100_000_000
-
 
 class Flag(enum.IntFlag):
     """The header's flag bits. Only the first two change how a file is read."""
@@ -71,11 +62,15 @@ class Flag(enum.IntFlag):
 
 
 class Compression(enum.IntEnum):
-    """Compression ids that are read and written; both zstd ids read alike."""
+    """Compression ids that are read and written; both zstd ids read alike.
+
+    Release 0.11.0 of the reference cannot read LZ4, later ones can.
+    """
 
     NONE = 0
     ZSTD = 1
     ZSTD_MAX = 2
+    LZ4 = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +84,7 @@ class Header:
     compression_id: int
     flags: int
     minor: int = 0
+    reserved: bytes = bytes(10)
 
     @classmethod
     def parse(cls, data: memoryview) -> Header:
@@ -100,16 +96,20 @@ class Header:
         """
         start = bytes(data[: len(MAGIC)])
         if start != MAGIC and not (start and MAGIC.startswith(start)):
-            raise HocketError(Reason.BAD_MAGIC, f"this is not an .apr file: {_neighbour(data)}")
+            raise HocketError(
+                Reason.BAD_MAGIC, f"this is not an .apr file of version 1: {neighbour(bytes(data[:FIRST_BYTES]))}"
+            )
         if len(data) < HEADER.size:
             raise HocketError(Reason.BAD_LENGTH, f"the file ends inside its header, after {len(data)} bytes")
-        _, major, minor, type_id, metadata, payload, uncompressed, compression, flags = HEADER.unpack_from(data)
+        _, major, minor, type_id, metadata, payload, uncompressed, compression, flags, reserved = HEADER.unpack_from(
+            data
+        )
         if major != 1:
             raise HocketError(
                 Reason.UNSUPPORTED_VERSION,
                 f"format version {major}.{minor} is not supported: only 1.x can be read",
             )
-        return cls(type_id, metadata, payload, uncompressed, compression, flags, minor)
+        return cls(type_id, metadata, payload, uncompressed, compression, flags, minor, reserved)
 
     def pack(self) -> bytes:
         """The 32 bytes of this header."""
@@ -123,6 +123,7 @@ class Header:
             self.uncompressed_bytes,
             self.compression_id,
             self.flags,
+            self.reserved,
         )
 
     @property
@@ -134,14 +135,3 @@ class Header:
     def signed(self) -> bool:
         """Whether a signature block follows the payload."""
         return bool(self.flags & Flag.SIGNED)
-
-
-def _neighbour(data: memoryview) -> str:
-    start = bytes(data[:12])
-    for magic, name in _NEIGHBOURS:
-        if start.startswith(magic):
-            return f"it is {name}, which is not supported"
-    json_bytes = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and json_bytes < _SAFETENSORS_HEADER_BYTES_MAX:
-        return "it is a SafeTensors file, which is not supported"
-    return f"it begins with {start[:4].hex() or 'nothing'}"

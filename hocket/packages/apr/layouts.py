@@ -8,11 +8,12 @@ Otherwise the one candidate that consumes the payload exactly, with sound tags, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
+from hocket.packages.apr import conventions
 from hocket.packages.apr.bincode import (
     BOOL,
     F32,
@@ -27,10 +28,11 @@ from hocket.packages.apr.bincode import (
     sequence,
 )
 from hocket.packages.apr.facts import is_fitted
+from hocket.packages.apr.quantization import QUANTIZED, QUANTIZED_MATRIX, QUANTIZED_VECTOR, kind_of, weights_of
 from hocket.packages.apr.trees import COLUMN_TREE, VALUE_TREE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from hocket.packages.limits import Limits
 
@@ -40,16 +42,20 @@ class Layout:
     """A payload layout.
 
     Attributes:
-        name: Class name of the model.
+        name: As recorded: class name of the model, within `Quantized<...>` if its weights are blocks.
         codec: Reads and writes it.
         expert: Class name of a mixture's experts.
         since_0_13: Which variant of a tree classifier: later releases store the input width. None for other layouts.
+        quantized: Whether its weights are blocks; false of a lone tensor.
+        guess: Whether it is tried although nothing speaks for it.
     """
 
     name: str
     codec: Codec[Any]
     expert: str | None = None
     since_0_13: bool | None = None
+    quantized: bool = False
+    guess: bool = False
 
 
 _NORMAL_MIN: Final = 2.0**-126  # below it, a float32 has lost precision
@@ -65,38 +71,27 @@ def _read_penalty(reader: Reader) -> float:
 
 _PENALTY: Final = Codec(_read_penalty, F32.write)
 
-_LINEAR: Final[dict[str, Codec[Any]]] = {
-    "LinearRegression": record(m.LinearRegression, coefficients=option(VECTOR), intercept=F32, fit_intercept=BOOL),
-    "Ridge": record(m.Ridge, alpha=_PENALTY, coefficients=option(VECTOR), intercept=F32, fit_intercept=BOOL),
-    "Lasso": record(
-        m.Lasso,
-        alpha=_PENALTY,
-        coefficients=option(VECTOR),
-        intercept=F32,
-        fit_intercept=BOOL,
-        max_iter=U64,
-        tol=F32,
-    ),
-    "ElasticNet": record(
-        m.ElasticNet,
-        alpha=_PENALTY,
-        l1_ratio=_PENALTY,
-        coefficients=option(VECTOR),
-        intercept=F32,
-        fit_intercept=BOOL,
-        max_iter=U64,
-        tol=F32,
-    ),
-}
 
-_LOGISTIC: Final = record(
-    m.LogisticRegression,
-    coefficients=option(VECTOR),
-    intercept=F32,
-    learning_rate=F32,
-    max_iter=U64,
-    tol=F32,
-)
+def _linear(vector: Codec[Any]) -> dict[str, Codec[Any]]:
+    base: dict[str, Codec[Any]] = {"coefficients": option(vector), "intercept": F32, "fit_intercept": BOOL}
+    return {
+        "LinearRegression": record(m.LinearRegression, **base),
+        "Ridge": record(m.Ridge, alpha=_PENALTY, **base),
+        "Lasso": record(m.Lasso, alpha=_PENALTY, **base, max_iter=U64, tol=F32),
+        "ElasticNet": record(m.ElasticNet, alpha=_PENALTY, l1_ratio=_PENALTY, **base, max_iter=U64, tol=F32),
+    }
+
+
+def _logistic(vector: Codec[Any]) -> Codec[m.LogisticRegression]:
+    return record(
+        m.LogisticRegression,
+        coefficients=option(vector),
+        intercept=F32,
+        learning_rate=F32,
+        max_iter=U64,
+        tol=F32,
+    )
+
 
 _TREE_CLASSIFIER: Final = record(m.DecisionTreeClassifier, tree=option(COLUMN_TREE), max_depth=option(U64))
 _TREE_CLASSIFIER_0_13: Final = record(
@@ -124,53 +119,80 @@ def _forest(kind: type[Any], tree: Codec[Any], targets: Codec[Any]) -> Codec[Any
     )
 
 
-_KMEANS: Final = record(
-    m.KMeans,
-    n_clusters=U64,
-    max_iter=U64,
-    tol=F32,
-    random_state=option(U64),
-    centroids=option(MATRIX),
-    labels=option(U64S),
-    inertia=F32,
-    n_iter=U64,
-)
+def _kmeans(matrix: Codec[Any]) -> Codec[m.KMeans]:
+    return record(
+        m.KMeans,
+        n_clusters=U64,
+        max_iter=U64,
+        tol=F32,
+        random_state=option(U64),
+        centroids=option(matrix),
+        labels=option(U64S),
+        inertia=F32,
+        n_iter=U64,
+    )
 
 
-def _read_gate(reader: Reader) -> m.SoftmaxGate:
-    features, experts, temperature = U64.read(reader), U64.read(reader), F32.read(reader)
-    if features > reader.limits.features:
-        raise reader.too_large("features", reader.limits.features)
-    if experts > reader.limits.experts:
-        raise reader.too_large("experts", reader.limits.experts)
-    if temperature <= 0:
-        raise reader.bad(f"the gate's temperature is {temperature}, it must be above 0")
+def _read_bare(reader: Reader, features: int, experts: int) -> m.Floats:
+    """Gate weights: a bare list, feature by feature."""
     weights = VECTOR.read(reader)
     if weights.size != features * experts:
         raise reader.bad(f"a gate of {features} features x {experts} experts has {weights.size} weights")
-    return m.SoftmaxGate(weights.reshape(features, experts), temperature)
+    return weights.reshape(features, experts)
 
 
-def _write_gate(out: bytearray, gate: m.SoftmaxGate) -> None:
-    features, experts = gate.weights.shape
-    U64.write(out, features)
-    U64.write(out, experts)
-    F32.write(out, gate.temperature)
-    VECTOR.write(out, gate.weights)
+def _read_blocks(reader: Reader, features: int, experts: int) -> m.Quantized:
+    weights = QUANTIZED_MATRIX.read(reader)
+    if weights.shape != (features, experts):
+        raise reader.bad(f"a gate of {features} features x {experts} experts has {weights.shape} weights")
+    return weights
 
 
-def _mixture(expert: Codec[Any]) -> Codec[m.MixtureOfExperts]:
+def _gate(read_weights: Callable[[Reader, int, int], m.Weights], weights: Codec[Any]) -> Codec[m.SoftmaxGate]:
+    def read(reader: Reader) -> m.SoftmaxGate:
+        features, experts, temperature = U64.read(reader), U64.read(reader), F32.read(reader)
+        if features > reader.limits.features:
+            raise reader.too_large("features", reader.limits.features)
+        if experts > reader.limits.experts:
+            raise reader.too_large("experts", reader.limits.experts)
+        if temperature <= 0:
+            raise reader.bad(f"the gate's temperature is {temperature}, it must be above 0")
+        return m.SoftmaxGate(read_weights(reader, features, experts), temperature)
+
+    def write(out: bytearray, gate: m.SoftmaxGate) -> None:
+        features, experts = gate.weights.shape
+        U64.write(out, features)
+        U64.write(out, experts)
+        F32.write(out, gate.temperature)
+        weights.write(out, gate.weights)
+
+    return Codec(read, write)
+
+
+def _mixture(expert: Codec[Any], gate: Codec[m.SoftmaxGate]) -> Codec[m.MixtureOfExperts]:
     return record(
         m.MixtureOfExperts,
         experts=sequence(expert, lambda limits: limits.experts, "experts"),
-        gate=Codec(_read_gate, _write_gate),
+        gate=gate,
         config=record(m.MoeConfig, top_k=U64, capacity_factor=F32, expert_dropout=F32, load_balance_weight=F32),
     )
 
 
+_BARE_GATE: Final = _gate(_read_bare, VECTOR)
+_QUANTIZED_GATE: Final = _gate(_read_blocks, QUANTIZED_MATRIX)
+
+
+def _within_quantized(name: str) -> str:
+    return f"Quantized<{name}>"
+
+
+def _quantized(name: str, codec: Codec[Any], expert: str | None = None) -> Layout:
+    return Layout(_within_quantized(name), codec, expert, quantized=True)
+
+
 _CANDIDATES: Final = {
-    0x0001: tuple(Layout(name, codec) for name, codec in _LINEAR.items()),
-    0x0002: (Layout("LogisticRegression", _LOGISTIC),),
+    0x0001: tuple(Layout(name, codec) for name, codec in _linear(VECTOR).items()),
+    0x0002: (Layout("LogisticRegression", _logistic(VECTOR)),),
     0x0003: (
         Layout("DecisionTreeClassifier", _TREE_CLASSIFIER, since_0_13=False),
         Layout("DecisionTreeClassifier", _TREE_CLASSIFIER_0_13, since_0_13=True),
@@ -189,9 +211,38 @@ _CANDIDATES: Final = {
         ),
         Layout("RandomForestRegressor", _forest(m.RandomForestRegressor, _TREE_REGRESSOR, VECTOR)),
     ),
-    0x0006: (Layout("KMeans", _KMEANS),),
-    0x0040: tuple(Layout("MixtureOfExperts", _mixture(codec), expert=name) for name, codec in _LINEAR.items()),
+    0x0005: (
+        Layout("GradientBoostingClassifier", conventions.boosting(_TREE_CLASSIFIER), since_0_13=False),
+        Layout("GradientBoostingClassifier", conventions.boosting(_TREE_CLASSIFIER_0_13), since_0_13=True),
+    ),
+    0x0006: (Layout("KMeans", _kmeans(MATRIX)),),
+    0x0008: (Layout("GaussianNB", conventions.NAIVE_BAYES),),
+    0x0009: (Layout("KNearestNeighbors", conventions.neighbors(MATRIX)),),
+    0x000A: (Layout("LinearSVM", conventions.svm(VECTOR)),),
+    0x0040: tuple(
+        Layout("MixtureOfExperts", _mixture(codec, _BARE_GATE), expert=name) for name, codec in _linear(VECTOR).items()
+    ),
 }
+_QUANTIZED_LINEAR: Final = _linear(QUANTIZED_VECTOR)
+_RECORDED: Final = {
+    0x0001: tuple(_quantized(name, codec) for name, codec in _QUANTIZED_LINEAR.items()),
+    0x0002: (_quantized("LogisticRegression", _logistic(QUANTIZED_VECTOR)),),
+    0x0006: (_quantized("KMeans", _kmeans(QUANTIZED_MATRIX)),),
+    0x0009: (_quantized("KNearestNeighbors", conventions.neighbors(QUANTIZED_MATRIX)),),
+    0x000A: (_quantized("LinearSVM", conventions.svm(QUANTIZED_VECTOR)),),
+    0x0020: (
+        Layout("DenseNetwork", conventions.DENSE),
+        _quantized("DenseNetwork", conventions.dense(QUANTIZED_MATRIX)),
+    ),
+    0x0040: tuple(
+        _quantized("MixtureOfExperts", _mixture(codec, _QUANTIZED_GATE), name)
+        for name, codec in _QUANTIZED_LINEAR.items()
+    ),
+}
+"""Layouts of ours that nobody need guess: they count only where the metadata records them."""
+_BLOCK_TYPE_ID: Final = 0x0021
+_BLOCK: Final = Layout("QuantizedBlock", QUANTIZED)
+"""A lone tensor, which the reference writes under any type id."""
 
 
 def candidates(type_id: int, hocket: Mapping[str, Any]) -> tuple[Layout, ...]:
@@ -202,10 +253,10 @@ def candidates(type_id: int, hocket: Mapping[str, Any]) -> tuple[Layout, ...]:
         hocket: Our own metadata, `custom.hocket`: `layout` decides whatever the id, `expert_layout` for a mixture.
 
     Raises:
-        HocketError: `UNSUPPORTED_LAYOUT` if there is none.
+        HocketError: `UNSUPPORTED_LAYOUT` if nobody can read the recorded one.
     """
     name, expert = hocket.get("layout"), hocket.get("expert_layout")
-    of_type = _CANDIDATES.get(type_id, ()) if name is None else _LAYOUTS
+    of_type = (*_CANDIDATES.get(type_id, ()), replace(_BLOCK, guess=True)) if name is None else _LAYOUTS
     found = tuple(layout for layout in of_type if name in (None, layout.name) and expert in (None, layout.expert))
     if not found:
         what = f"the layout {name[:64]!r}" if name else f"any layout of model type 0x{type_id:04x}"
@@ -260,6 +311,8 @@ def layout_of(model: m.Model) -> tuple[int, Layout]:
     Raises:
         HocketError: `UNSUPPORTED_LAYOUT` if the format has none for it.
     """
+    if isinstance(model, m.Quantized):
+        return _BLOCK_TYPE_ID, _BLOCK
     name, expert = type(model).__name__, None
     if isinstance(model, m.MixtureOfExperts):
         kinds = {type(member).__name__ for member in model.experts}
@@ -268,10 +321,11 @@ def layout_of(model: m.Model) -> tuple[int, Layout]:
                 Reason.UNSUPPORTED_LAYOUT, "the experts of one .apr file are at least one, and of one kind"
             )
         expert = kinds.pop()
-    for type_id, of_type in _CANDIDATES.items():
-        for layout in of_type:
-            if (layout.name, layout.expert) == (name, expert):
-                return type_id, layout
+    if kind_of(model) is not None:
+        name = _within_quantized(name)
+    for type_id, layout in _BY_TYPE_ID:
+        if (layout.name, layout.expert) == (name, expert):
+            return type_id, layout
     raise HocketError(Reason.UNSUPPORTED_LAYOUT, f"the .apr format has no layout for {name} of {expert}")
 
 
@@ -282,13 +336,22 @@ def _read_whole(reader: Reader, layout: Layout) -> m.Model:
     if isinstance(model, m.KMeans):
         if model.n_clusters > reader.limits.labels:
             raise reader.too_large("clusters", reader.limits.labels)
-        if model.centroids is not None and len(model.centroids) != model.n_clusters:
-            raise reader.bad(f"{model.n_clusters} clusters have {len(model.centroids)} centroids")
+        if model.centroids is not None and model.centroids.shape[0] != model.n_clusters:
+            raise reader.bad(f"{model.n_clusters} clusters have {model.centroids.shape[0]} centroids")
+    conventions.check(reader, model)
+    if len({weights.kind for weights in weights_of(model) if isinstance(weights, m.Quantized)}) > 1:
+        raise reader.bad("the blocks of one model are of one kind, Q8_0 or Q4_0")
     return model
 
 
 def _none_fits(refusals: list[tuple[bool, int, Layout, HocketError]]) -> HocketError:
     """The refusal of the expected reading that came furthest, telling of the others."""
+    refusals = [refusal for refusal in refusals if not refusal[2].guess]
+    if not refusals:
+        return HocketError(
+            Reason.UNSUPPORTED_LAYOUT,
+            "this version knows no layout of this model type, and the payload is no quantised tensor either",
+        )
     *_, best = max(refusals, key=lambda refusal: refusal[:2])
     if len(refusals) == 1:
         return best
@@ -306,4 +369,7 @@ def _is_since_0_13(version: object) -> bool:
     return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 13)
 
 
-_LAYOUTS: Final = tuple(layout for of_type in _CANDIDATES.values() for layout in of_type)
+_BY_TYPE_ID: Final = tuple(
+    (type_id, layout) for table in (_CANDIDATES, _RECORDED) for type_id, layouts in table.items() for layout in layouts
+)
+_LAYOUTS: Final = (*(layout for _, layout in _BY_TYPE_ID), _BLOCK)

@@ -1,8 +1,8 @@
 """The metadata section: one MessagePack map, never compressed or encrypted.
 
-`_METADATA` declares the fields the format knows, in the order a writer gives them. Declared fields are checked where
-they occur; whether one is present is not, since nothing here depends on it. Other keys are kept as they are, at any
-depth, as JSON-able values.
+`_METADATA` declares the fields the format knows, in the order a writer gives them, and which of them a map always has.
+Declared fields are checked wherever they occur. Other keys are kept as they are, at any depth, as JSON-able values.
+What the parts mean is in `hocket.packages.apr.about`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgpack  # type: ignore[import-untyped]  # it comes without type information
@@ -29,40 +30,54 @@ class _Kind(enum.Enum):
     FLOAT32 = "a 32-bit float"
 
 
-# A kind, a map with declared keys, a list of one thing, or one of several names.
-_Schema: TypeAlias = "_Kind | Mapping[str, _Schema] | list[_Schema] | frozenset[str]"
+@dataclass(frozen=True, slots=True)
+class _Map:
+    """A map with declared keys: of each its schema, and which of them every such map has."""
 
-_TEACHER: Final[dict[str, _Schema]] = {
+    fields: Mapping[str, _Schema]
+    always: tuple[str, ...] = ()
+
+
+# A kind, a map with declared keys, a list of one thing, or one of several names.
+_Schema: TypeAlias = "_Kind | _Map | list[_Schema] | frozenset[str]"
+
+_ANYTHING: Final = _Map({})
+
+_TEACHER_FIELDS: Final[dict[str, _Schema]] = {
     "hash": _Kind.STRING,
     "signature": _Kind.STRING,
     "model_type": frozenset(MODEL_TYPES.values()),
     "param_count": _Kind.UINT,
 }
-_TEACHER["ensemble_teachers"] = [_TEACHER]
+_TEACHER: Final = _Map(_TEACHER_FIELDS, ("hash", "model_type", "param_count"))
+_TEACHER_FIELDS["ensemble_teachers"] = [_TEACHER]
 
-_METADATA: Final[_Schema] = {
-    "created_at": _Kind.STRING,
-    "aprender_version": _Kind.STRING,
-    "model_name": _Kind.STRING,
-    "description": _Kind.STRING,
-    "training": {"samples": _Kind.UINT, "duration_ms": _Kind.UINT, "source": _Kind.STRING},
-    "hyperparameters": {},
-    "metrics": {},
-    "custom": {},
-    "distillation": _Kind.STRING,
-    "distillation_info": {
+_DISTILLATION_PARAMETERS: Final = _Map(
+    {
+        "temperature": _Kind.FLOAT32,
+        "alpha": _Kind.FLOAT32,
+        "beta": _Kind.FLOAT32,
+        "epochs": _Kind.UINT32,
+        "final_loss": _Kind.FLOAT32,
+    },
+    ("temperature", "alpha", "epochs"),
+)
+_LAYER_MAPPING: Final = _Map(
+    {"student_layer": _Kind.UINT, "teacher_layer": _Kind.UINT, "weight": _Kind.FLOAT32},
+    ("student_layer", "teacher_layer", "weight"),
+)
+_DISTILLATION: Final = _Map(
+    {
         "method": frozenset({"Standard", "Progressive", "Ensemble"}),
         "teacher": _TEACHER,
-        "params": {
-            "temperature": _Kind.FLOAT32,
-            "alpha": _Kind.FLOAT32,
-            "beta": _Kind.FLOAT32,
-            "epochs": _Kind.UINT32,
-            "final_loss": _Kind.FLOAT32,
-        },
-        "layer_mapping": [{"student_layer": _Kind.UINT, "teacher_layer": _Kind.UINT, "weight": _Kind.FLOAT32}],
+        "params": _DISTILLATION_PARAMETERS,
+        "layer_mapping": [_LAYER_MAPPING],
     },
-    "license": {
+    ("method", "teacher", "params"),
+)
+
+_LICENCE: Final = _Map(
+    {
         "uuid": _Kind.STRING,
         "hash": _Kind.STRING,
         "expiry": _Kind.STRING,
@@ -70,7 +85,11 @@ _METADATA: Final[_Schema] = {
         "licensee": _Kind.STRING,
         "tier": frozenset({"Personal", "Team", "Enterprise", "Academic"}),
     },
-    "model_card": {
+    ("uuid", "hash", "tier"),
+)
+
+_MODEL_CARD: Final = _Map(
+    {
         "model_id": _Kind.STRING,
         "name": _Kind.STRING,
         "version": _Kind.STRING,
@@ -80,14 +99,33 @@ _METADATA: Final[_Schema] = {
         "rust_version": _Kind.STRING,
         "description": _Kind.STRING,
         "license": _Kind.STRING,
-        "training_data": {"name": _Kind.STRING, "samples": _Kind.UINT, "hash": _Kind.STRING},
-        "hyperparameters": {},
-        "metrics": {},
+        "training_data": _Map({"name": _Kind.STRING, "samples": _Kind.UINT, "hash": _Kind.STRING}, ("name",)),
+        "hyperparameters": _ANYTHING,
+        "metrics": _ANYTHING,
         "architecture": _Kind.STRING,
         "param_count": _Kind.UINT,
         "target_hardware": [_Kind.STRING],
     },
-}
+    ("model_id", "name", "version", "created_at", "framework_version"),
+)
+
+_METADATA: Final = _Map(
+    {
+        "created_at": _Kind.STRING,
+        "aprender_version": _Kind.STRING,
+        "model_name": _Kind.STRING,
+        "description": _Kind.STRING,
+        "training": _Map({"samples": _Kind.UINT, "duration_ms": _Kind.UINT, "source": _Kind.STRING}),
+        "hyperparameters": _ANYTHING,
+        "metrics": _ANYTHING,
+        "custom": _ANYTHING,
+        "distillation": _Kind.STRING,
+        "distillation_info": _DISTILLATION,
+        "license": _LICENCE,
+        "model_card": _MODEL_CARD,
+    },
+    ("created_at", "aprender_version"),
+)
 
 _MAP_TAGS: Final = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
 _LIST_TAGS: Final = frozenset({*range(0x90, 0xA0), 0xDC, 0xDD})
@@ -106,8 +144,8 @@ def read_metadata(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> 
         JSON-able values: str, int, float (finite), bool, None, list, dict, in file order.
 
     Raises:
-        HocketError: `BAD_METADATA` for anything but one well-formed map with unique string keys and declared types;
-            `TOO_LARGE` beyond a limit.
+        HocketError: `BAD_METADATA` for anything but one well-formed map with unique string keys, where every declared
+            field has its type and none is missing that is always there; `TOO_LARGE` beyond a limit.
     """
     decoder = _Decoder(memoryview(data), limits)
     try:
@@ -142,7 +180,7 @@ def _encode(value: object, schema: _Schema | None, depth: int) -> Iterator[bytes
     if depth > DEFAULT_LIMITS.metadata_depth + 1:
         raise _bad("it is nested too deep")
     if isinstance(value, Mapping):
-        declared = schema if isinstance(schema, Mapping) else {}
+        declared = schema.fields if isinstance(schema, _Map) else {}
         yield packer.pack_map_header(len(value))
         for key, inner in value.items():
             yield packer.pack(key)
@@ -228,21 +266,23 @@ class _Decoder:
 
 
 def _check(value: Any, schema: _Schema, path: str) -> None:  # noqa: ANN401 - a JSON value
-    if value is None:
-        return  # an optional field, spelled out
     if not _fits(value, schema):
         raise _bad(f"{path} must be {_spoken(schema)}")
-    if isinstance(schema, Mapping):
-        for key in schema.keys() & value.keys():
-            _check(value[key], schema[key], f"{path}.{key}")
+    if isinstance(schema, _Map):
+        for key in schema.always:
+            if value.get(key) is None:
+                raise _bad(f"{path}.{key} is missing")
+        for key in schema.fields.keys() & value.keys():
+            if value[key] is not None:  # else an optional field, spelled out
+                _check(value[key], schema.fields[key], f"{path}.{key}")
     elif isinstance(schema, list):
         for element in value:
             _check(element, schema[0], f"{path}[]")
 
 
 def _fits(value: object, schema: _Schema) -> bool:
-    if isinstance(schema, Mapping | list):
-        return isinstance(value, dict if isinstance(schema, Mapping) else list)
+    if isinstance(schema, _Map | list):
+        return isinstance(value, dict if isinstance(schema, _Map) else list)
     if isinstance(schema, frozenset):
         return isinstance(value, str) and value in schema
     if schema is _Kind.STRING:
@@ -259,4 +299,4 @@ def _spoken(schema: _Schema) -> str:
         return schema.value
     if isinstance(schema, frozenset):
         return f"one of {', '.join(sorted(schema))}"
-    return "a map" if isinstance(schema, Mapping) else "a list"
+    return "a map" if isinstance(schema, _Map) else "a list"

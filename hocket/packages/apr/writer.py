@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages.apr.container import join, split
+from hocket.packages.apr.declared import declare, undeclare
+from hocket.packages.apr.encryption import Target, seal
 from hocket.packages.apr.facts import width, with_width
 from hocket.packages.apr.header import MODEL_TYPES, Compression, Flag, Header
 from hocket.packages.apr.layouts import Layout, layout_of
@@ -24,23 +26,27 @@ if TYPE_CHECKING:
 _WRITER_VERSION: Final = "0.11.0"
 """The library release whose layouts these are, which is what readers take `aprender_version` to mean."""
 
-_COMPRESSIONS: Final = {
+CompressionName: TypeAlias = Literal["none", "zstd", "zstd-max", "lz4"]
+
+COMPRESSIONS: Final[dict[CompressionName, Compression]] = {
     "none": Compression.NONE,
     "zstd": Compression.ZSTD,
     "zstd-max": Compression.ZSTD_MAX,
+    "lz4": Compression.LZ4,
 }
 
 
-def write(
+def write(  # noqa: PLR0913 - what to store, and the ways to store it
     model: Model,
     *,
     metadata: Mapping[str, Any] | None = None,
     name: str | None = None,
     labels: Sequence[str | int | None] | None = None,
-    compression: Literal["none", "zstd", "zstd-max"] = "zstd",
+    compression: CompressionName = "zstd",
     model_type_id: int | None = None,
     created_at: str | None = None,
     signing: Callable[[bytes], tuple[bytes, bytes]] | None = None,
+    encryption: Target | None = None,
 ) -> bytes:
     """Encode a model. The result is read back before it is returned, so what is written can be served or inspected.
 
@@ -50,10 +56,13 @@ def write(
             labels and, for trees, the input width are recorded under `custom.hocket`.
         name: The metadata's `model_name`.
         labels: One per output column of a classifier, None for a column to drop.
-        compression: `zstd` is level 3, `zstd-max` level 19.
+        compression: `zstd` is level 3, `zstd-max` level 19; release 0.11.0 of the reference cannot read `lz4`.
         model_type_id: The header's type id if not the conventional one.
         created_at: Decimal Unix seconds; now, if not given.
         signing: Maps the bytes to sign to (64-byte Ed25519 signature, 32-byte public key), to embed a signature.
+            What is encrypted is signed as it is stored, so that anyone can verify it.
+        encryption: A password or a recipient, to encrypt the payload. The metadata stays clear, and declares under
+            `custom.hocket` what others must know of the model, also where the whole metadata is given.
 
     Raises:
         HocketError: `BAD_REQUEST` if `metadata` comes together with a field of it, or for an unknown compression;
@@ -61,8 +70,8 @@ def write(
     """
     if metadata is not None and (name, labels, created_at) != (None, None, None):
         raise HocketError(Reason.BAD_REQUEST, "give either the whole metadata, or name, labels and created_at")
-    if compression not in _COMPRESSIONS:
-        raise HocketError(Reason.BAD_REQUEST, f"compression must be one of {', '.join(_COMPRESSIONS)}")
+    if compression not in COMPRESSIONS:
+        raise HocketError(Reason.BAD_REQUEST, f"compression must be one of {', '.join(COMPRESSIONS)}")
     conventional_id, layout = layout_of(model)
     type_id = conventional_id if model_type_id is None else model_type_id
     if type_id not in MODEL_TYPES:
@@ -73,19 +82,35 @@ def write(
         if name is not None:
             metadata["model_name"] = name
         metadata["custom"] = {"hocket": _own(model, layout, labels)}
-    section = write_metadata(metadata)
-    payload = compress(image, _COMPRESSIONS[compression])
-    header = Header(
-        model_type_id=type_id,
-        metadata_bytes=len(section),
-        payload_bytes=len(payload),
-        uncompressed_bytes=len(image),
-        compression_id=_COMPRESSIONS[compression],
-        # The reference marks a licence only where it does not sign.
-        flags=Flag.SIGNED if signing else Flag.LICENSED if metadata.get("license") else Flag(0),
-    )
-    data = join(header, section, payload, signing)
-    decode(split(data), digest_of(data))
+    payload = compress(image, COMPRESSIONS[compression])
+
+    def packed(metadata: Mapping[str, Any], block: bytes, flags: Flag) -> bytes:
+        section = write_metadata(metadata)
+        header = Header(
+            model_type_id=type_id,
+            metadata_bytes=len(section),
+            payload_bytes=len(block),
+            uncompressed_bytes=len(image),
+            compression_id=COMPRESSIONS[compression],
+            flags=flags,
+        )
+        return join(header, section, block, signing if flags & Flag.SIGNED else None)
+
+    flags = Flag.SIGNED if signing else Flag(0)
+    # The reference marks a licence only where it neither signs nor encrypts.
+    licensed = Flag.LICENSED if metadata.get("license") and not signing else Flag(0)
+    if layout.quantized:  # of our own layouts: the reference never marks the tensors that it quantises
+        flags |= Flag.QUANTIZED
+    if encryption is None:
+        data = packed(metadata, payload, flags | licensed)
+        decode(split(data), digest_of(data))
+        return data
+    clear = packed(undeclare(metadata), payload, Flag(0))
+    metadata = declare(metadata, decode(split(clear), digest_of(clear))[0])
+    clear = packed(metadata, payload, Flag(0))
+    decode(split(clear), digest_of(clear))  # as it will be read by whoever has decrypted it
+    data = packed(metadata, seal(payload, encryption), Flag.ENCRYPTED | flags)
+    split(data)
     return data
 
 

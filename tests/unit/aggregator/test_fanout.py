@@ -163,9 +163,13 @@ async def test_an_unavailable_replica_is_followed_by_the_next(stage: Stage) -> N
     assert answered(outcome) == ("w2", 3, 7.0)
 
 
+@pytest.mark.parametrize(
+    "reason", [Reason.QUARANTINED, Reason.ENCRYPTED, Reason.DECRYPTION_FAILED, Reason.WRONG_RECIPIENT]
+)
 @in_virtual_time
-async def test_a_replica_that_keeps_the_expert_in_quarantine_is_followed_by_the_next(stage: Stage) -> None:
-    assert answered(await stage.ask([Reason.QUARANTINED], [value(7)])) == ("w1", 2, 7.0)
+async def test_a_replica_that_alone_cannot_run_it_is_followed_by_the_next(stage: Stage, reason: Reason) -> None:
+    assert answered(await stage.ask([reason], [value(7)])) == ("w1", 2, 7.0)
+    assert reason_of(await stage.ask([reason])) is reason
 
 
 @pytest.mark.parametrize("reason", [Reason.SIGNER_NOT_TRUSTED, Reason.BAD_TENSOR, Reason.QUEUE_FULL, Reason.INTERNAL])

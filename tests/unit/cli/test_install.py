@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hocket import installing
-from hocket.cli import install
+from hocket.cli import install, progress
 from hocket.client import blocking
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName, digest_of
@@ -899,10 +899,10 @@ def test_where_the_connection_breaks_it_is_said_what_was_published_before(
 def test_at_a_terminal_something_moves_while_git_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with install._spinner("x", shown=True):
+    with progress.spinner("x", shown=True):
         pass
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with install._spinner("[x]\x1b", shown=True):
+    with progress.spinner("[x]\x1b", shown=True):
         pass
     assert "[x]\\x1b" in capsys.readouterr().err

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 
 from hocket.identity import digest_of, key_id_of, key_text
-from hocket.packages import Purpose, public_key_of, read_release
-from tests.builders import apr_bytes, edited, forest, mixture, raw_apr, signer
+from hocket.keyring import create_recipient_key
+from hocket.packages import Password, Purpose, RecipientKey, public_key_of, read_release
+from tests.builders import ABOUT, apr_bytes, edited, forest, logistic, mixture, raw_apr, signer
 from tests.signing import ACME_ID, ACME_SEED, envelope_of, release_path
 
 ACME_KEY = key_text(public_key_of(ACME_SEED))
 VECTORS = Path(__file__).parents[2] / "vectors" / "reference-0.11.0"
 INSPECT_KEYS = {
     "format", "digest", "size", "version", "model_type", "layout", "compression", "flags", "encrypted",
-    "signature", "release", "model", "metadata", "sections",
+    "signature", "release", "model", "license", "metadata", "sections",
 }  # fmt: skip
 
 
@@ -87,6 +88,35 @@ def test_inspect_describes_an_encrypted_file_as_far_as_it_can_be_read(hocket: An
     assert outcome.document["layout"] is None
     assert outcome.document["model"] is None
     assert "cannot serve" in hocket("inspect", path).out
+
+
+def test_inspect_shows_what_an_encrypted_file_declares(hocket: Any, tmp_path: Path) -> None:
+    path = tmp_path / "sealed.apr"
+    path.write_bytes(apr_bytes(logistic(), labels=["yes", "no"], encryption=RecipientKey(b"\x09" * 32).recipient))
+    shown = hocket("inspect", path, "--json").document
+
+    assert (shown["layout"], shown["encrypted"]) == ("LogisticRegression", True)
+    assert shown["model"]["labels"] == ["yes", "no"]
+    assert "yes, no" in hocket("inspect", path).out
+    assert "cannot serve" not in hocket("inspect", path).out
+
+
+def test_verify_opens_an_encrypted_file_with_its_credential_alone(hocket: Any, tmp_path: Path) -> None:
+    sealed, secret = tmp_path / "sealed.apr", tmp_path / "secret"
+    secret.write_text("hunter2\n")
+    secret.chmod(0o600)
+    sealed.write_bytes(apr_bytes(encryption=Password("hunter2")))
+    key = tmp_path / "recipient.key"
+    create_recipient_key(key)
+
+    assert hocket("verify", sealed, "--allow-unsigned", "--password-file", secret).code == 0
+    outcome = hocket("verify", sealed, "--allow-unsigned", "--json")
+    assert outcome.document["error"]["reason"] == "ENCRYPTED"
+    outcome = hocket("verify", sealed, "--allow-unsigned", "--key-file", key, "--json")
+    assert outcome.document["error"]["reason"] == "WRONG_RECIPIENT"
+    secret.chmod(0o644)
+    outcome = hocket("verify", sealed, "--allow-unsigned", "--password-file", secret, "--json")
+    assert outcome.document["error"]["reason"] == "BAD_KEY_FILE"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +208,63 @@ def test_the_card_says_what_the_signature_is_worth(hocket: Any, tmp_path: Path, 
     assert "one number" in card
 
 
+def test_inspect_prints_licence_card_and_origin_for_people(hocket: Any, tmp_path: Path) -> None:
+    path = tmp_path / "churn.apr"
+    path.write_bytes(apr_bytes(metadata=ABOUT))
+    out = hocket("inspect", path).out
+
+    for text in (
+        "Licence", "Enterprise", "Example GmbH", "2020-01-31 (HAS ENDED)", "300 (shown, never counted)",
+        "Model card", "Churn 3 (acme/churn)", "ada", "MIT", "crm-2025, 70,000 rows", "cpu, cuda", '{"kg": 0.5}',
+        "Distilled", "RandomForest t0, 12,345 parameters, an ensemble of 1, signature sig (verified by nobody)",
+        "Knn t1", "temperature 2.5", "1 mapped",
+        "Training", "2025-11-27 21:29:07+00:00, in the form of aprender 0.11.0", "1.5 s", "alpha 0.1, nested [1, null]",
+        "m11 11 and 8 more", "seed", "Also in the metadata", '{"theirs": {"x": []}}', "later", "(1000 characters)",
+    ):  # fmt: skip
+        assert text in out, text
+    assert "d" * 301 not in out
+
+
+@pytest.mark.parametrize(
+    ("expiry", "text", "expired"),
+    [
+        ("2999-01-01", "2999-01-01 (holds now)", False),
+        ("2020-01-01", "2020-01-01 (HAS ENDED)", True),
+        ("soon", "soon (CANNOT BE READ as a date)", None),
+        (None, "never", False),
+    ],
+)
+def test_inspect_says_whether_a_licence_holds(
+    hocket: Any, tmp_path: Path, expiry: str | None, text: str, *, expired: bool | None
+) -> None:
+    licence = {key: value for key, value in ABOUT["license"].items() if key not in {"expiry", "seats"}}
+    licence |= {} if expiry is None else {"expiry": expiry}
+    path = tmp_path / "licensed.apr"
+    path.write_bytes(apr_bytes(metadata={**ABOUT, "license": licence}))
+
+    assert text in hocket("inspect", path).out
+    assert "any number" in hocket("inspect", path).out
+    assert hocket("inspect", path, "--json").document["license"] == {**licence, "expired": expired}
+
+
+def test_inspect_prints_no_part_that_is_not_there(hocket: Any, package: Path) -> None:
+    out = hocket("inspect", package).out
+
+    assert "Training" in out
+    for title in ("Licence", "Model card", "Distilled", "Also in the metadata"):
+        assert title not in out
+    assert hocket("inspect", package, "--json").document["license"] is None
+
+
+def test_verify_refuses_a_licence_that_has_ended_unless_told_otherwise(hocket: Any, tmp_path: Path) -> None:
+    path = tmp_path / "licensed.apr"
+    path.write_bytes(apr_bytes(metadata=ABOUT))
+
+    outcome = hocket("verify", path, "--allow-unsigned", "--json")
+    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "LICENCE_EXPIRED")
+    assert hocket("verify", path, "--allow-unsigned", "--allow-expired-licences").code == 0
+
+
 def test_metadata_cannot_write_to_the_terminal(hocket: Any, tmp_path: Path) -> None:
     path = tmp_path / "hostile.apr"
     path.write_bytes(apr_bytes(name="\x1b[2Jgone [red]x"))
@@ -266,7 +353,8 @@ def test_sign_writes_the_release_beside_the_file(hocket: Any, package: Path, key
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (raw_apr(b"x" * 64, flags=1), "it is encrypted"),
+        (raw_apr(b"x" * 64, flags=1), "does not declare"),
+        (apr_bytes(encryption=RecipientKey(b"\x09" * 32).recipient), None),
         (apr_bytes(mixture(top_k=0)), "top_k"),
         (raw_apr(b"\x02"), "payload"),
         (apr_bytes(), None),

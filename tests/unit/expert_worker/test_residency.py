@@ -15,8 +15,9 @@ from hocket.errors import HocketError, Reason
 from hocket.packages import Policy, Proof, Purpose, Subject
 from hocket.trust_folder import TrustFolder
 from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_PLACING, LOAD_STATE_READY
-from services.expert_worker.authority import Authority, Credentials
+from services.expert_worker.authority import Authority, Evidence
 from services.expert_worker.loader import Prepared, Served
+from services.expert_worker.parameters import move
 from services.expert_worker.residency import Residency, ResidentPackage
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Report, Supplied
@@ -40,7 +41,7 @@ class Shelf:
     budget_bytes: int = 100
     sizes: dict[str, int] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
-    credentials: dict[str, Credentials] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
     hold: asyncio.Event | None = None
     hold_placing: asyncio.Event | None = None
     loading_max: int = 8
@@ -69,13 +70,13 @@ class Shelf:
         if digest in self.failures:
             raise self.failures[digest]
         prepared = Prepared(digest, (torch.zeros(self.sizes.get(digest, 40), dtype=torch.uint8),), lambda _moved: ())
-        credentials = self.credentials.get(digest) or Credentials(subject_of(digest), (), None, NOW)
-        return Supplied(prepared, credentials, standing.judge(credentials))
+        evidence = self.evidence.get(digest) or Evidence(subject_of(digest), (), None, NOW)
+        return Supplied(prepared, evidence, standing.judge(evidence))
 
     async def place(self, prepared: Prepared) -> tuple[Served, ...]:
         if self.hold_placing is not None:
             await self.hold_placing.wait()
-        return prepared.assemble(prepared.tensors)
+        return prepared.assemble(move(prepared.tensors, torch.device("cpu")))
 
     def count(self) -> None:
         self.changes += 1
@@ -100,9 +101,9 @@ def subject_of(digest: str) -> Subject:
     return Subject(Purpose.PACKAGE, digest, 9, "apr")
 
 
-def signed(digest: str, time: datetime = NOW) -> Credentials:
-    """Credentials by a release of acme."""
-    return Credentials(subject_of(digest), (envelope_of(b"", digest=digest, size_bytes=9),), None, time)
+def signed(digest: str, time: datetime = NOW) -> Evidence:
+    """Evidence by a release of acme."""
+    return Evidence(subject_of(digest), (envelope_of(b"", digest=digest, size_bytes=9),), None, time)
 
 
 @pytest.fixture
@@ -352,7 +353,7 @@ class TestBudget:
 
         async def note(*arguments: Any) -> Supplied:
             supplied = await bring(*arguments)
-            tensors.append(weakref.ref(supplied.prepared.tensors[0]))
+            tensors.extend(map(weakref.ref, move(supplied.prepared.tensors, torch.device("cpu"))))
             return supplied
 
         shelf.residency._bring = note
@@ -488,7 +489,7 @@ class TestTrust:
         """A is signed by acme, B by nobody."""
         TrustFolder(shelf.folder).add_key(trusted(ACME_SEED))
         await shelf.authority.read_folder()
-        shelf.credentials[A] = signed(A)
+        shelf.evidence[A] = signed(A)
         await shelf.load(A, B)
         return shelf
 
@@ -521,7 +522,7 @@ class TestTrust:
 
     async def test_a_window_counts_as_of_the_load(self, shelf: Shelf) -> None:
         for digest, time in ((A, NOW - timedelta(seconds=1)), (B, NOW)):
-            shelf.credentials[digest] = signed(digest, time)
+            shelf.evidence[digest] = signed(digest, time)
         TrustFolder(shelf.folder).add_key(trusted(ACME_SEED))
         await shelf.authority.read_folder()
         await shelf.load(A, B)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from hocket.errors import HocketError, Reason
-from hocket.settings import build
+from hocket.packages import Password
+from hocket.settings import build, read_tables
+from services.expert_worker.credentials import CredentialFile, read_all
 from services.expert_worker.device import (
     Shares,
     available_bytes,
@@ -78,6 +80,60 @@ def test_a_base_is_found_by_name_in_a_folder_of_bases() -> None:
     assert "bases_dir" in refusal.value.message
     assert built(base="qwen3-0.6b", bases_dir="/bases").bases_dir == Path("/bases")
     assert built(bases_dir="").bases_dir is None
+
+
+class TestCredentials:
+    FILES: ClassVar[dict[str, Any]] = {
+        "acme/iris": {"password_file": "/run/secrets/iris"},
+        DIGEST: {"key_file": "~/worker.key"},
+    }
+
+    def test_each_package_has_a_secret_file_of_one_kind(self) -> None:
+        credentials = built(credentials=self.FILES).credentials
+        assert credentials["acme/iris"] == CredentialFile(password_file=Path("/run/secrets/iris"))
+        assert credentials[DIGEST] == CredentialFile(key_file=Path("~/worker.key").expanduser())
+        assert built().credentials == {}
+
+    def test_they_are_a_table_of_the_settings_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "hocket.toml"
+        path.write_text('[worker.credentials]\n"acme/iris" = {password_file = "/run/secrets/iris"}\n')
+        tables = read_tables(path, {}, frozenset({"worker"}))
+        assert built(**tables["worker"]).credentials == {"acme/iris": CredentialFile(Path("/run/secrets/iris"))}
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            "acme/iris=hunter2",
+            {"acme/iris": "hunter2"},
+            {"acme/iris": ["hunter2"]},
+            {"acme/iris": {"password": "hunter2"}},
+            {"acme/iris": {"password_file": "/hunter2", "key_file": "/hunter2"}},
+            {"acme/iris": {}},
+            {"iris": {"password_file": "/hunter2"}},
+            {"acme/iris@1.0.0": {"password_file": "/hunter2"}},
+            {"sha256:12": {"password_file": "/hunter2"}},
+            {"acme/iris": {"password_file": {"hunter2": 1}}},
+        ],
+    )
+    def test_what_is_no_such_table_is_refused_and_secrets_in_it_are_not_repeated(self, wrong: Any) -> None:
+        with pytest.raises(HocketError) as refusal:
+            built(credentials=wrong)
+        assert refusal.value.reason is Reason.BAD_REQUEST
+        assert "credentials" in refusal.value.message
+        assert "hunter2" not in refusal.value.message
+
+    def test_they_are_read_whole_or_the_start_is_refused(self, tmp_path: Path) -> None:
+        secret = tmp_path / "secret"
+        secret.write_text("hunter2\n")
+        secret.chmod(0o600)
+        files = {"acme/iris": CredentialFile(password_file=secret)}
+        (credential,) = read_all(files).values()
+        assert isinstance(credential, Password)
+        secret.chmod(0o644)
+        with pytest.raises(HocketError) as refusal:
+            read_all(files)
+        assert refusal.value.reason is Reason.BAD_KEY_FILE
+        assert "hunter2" not in refusal.value.message
 
 
 class TestShares:

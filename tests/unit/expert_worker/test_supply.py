@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from services.expert_worker.journal import Journal
 from services.expert_worker.loader import prepare
 from services.expert_worker.revocations import Withdrawn
 from services.expert_worker.supply import Supplied, Supply
-from tests.builders import apr_bytes, linear, signer
+from tests.builders import ABOUT, apr_bytes, linear, signer
 from tests.experts import expert_package
 from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, ZETA_SEED, envelope_of, roots
 from tests.worker_registry import WorkerRegistry
@@ -77,7 +78,7 @@ async def test_a_package_comes_from_the_registry_once_and_then_from_the_cache(se
     digest = setting.registry.publish(DATA, [RELEASE])
     supplied = await setting.bring(digest)
     assert [str(proof.release) for proof in supplied.proofs] == ["acme/iris@1.0.0"]
-    assert supplied.credentials.releases == (RELEASE,)
+    assert supplied.evidence.releases == (RELEASE,)
     assert supplied.prepared.size_bytes == 16
     assert setting.steps == [
         (LOAD_STATE_FETCHING, 0, 0),
@@ -89,6 +90,38 @@ async def test_a_package_comes_from_the_registry_once_and_then_from_the_cache(se
     setting.registry.refuse(Reason.NOT_READY)
     await setting.bring(digest)
     assert setting.registry.downloads == [digest]
+
+
+async def test_a_large_package_is_mapped_until_its_experts_are_laid_out_and_no_longer(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.expert_worker.mapping.MAPPED_BYTES_MIN", len(DATA) - 1)
+    digest = digest_of(DATA)
+    setting.cache.write(digest, DATA, [RELEASE])
+    cached = setting.cache.read(digest)
+    assert cached is not None
+    assert isinstance(cached.data, memoryview)
+    path = tmp_path / "cache" / "sha256" / digest[7:9] / digest[7:]
+    with pytest.raises(BlockingIOError):
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+
+    del cached
+    supplied = await setting.bring(digest)
+
+    setting.executor.submit(int).result()  # its thread has let go of what it did last
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # nothing holds the file any more
+    assert supplied.prepared.size_bytes == 16
+    assert setting.registry.downloads == []
+
+
+async def test_a_licence_that_has_ended_is_refused_unless_policy_accepts_it(setting: Setting) -> None:
+    data = apr_bytes(metadata=ABOUT)
+    digest = setting.registry.publish(data, [envelope_of(data)])
+
+    assert (await setting.refused(digest)).reason is Reason.LICENCE_EXPIRED
+
+    supplied = await setting.bring(digest, replace(TRUSTING, policy=Policy(allow_expired_licences=True)))
+    assert supplied.proofs
 
 
 async def test_without_a_registry_what_is_not_cached_is_unreachable(setting: Setting) -> None:
@@ -191,7 +224,7 @@ async def test_an_embedded_signature_by_a_trusted_key_is_proof(setting: Setting)
     data = apr_bytes(signing=signer(ACME_SEED))
     supplied = await setting.bring(setting.registry.publish(data))
     assert [(proof.kind, proof.key_id) for proof in supplied.proofs] == [("embedded", ACME_ID)]
-    assert supplied.credentials.embedded_key_id == ACME_ID
+    assert supplied.evidence.embedded_key_id == ACME_ID
     strange = setting.registry.publish(apr_bytes(signing=signer(STRANGER_SEED)))
     assert (await setting.refused(strange)).reason is Reason.SIGNER_NOT_TRUSTED
 
@@ -279,11 +312,11 @@ async def test_a_full_cache_keeps_what_is_in_use(setting: Setting) -> None:
 async def test_what_was_loaded_while_a_key_was_valid_is_judged_as_of_then(setting: Setting) -> None:
     digest = setting.registry.publish(DATA, [RELEASE])
     before = datetime.now(UTC)
-    credentials = (await setting.bring(digest)).credentials
-    assert before <= credentials.time <= datetime.now(UTC)
+    evidence = (await setting.bring(digest)).evidence
+    assert before <= evidence.time <= datetime.now(UTC)
     over = Standing(roots(not_after=datetime.now(UTC)))
-    assert over.judge(credentials)
+    assert over.judge(evidence)
     assert (await setting.refused(digest, over)).reason is Reason.KEY_EXPIRED
     with pytest.raises(HocketError) as refusal:
-        Standing(roots(not_after=before)).judge(credentials)
+        Standing(roots(not_after=before)).judge(evidence)
     assert refusal.value.reason is Reason.KEY_EXPIRED

@@ -3,6 +3,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
+import lz4.block
 import pytest
 import zstandard
 
@@ -70,7 +71,12 @@ def test_taking_apart_parses_neither_metadata_nor_payload() -> None:
     [
         (b"APR1", "APR1"),
         (b"APR2", "APR2"),
-        (b"APR\0\x02\0\0\0", "version 2"),
+        (b"APR\0\x02\0\0\0", "version 2.0 tensor container"),
+        (
+            b"APR\0\x02\x01" + struct.pack("<HI", 0x2A, 290),
+            "version 2.1 tensor container of 290 tensors, zstd, signed, quantized:",
+        ),
+        (b"APR\0\x07", "unknown version"),
         (b"APR\0\x01\0\0\0\0PST", "route-planning"),
         (b"APBUNDLE", "bundle"),
         (b"GGUF", "GGUF"),
@@ -121,8 +127,9 @@ def test_a_wrong_checksum_is_refused() -> None:
         ({"version": (0, 9)}, Reason.UNSUPPORTED_VERSION),
         ({"version": (2, 0)}, Reason.UNSUPPORTED_VERSION),
         ({"model_type_id": 0x0077}, Reason.UNSUPPORTED_TYPE),
-        ({"model_type_id": 0x0005}, Reason.UNSUPPORTED_LAYOUT),
-        ({"compression_id": 3}, Reason.UNSUPPORTED_COMPRESSION),
+        ({"model_type_id": 0x0007}, Reason.UNSUPPORTED_LAYOUT),
+        ({"compression_id": 3}, Reason.BAD_LENGTH),
+        ({"compression_id": 4}, Reason.UNSUPPORTED_COMPRESSION),
         ({"compression_id": 255}, Reason.UNSUPPORTED_COMPRESSION),
         ({"flags": 0x01}, Reason.ENCRYPTED),
         ({"flags": 0xFC}, None),
@@ -186,3 +193,46 @@ def test_a_size_that_no_frame_of_that_length_can_hold_is_refused_before_memory_i
 
 def test_a_bomb_is_stopped_at_the_declared_size() -> None:
     assert reason(packed(zstd(bytes(2**26)), len(LINEAR))) is Reason.BAD_LENGTH
+
+
+def lz4_block(data: bytes, told: int | None = None) -> bytes:
+    length = len(data) if told is None else told
+    return length.to_bytes(4, "little") + bytes(lz4.block.compress(data, store_size=False))
+
+
+def lz4_packed(block: bytes, size: int = len(LINEAR)) -> bytes:
+    return builders.raw_apr(block, compression_id=3, uncompressed_bytes=size)
+
+
+def test_an_lz4_payload_is_its_length_and_exactly_one_block_of_it() -> None:
+    block = lz4_block(LINEAR)
+
+    assert reason(lz4_packed(block)) is None
+    assert reason(lz4_packed(block, len(LINEAR) - 1)) is Reason.BAD_LENGTH
+    assert reason(lz4_packed(block, len(LINEAR) + 1)) is Reason.BAD_LENGTH
+    assert reason(lz4_packed(lz4_block(LINEAR, len(LINEAR) - 1), len(LINEAR) - 1)) is Reason.BAD_PAYLOAD
+    assert reason(lz4_packed(lz4_block(LINEAR, len(LINEAR) + 1), len(LINEAR) + 1)) is Reason.BAD_LENGTH
+    assert reason(lz4_packed(block + b"\0")) is Reason.BAD_PAYLOAD
+    assert reason(lz4_packed(block[:-1])) is Reason.BAD_PAYLOAD
+    assert reason(lz4_packed(block[:3])) is Reason.BAD_PAYLOAD
+    assert reason(lz4_packed(block[:4])) is Reason.BAD_LENGTH
+    assert reason(lz4_packed(b"")) is Reason.BAD_PAYLOAD
+
+
+def test_a_size_that_no_lz4_block_of_that_length_can_hold_is_refused_before_memory_is_taken() -> None:
+    assert reason(lz4_packed((2**30).to_bytes(4, "little") + bytes(100), 2**30)) is Reason.BAD_LENGTH
+    squeezed = lz4_block(bytes(2**20))
+    assert len(squeezed) * 255 > 2**20, "the bound lets through what LZ4 makes of zeros"
+
+
+def test_an_lz4_bomb_is_stopped_at_the_declared_size() -> None:
+    assert reason(lz4_packed(lz4_block(bytes(2**26), len(LINEAR)))) is Reason.BAD_PAYLOAD
+
+
+@pytest.mark.parametrize(("compression", "shown"), [("none", "none"), ("zstd-max", "zstd"), ("lz4", "lz4")])
+def test_what_was_compressed_any_way_reads_alike(compression: str, shown: str) -> None:
+    data = builders.apr_bytes(compression=compression)
+
+    facts, _ = apr.decode(apr.split(data), "sha256:")
+
+    assert facts.compression == shown

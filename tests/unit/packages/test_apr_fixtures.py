@@ -16,8 +16,10 @@ from nacl.signing import VerifyKey
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import apr
-from hocket.packages.model import MixtureOfExperts
+from hocket.packages.apr.quantization import dequantize, quantize
+from hocket.packages.model import MixtureOfExperts, QuantKind
 from tests import apr_oracle, builders
+from tests.reference_files import credential_of
 from tests.vectors import regenerate
 
 VECTORS = Path(regenerate.__file__).parent
@@ -29,7 +31,7 @@ ENTRIES: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in MANIFEST
 # docs/packages.md lists the same.
 DAMAGE = {
     "edge_compression_4.apr": Reason.UNSUPPORTED_COMPRESSION,
-    "edge_compression_lz4.apr": Reason.UNSUPPORTED_COMPRESSION,
+    "edge_compression_lz4.apr": Reason.BAD_LENGTH,
     "edge_crc.apr": Reason.BAD_CHECKSUM,
     "edge_flags_encrypted_only.apr": Reason.ENCRYPTED,
     "edge_magic.apr": Reason.BAD_MAGIC,
@@ -38,15 +40,15 @@ DAMAGE = {
     "edge_metadata_garbage.apr": Reason.BAD_METADATA,
     "edge_metadata_too_long.apr": Reason.BAD_LENGTH,
     "edge_option_tag_2.apr": Reason.BAD_PAYLOAD,
-    "edge_password_metadata_edit.apr": Reason.ENCRYPTED,
-    "edge_password_tag_edit.apr": Reason.ENCRYPTED,
-    "edge_password_wrong.apr": Reason.ENCRYPTED,
+    "edge_password_metadata_edit.apr": Reason.BAD_METADATA,
+    "edge_password_tag_edit.apr": Reason.DECRYPTION_FAILED,
+    "edge_password_wrong.apr": Reason.DECRYPTION_FAILED,
     "edge_trailing_bytes.apr": Reason.BAD_LENGTH,
     "edge_uncompressed_at_limit.apr": Reason.BAD_LENGTH,
     "edge_uncompressed_over_limit.apr": Reason.TOO_LARGE,
     "edge_unknown_type.apr": Reason.UNSUPPORTED_TYPE,
-    "edge_x25519_on_password_file.apr": Reason.ENCRYPTED,
-    "edge_x25519_other_key.apr": Reason.ENCRYPTED,
+    "edge_x25519_on_password_file.apr": Reason.WRONG_RECIPIENT,
+    "edge_x25519_other_key.apr": Reason.WRONG_RECIPIENT,
 }
 ODD = {  # in bytes that a reader has no use for
     "edge_flags_streaming_native_quantized_card.apr",
@@ -54,7 +56,6 @@ ODD = {  # in bytes that a reader has no use for
     "edge_reserved_nonzero.apr",
     "edge_signed_sig_edit.apr",
 }
-LATER = {"GaussianNB", "GradientBoostingClassifier", "KNearestNeighbors", "LinearSVM", "QuantizedBlock"}
 
 
 def read(name: str) -> bytes:
@@ -65,17 +66,19 @@ def outcome(entry: dict[str, Any]) -> Reason | None:
     """Why we refuse this file, None if we decode it."""
     if entry["file"].startswith("edge_"):
         return DAMAGE.get(entry["file"])
-    if {"password", "secret_key"} & entry["open_with"].keys():
-        return Reason.ENCRYPTED
-    return Reason.UNSUPPORTED_LAYOUT if entry["layout"] in LATER else None
+    return None
 
 
 DECODED = [name for name, entry in ENTRIES.items() if outcome(entry) is None]
 REFUSED = [name for name, entry in ENTRIES.items() if outcome(entry) is not None]
 
 
-def decode(data: bytes) -> tuple[Any, Any]:
-    return apr.decode(apr.split(data), digest_of(data))
+ENCRYPTED = [name for name in DECODED if credential_of(ENTRIES[name]) is not None]
+
+
+def decode(data: bytes, entry: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    credential = None if entry is None else credential_of(entry)
+    return apr.decode(apr.split(data), digest_of(data), credential=credential)
 
 
 def test_the_whole_fixture_folder_is_read() -> None:
@@ -87,15 +90,32 @@ def test_the_whole_fixture_folder_is_read() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_that_cannot_be_served_is_refused_for_its_own_reason(name: str) -> None:
     with pytest.raises(HocketError) as refusal:
-        decode(read(name))
+        decode(read(name), ENTRIES[name])
 
     assert refusal.value.reason is outcome(ENTRIES[name])
+
+
+@pytest.mark.parametrize("name", ENCRYPTED)
+def test_an_encrypted_file_stays_closed_without_its_credential(name: str) -> None:
+    with pytest.raises(HocketError) as refusal:
+        decode(read(name))
+
+    assert refusal.value.reason is Reason.ENCRYPTED
+
+
+@pytest.mark.parametrize("name", [name for name in ENCRYPTED if "edge" not in name and "meta" not in name])
+def test_an_encrypted_file_holds_what_its_twin_in_the_clear_holds(name: str) -> None:
+    _, model = decode(read(name), ENTRIES[name])
+    twins = [f"{name.partition('.')[0]}.{how}.apr" for how in ("plain", "zstd", "zstd.signed", "plain.signed")]
+    twin = next(twin for twin in twins if twin in ENTRIES)
+
+    assert builders.same(model, decode(read(twin))[1])
 
 
 @pytest.mark.parametrize("name", DECODED)
 def test_a_sound_file_is_decoded_and_answers_as_recorded(name: str) -> None:
     entry, data = ENTRIES[name], read(name)
-    facts, model = decode(data)
+    facts, model = decode(data, entry)
 
     assert facts.layout == entry.get("layout", "LinearRegression")
     assert facts.expert_layout == entry.get("expert_layout")
@@ -105,6 +125,9 @@ def test_a_sound_file_is_decoded_and_answers_as_recorded(name: str) -> None:
         assert facts.metadata == entry["metadata"]
     if entry.get("top_k") == 0:
         assert facts.not_servable == "the mixture chooses no expert (top_k is 0)"
+        return
+    if facts.layout == "QuantizedBlock":
+        assert facts.not_servable == "it is a lone quantised tensor, not a model"
         return
     assert facts.not_servable is None
     if "inputs" in entry:
@@ -128,6 +151,8 @@ def assert_as_recorded(entry: dict[str, Any], model: Any, answers: Any) -> None:
         )
     if entry["layout"] == "LogisticRegression":
         np.testing.assert_allclose(answers[:, 1], entry["probabilities"], rtol=1e-6)
+    if "class_probabilities" in entry:
+        np.testing.assert_allclose(answers, entry["class_probabilities"], rtol=0, atol=1e-6)
     if entry["layout"] == "RandomForestClassifier":
         np.testing.assert_array_equal(answers.ravel(), entry["probabilities"])
     if isinstance(model, MixtureOfExperts):
@@ -137,7 +162,19 @@ def assert_as_recorded(entry: dict[str, Any], model: Any, answers: Any) -> None:
         np.testing.assert_array_equal(outputs, np.array(entry["expert_outputs"], np.float32))
 
 
-@pytest.mark.parametrize("name", [name for name in DECODED if name not in ODD])
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name.startswith("quant_")])
+def test_a_quantised_tensor_has_the_recorded_values_and_blocks(name: str) -> None:
+    entry = ENTRIES[name]
+    facts, model = decode(read(name))
+
+    assert (facts.layout, facts.quantization, facts.flags) == ("QuantizedBlock", entry["quant_type"], ())
+    assert (list(model.shape), model.blocks.hex()) == (entry["shape"], entry["blocks_hex"])
+    np.testing.assert_array_equal(dequantize(model).ravel(), np.array(entry["dequantized"], np.float32))
+    source = np.array(entry["source"], np.float32).reshape(entry["shape"])
+    assert quantize(source, QuantKind(entry["quant_type"])) == model
+
+
+@pytest.mark.parametrize("name", [name for name in DECODED if name not in {*ODD, *ENCRYPTED}])
 def test_a_decoded_file_is_written_again_byte_for_byte(name: str) -> None:
     data = read(name)
     container = apr.split(data)
@@ -182,7 +219,8 @@ def test_an_encrypted_file_is_described_without_its_payload() -> None:
 
     assert (facts.encrypted, facts.signed, facts.name, facts.compression) == (True, True, "linear", "zstd")
     assert (facts.layout, facts.n_features, facts.labels) == (None, None, None)
-    assert facts.not_servable == "the payload is encrypted"
+    assert facts.not_servable is not None
+    assert "does not declare" in facts.not_servable
 
 
 def test_a_model_published_by_others_is_decoded() -> None:

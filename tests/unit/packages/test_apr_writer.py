@@ -51,11 +51,18 @@ def test_the_time_of_writing_is_filled_in() -> None:
 
 
 def test_given_metadata_is_stored_verbatim() -> None:
-    metadata = {"custom": {"b": 1, "a": 2}, "created_at": "2025-11-27", "unknown": [1]}
+    metadata = {
+        "custom": {"b": 1, "a": 2},
+        "created_at": "2025-11-27",
+        "unknown": [1],
+        "aprender_version": "0.13.0",
+        "license": {"tier": "Team", "uuid": "u", "hash": "h", "theirs": {"x": None}},
+    }
 
     facts, _ = read(builders.apr_bytes(metadata=metadata))
 
     assert list(facts.metadata.items()) == list(metadata.items())
+    assert list(facts.metadata["license"]) == ["tier", "uuid", "hash", "theirs"]
 
 
 @pytest.mark.parametrize("field", [{"name": "x"}, {"labels": ["a", "b"]}, {"created_at": "0"}])
@@ -64,7 +71,7 @@ def test_whole_metadata_and_a_field_of_it_exclude_each_other(field: dict[str, An
 
 
 def test_a_licence_sets_the_flag_of_an_unsigned_file_only() -> None:
-    metadata = {**builders.METADATA, "license": {"tier": "Team"}}
+    metadata = {**builders.METADATA, "license": {"uuid": "u", "hash": "h", "tier": "Team"}}
 
     assert read(builders.apr_bytes(metadata=metadata))[0].flags == ("LICENSED",)
     assert read(builders.apr_bytes(metadata=metadata, signing=builders.signer()))[0].flags == ("SIGNED",)
@@ -95,7 +102,8 @@ def test_a_signer_must_answer_a_signature_and_a_key() -> None:
 
 
 def test_an_unknown_compression_is_refused() -> None:
-    assert refusal(compression="lz4") is Reason.BAD_REQUEST
+    assert refusal(compression="gzip") is Reason.BAD_REQUEST
+    assert read(builders.apr_bytes(compression="lz4"))[0].compression == "lz4"
 
 
 @pytest.mark.parametrize(

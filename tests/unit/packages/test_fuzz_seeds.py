@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
+from pathlib import Path
+
+import pytest
 
 from hocket.errors import HocketError
+from tests import archives
 from tests.fuzz.harnesses import HARNESSES
 
 
@@ -21,4 +26,21 @@ def outcomes(name: str) -> set[str]:
 
 def test_fuzzing_begins_with_packages_that_are_read() -> None:
     assert [outcomes(name) for name in ("archive", "adapter")] == [{"read", "refused"}] * 2
-    assert [outcomes(name) for name in ("manifest", "weights", "apr")] == [{"read"}] * 3
+    assert outcomes("header") == {"read", "refused"}
+    readers = ("manifest", "weights", "apr", "metadata", "payload", "quantized")
+    assert [outcomes(name) for name in readers] == [{"read"}] * len(readers)
+
+
+@pytest.mark.parametrize("name", ["header", "metadata", "payload", "quantized"])
+def test_a_seed_costs_no_more_than_its_harness_allows(name: str) -> None:
+    harness = HARNESSES[name]
+    for seed in harness.seeds():
+        cost = archives.cost(partial(harness.read, harness.prepare(seed)))
+        assert cost.seconds <= harness.seconds_max
+        assert cost.peak_bytes <= harness.memory_bytes_max
+
+
+def test_make_fuzz_runs_every_harness() -> None:
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+
+    assert f"for harness in {' '.join(HARNESSES)};" in makefile

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import zlib
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +332,7 @@ class TestInspection:
             (PLAIN, EmbeddedFacts()),
             (SIGNED, EmbeddedFacts(present=True, key_id=ACME_ID, verified=True, trusted=True)),
             (SIGNED_BY_STRANGER, EmbeddedFacts(present=True, key_id=STRANGER_ID, verified=True)),
-            (edited(SIGNED, 40), EmbeddedFacts(present=True, key_id=ACME_ID)),
+            (edited(SIGNED, 45), EmbeddedFacts(present=True, key_id=ACME_ID)),
         ):
             inspection = self.inspect(data)
             assert inspection.embedded == embedded
@@ -372,6 +372,46 @@ class TestInspection:
             with pytest.raises(HocketError) as refusal:
                 self.inspect(data, *releases)
             assert refusal.value.reason is reason
+
+
+class TestLicences:
+    @staticmethod
+    def licensed(expiry: str | None) -> bytes:
+        terms = {"uuid": "u", "hash": "h", "seats": 1, "tier": "Team"} | ({} if expiry is None else {"expiry": expiry})
+        metadata = {"created_at": "0", "aprender_version": "0.11.0", "license": terms}
+        return write(MODEL, metadata=metadata, signing=lambda data: (sign(ACME_SEED, data), public_key_of(ACME_SEED)))
+
+    @pytest.mark.parametrize("expiry", ["2026-06-01T12:00:00Z", "2026-05-31", "soon"])
+    def test_a_licence_that_has_ended_or_cannot_be_read_is_refused_unless_policy_says_otherwise(
+        self, expiry: str
+    ) -> None:
+        data = self.licensed(expiry)
+
+        assert reason_of(data) is Reason.LICENCE_EXPIRED
+        assert outcome(data, policy=Policy(allow_expired_licences=True)) == ["embedded"]
+
+    @pytest.mark.parametrize("expiry", ["2026-06-01T12:00:01Z", "2026-06-01", "2031-01-31T00:00:00Z", None])
+    def test_a_licence_that_holds_is_no_obstacle(self, expiry: str | None) -> None:
+        assert outcome(self.licensed(expiry)) == ["embedded"]
+
+    def test_it_is_the_time_asked_about_that_counts(self) -> None:
+        data = self.licensed("2026-05-31")
+
+        assert outcome(data, now=datetime(2026, 5, 31, 23, tzinfo=UTC)) == ["embedded"]
+
+    def test_trust_comes_before_the_licence(self) -> None:
+        assert reason_of(self.licensed("2026-05-31"), trust=TrustRoots()) is Reason.SIGNER_NOT_TRUSTED
+
+    def test_a_licence_says_what_it_says_and_no_more(self) -> None:
+        with pytest.raises(HocketError) as refusal:
+            open_at_noon(self.licensed("\x1b[2J" + "x" * 1000))
+
+        assert refusal.value.metadata["digest"] == digest_of(self.licensed("\x1b[2J" + "x" * 1000))
+        assert refusal.value.message.isprintable()
+        assert len(refusal.value.message) < 250
+
+    def test_an_inspection_refuses_no_licence(self) -> None:
+        assert inspect_package(self.licensed("2020-01-01"), now=NOW).facts.metadata["license"]["seats"] == 1
 
 
 @pytest.mark.skipif(not SIGNED_FILES, reason="set HOCKET_FIXTURES to the folder of genuine files")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.mixtures import MixtureRecord, SoftmaxGate
-from hocket.packages import DEFAULT_LIMITS, Policy, Revocations, TrustRoots
+from hocket.packages import DEFAULT_LIMITS, Policy, RecipientKey, Revocations, TrustRoots
+from hocket.packages.apr.header import Flag
 from hocket.packages.model import KMeans, ModelFacts
 from hocket.rpc.convert import COLUMNS_MAX
 from services.registry.admission import (
@@ -30,7 +31,7 @@ from services.registry.admission import (
     judge,
     package_subject,
 )
-from tests.builders import apr_bytes, linear, mixture, signer
+from tests.builders import apr_bytes, linear, logistic, mixture, raw_apr, signer
 from tests.experts import expert_package
 from tests.registries import fixed, gated, labelled, mixture_release
 from tests.signing import (
@@ -47,6 +48,7 @@ from tests.signing import (
     trusted,
 )
 
+KEY = RecipientKey(b"\x09" * 32)
 DATA = labelled("a", "b")
 OTHER = labelled("c", "d", weight=2.0)
 
@@ -143,6 +145,17 @@ class TestPackages:
         assert refusal_of(admit, idle, envelope_of(idle)) is Reason.NOT_SERVABLE
         assert refusal_of(admit, unfitted, envelope_of(unfitted)) is Reason.NOT_SERVABLE
 
+    def test_a_licence_that_has_ended_is_a_matter_of_policy(self) -> None:
+        licence = {"uuid": "u", "hash": "h", "tier": "Team", "expiry": "2026-05-31"}
+        metadata = {"created_at": "0", "aprender_version": "0.11.0", "license": licence}
+        data = apr_bytes(metadata=metadata)
+        release = envelope_of(data)
+        lenient = Terms(roots(), Policy(allow_expired_licences=True), frozenset())
+
+        assert refusal_of(admit, data, release) is Reason.LICENCE_EXPIRED
+        assert admit(data, release, lenient).release == release
+        assert admit(data, release, now=NOW - timedelta(days=2)).release == release
+
     def test_more_columns_than_an_answer_has_are_not_taken(self) -> None:
         for count in (COLUMNS_MAX, COLUMNS_MAX + 1, 5000):
             model = KMeans(count, np.arange(count, dtype=np.float32).reshape(-1, 1))
@@ -199,6 +212,34 @@ class TestOwnMixtures:
         assert isinstance(gate, SoftmaxGate)
         assert (gate.features, gate.experts, gate.temperature, gate.bias) == (2, 2, 0.5, None)
         check_gate(own.record, own.gate)
+
+    def test_an_encrypted_file_is_none_for_its_gate_cannot_be_read(self) -> None:
+        data = apr_bytes(mixture(), encryption=KEY.recipient)
+        admitted = admit(data, envelope_of(data))
+
+        assert admitted.mixture is None
+        assert model_of(admitted).expert_count == 2
+
+
+class TestEncryptedPackages:
+    def test_an_encrypted_package_counts_as_what_it_declares(self) -> None:
+        clear = apr_bytes(logistic(), labels=["a", "b"])
+        data = apr_bytes(logistic(), labels=["a", "b"], encryption=KEY.recipient)
+        facts, twin = model_of(admit(data, envelope_of(data))), model_of(admit(clear, envelope_of(clear)))
+
+        assert facts.encrypted
+        for name in ("layout", "labels", "n_features", "output_columns", "output_range", "parameter_bytes"):
+            assert getattr(facts, name) == getattr(twin, name)
+
+    def test_one_that_declares_nothing_is_not_taken(self) -> None:
+        data = raw_apr(bytes(100), flags=Flag.ENCRYPTED)
+        assert refusal_of(admit, data, envelope_of(data)) is Reason.ENCRYPTED
+        assert refusal_of(admit, data) is Reason.UNSIGNED
+
+    def test_what_it_declares_has_the_limits_of_what_is_read(self) -> None:
+        model = KMeans(COLUMNS_MAX + 1, np.zeros((COLUMNS_MAX + 1, 1), np.float32))
+        data = apr_bytes(model, encryption=KEY.recipient)
+        assert refusal_of(admit, data, envelope_of(data)) is Reason.NOT_SERVABLE
 
 
 class TestMixtures:

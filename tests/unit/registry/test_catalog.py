@@ -12,7 +12,7 @@ import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
-from hocket.packages import public_key_of
+from hocket.packages import Policy, public_key_of
 from hocket.packages.trust import TrustedKey
 from hocket.v1.mixture_pb2 import Mixture
 from hocket.v1.package_pb2 import Package, TrustState
@@ -44,7 +44,7 @@ class Shelf:
         self.catalog = Catalog(
             folder / "data",
             folder / "trust",
-            allow_unsigned=False,
+            policy=Policy(),
             package_bytes_max=2**20,
             on_change=self.revisions.append,
         )

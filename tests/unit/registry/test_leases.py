@@ -77,6 +77,8 @@ def test_one_worker_too_many_is_told_to_come_back(leases: Leases) -> None:
         {"formats": ["a" * 257]},
         {"residency": [Residency(digest="sha256:0")]},
         {"residency": [Residency(digest=DIGEST)] * (2**16 + 1)},
+        {"unlocks": ["acme/iris"] * (2**12 + 1)},
+        {"unlocks": ["a" * 257]},
     ],
 )
 def test_a_state_that_cannot_be_true_is_refused(leases: Leases, changes: dict[str, Any]) -> None:

@@ -158,6 +158,28 @@ async def test_members_of_a_file_are_addressed_by_ordinal() -> None:
                 directory.snapshot.resolve(wrong)
 
 
+async def test_the_members_of_an_encrypted_file_are_addressed_and_its_gate_is_not() -> None:
+    sealed = package(1, ("moe", ACTIVE), experts=3)
+    sealed.model.encrypted = True
+    registry = ScriptedRegistry([event(package=sealed), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        resolve = directory.snapshot.resolve
+        assert resolve(f"{sealed.digest}#2").leaves[0].expert == ExpertId(sealed.digest, 2)
+        assert not directory.snapshot.listed
+        for address in (sealed.digest, "acme/moe@1"):
+            with pytest.raises(HocketError, match=f"put a mixture of {sealed.digest}#0") as caught:
+                resolve(address)
+            assert caught.value.reason is Reason.ENCRYPTED
+
+
+async def test_a_worker_says_what_it_has_credentials_for() -> None:
+    registry = ScriptedRegistry([event(worker=WorkerState(worker="w", address="a:1", unlocks=["acme/iris"])), synced()])
+    async with following(registry) as directory:
+        await until(lambda: revision_of(directory) == 1)
+        assert directory.snapshot.workers[0].unlocks == {"acme/iris"}
+
+
 async def test_an_adapter_answers_no_rows_and_its_addresses_say_so() -> None:
     low, adapter = package(1, ("low", ACTIVE)), package(2, ("sql", ACTIVE))
     adapter.adapter.CopyFrom(AdapterFacts(name="sql", version="1"))

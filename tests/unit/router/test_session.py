@@ -96,6 +96,44 @@ def test_a_plan_says_which_replicas_hold_the_expert() -> None:
     assert {(replica.worker, replica.resident) for replica in high.replicas} == {("a", True), ("b", True)}
 
 
+class TestEncryptedPackages:
+    """A worker without the credential would refuse, so it is not asked."""
+
+    PACKAGE = package(1)
+    PACKAGE.model.encrypted = True
+    PACKAGE.releases.add(publisher="acme", name="iris", version="1.0.0", state=ACTIVE)
+
+    @staticmethod
+    def worker(name: str, *unlocks: str, holds: str = "", draining: bool = False) -> Worker:
+        resident = frozenset({holds} - {""})
+        formats = frozenset({"apr"})
+        return Worker(name, f"local:{name}", formats, 1000, resident, draining, unlocks=frozenset(unlocks))
+
+    def planned(self, *workers: Worker, of: Package = PACKAGE) -> tuple[list[str], str]:
+        (expert,) = decided(lone_model(of, 0, "m"), workers=workers).plan.experts
+        return [replica.worker for replica in expert.replicas], expert.unavailable_reason
+
+    def test_only_workers_that_have_a_credential_are_asked(self) -> None:
+        others = [self.worker(f"o{number}", "acme/other") for number in range(9)]
+        assert self.planned(*others, self.worker("a", "acme/iris")) == (["a"], "")
+        assert self.planned(*others, self.worker("a", self.PACKAGE.digest)) == (["a"], "")
+        assert self.planned(*others, self.worker("a", holds=self.PACKAGE.digest)) == (["a"], "")
+
+    def test_a_name_that_is_withdrawn_opens_nothing(self) -> None:
+        withdrawn = Package()
+        withdrawn.CopyFrom(self.PACKAGE)
+        withdrawn.releases[0].state = TrustState.TRUST_STATE_KEY_REVOKED
+        assert self.planned(self.worker("a", "acme/iris"), of=withdrawn) == ([], Reason.ENCRYPTED)
+
+    def test_the_reason_says_whether_anybody_has_a_credential(self) -> None:
+        assert self.planned(self.worker("a", "acme/other")) == ([], Reason.ENCRYPTED)
+        assert self.planned(self.worker("a", "acme/iris", draining=True)) == ([], Reason.NO_REPLICA)
+        assert self.planned() == ([], Reason.NO_REPLICA)
+
+    def test_what_is_in_the_clear_goes_to_anybody(self) -> None:
+        assert self.planned(self.worker("a"), of=LOW) == (["a"], "")
+
+
 def test_a_lone_expert_passes_through() -> None:
     assert decided(lone_model(LOW, 0, "m")).plan.mode == plan_pb2.MODE_PASS
 
