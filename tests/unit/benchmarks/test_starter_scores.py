@@ -32,7 +32,6 @@ def test_all_tasks_together_are_counted_by_questions() -> None:
     rows: list[dict[str, Any]] = [
         {"task": "a", "routed": Score(1, 2)},
         {"task": "b", "routed": Score(4, 4)},
-        {"task": "c", "routed": None},
     ]
     assert overall(rows)["routed"] == Score(5, 6)
 
