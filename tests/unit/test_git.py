@@ -556,6 +556,8 @@ def test_an_interrupted_command_leaves_nothing_running(hanging: Path) -> None:
 def test_a_command_that_is_told_to_end_leaves_nothing_behind(
     number: signal.Signals, hanging: Path, tmp_path: Path
 ) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("whoever runs these tests has this signal ignored, as nohup does, and so it stays for children")
     program = "from hocket.git import opened\nwith opened('ssh://example.org/x') as source: source.refs()"
     folder = tmp_path / "temporary"
     folder.mkdir()
