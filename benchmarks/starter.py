@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import report
-from examples.running import run, suite
-from examples.starter.demo import known
+from examples.running import run
 from examples.starter.kit import Kit
-from hocket.client import Routing, connect, connect_registry
+from examples.starter.serving import serving
+from hocket.client import Routing
 from hocket.evaluation import drop_interval, wilson_interval
 from training.starter import esperanto, world
 from training.starter.corpus import TASKS
@@ -123,17 +123,7 @@ async def judge(router: RouterClient, task: Task, examples: Sequence[Example], a
 async def measure(kit: Kit, count: int, only: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of both tables: tasks, and weights of the mixture."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        kit.prepare(folder)
-        async with (
-            suite(folder) as running,
-            connect_registry(running.registry) as registry,
-            connect(running.router) as router,
-        ):
-            experts = [kit.verified(path) for path in kit.experts()]
-            for expert in experts:
-                await registry.publish(expert.data, expert.release)
-            await known(router, [expert.facts.digest for expert in experts])
+        async with serving(kit, Path(temporary)) as (_, router):
             with _bar() as progress:
                 tasks = await _tasks(router, [name for name in TASKS if name in only], count, progress)
                 return tasks, await _mixture(router, count, progress) if {*_PAIR} <= {*only} else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from hocket.cli import files
+from hocket.cli.rows import is_number
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _read_csv(data: bytes, truth: str | None) -> tuple[NDArray[np.float64], list
     if not lines:
         raise HocketError(Reason.BAD_TENSOR, "there are no examples")
     column = _column(lines[0], truth)
-    named = any(not _is_number(cell) for index, cell in enumerate(lines[0]) if index != column)
+    named = any(not is_number(cell) for index, cell in enumerate(lines[0]) if index != column)
     if named or truth in lines[0]:
         lines = lines[1:]
     rows, told = [], []
@@ -91,14 +92,6 @@ def _column(first: list[str], truth: str | None) -> int:
         raise HocketError(
             Reason.BAD_REQUEST, f"there is no column {truth!r}: the file has {len(first)}, the first is {first[0]!r}"
         ) from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _read_npz(data: bytes) -> tuple[NDArray[np.float64], list[str] | list[float]]:

@@ -78,7 +78,7 @@ def _read_npy(path: Path) -> NDArray[np.float32]:
 def _read_csv(data: bytes) -> NDArray[np.float32]:
     """Rows of numbers, with a line of names above them or without."""
     lines = [line for line in csv.reader(io.StringIO(_text(data))) if line]
-    if lines and not _is_number(lines[0][0]):
+    if lines and not is_number(lines[0][0]):
         lines = lines[1:]
     return _matrix([_fields(line, f"line {number}") for number, line in enumerate(lines, start=1)])
 
@@ -112,7 +112,8 @@ def _fields(texts: list[str], where: str) -> list[float]:
         raise HocketError(Reason.BAD_TENSOR, f"{where}: {error}{hint}") from error
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a field of a file spells a number, and is no heading."""
     try:
         float(text)
     except ValueError:

@@ -3,8 +3,8 @@
 The result is another package, with another digest: releases of the old one say nothing about it. A signature inside the
 file does not survive either, but for the signature that `signing` makes anew; one that is there has to verify, since a
 file that was altered must not come out as one that looks whole. Metadata keeps its order, and values that nothing here
-is about; the header keeps its model type, and except where the
-model itself changes its minor version and reserved bytes.
+is about; the header keeps its model type and, except where the model itself changes, its minor version and reserved
+bytes.
 """
 
 from __future__ import annotations

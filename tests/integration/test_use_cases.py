@@ -7,24 +7,21 @@ import json
 import sqlite3
 import subprocess
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from examples.running import Running, suite
-from examples.starter.demo import known
 from examples.starter.kit import Kit
+from examples.starter.serving import serving
 from examples.use_cases.asking import plain
 from examples.use_cases.query import rows, schema
 from examples.use_cases.translate import question
-from hocket.client import connect, connect_registry
 from hocket.errors import HocketError
 from tests.starter_kits import random_kit
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from examples.running import Running
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "use_cases"
@@ -49,21 +46,6 @@ TRANSLATIONS = [
 ]
 
 
-@asynccontextmanager
-async def serving(kit: Kit, folder: Path) -> AsyncIterator[Running]:
-    kit.prepare(folder)
-    async with (
-        suite(folder) as running,
-        connect(running.router) as router,
-        connect_registry(running.registry) as registry,
-    ):
-        experts = [kit.verified(path) for path in kit.experts()]
-        for expert in experts:
-            await registry.publish(expert.data, expert.release)
-        await known(router, [expert.facts.name for expert in experts])
-        yield running
-
-
 async def use(running: Running | str, program: str, *arguments: object) -> tuple[int, str, str]:
     address = running if isinstance(running, str) else running.router
     command = [sys.executable, "-m", f"examples.use_cases.{program}", *map(str, arguments), "--router", address]
@@ -79,7 +61,7 @@ def lines(printed: str) -> list[Any]:
 
 @pytest.mark.long
 async def test_all_three_tell_what_was_answered_and_by_whom(tmp_path: Path) -> None:
-    async with serving(Kit(random_kit(tmp_path / "kit")), tmp_path / "suite") as running:
+    async with serving(Kit(random_kit(tmp_path / "kit")), tmp_path / "suite") as (running, _):
         sorting, translating, asking = await asyncio.gather(
             use(running, "classify", DATA / "letters", "--json"),
             use(running, "translate", DATA / "sentences.txt", "--nature", 0.7, "--json"),
@@ -112,7 +94,7 @@ async def test_the_kit_sorts_translates_and_asks(tmp_path: Path) -> None:
         kit.check()
     except HocketError as error:
         pytest.skip(error.message)
-    async with serving(kit, tmp_path) as running:
+    async with serving(kit, tmp_path) as (running, _):
         _, sorting, _ = await use(running, "classify", DATA / "letters", "--json")
         _, table, _ = await use(running, "classify", DATA / "letters")
         _, translating, _ = await use(running, "translate", DATA / "sentences.txt")
