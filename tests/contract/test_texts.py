@@ -31,7 +31,7 @@ _AHEAD_BYTES = 6 * 2**20
 """What a producer may be ahead of its reader on each hop over a socket: the transport's window grows to 4 MiB."""
 _AHEAD_EVENTS = 20
 """The same on each hop inside a process."""
-_PROMPT_SECONDS = 1.0
+_PROMPT_SECONDS = 5.0
 
 
 class Hops:

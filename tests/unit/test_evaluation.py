@@ -223,7 +223,7 @@ class TestSql:
         started = time.monotonic()
         with pytest.raises(HocketError, match="interrupted"):
             run_query(SCRIPT, slow, SqlLimits(steps=10**9, seconds=0.2))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
 
     def test_a_result_is_bounded(self) -> None:
         limits = SqlLimits(rows=3, result_bytes=24)

