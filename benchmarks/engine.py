@@ -37,15 +37,18 @@ from hocket.packages import Policy, TrustRoots, open_package
 from hocket.packages.adapter import Adapter, AdapterConfig, AdapterFacts, AdapterKind
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive
 from services.expert_worker.device import compute_threads
+from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.base import open_base
 from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.folding import fold
+from services.expert_worker.engine.layout import RowLayout
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.pages import KvPool, Pages, default_page_positions
 from services.expert_worker.engine.runner import NoMixer, Runner
 from services.expert_worker.engine.sampling import Sampling
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.engine.sequence import Delta, TextRequest
+from services.expert_worker.engine.slab import ALIGNMENT_BYTES, Slab
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -133,22 +136,39 @@ def _opened(data: bytes) -> tuple[Adapter, AdapterFacts]:
 
 
 def _load(data: bytes, base: Base) -> AdapterExpert:
-    """Everything between the bytes of a package and an expert on the device."""
+    """Everything between the bytes of a package and an expert in host memory."""
     folded = fold(*_opened(data), base)
-    return folded.build(folded.flat.to(base.device))
+    return folded.build(folded.flat if base.device.type == "cpu" else folded.flat.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """Where experts lie, and what composes them."""
+
+    arena: Arena
+    mixer: Mixer
+
+
+def _experts(base: Base, count: int) -> _Experts:
+    """Room for so many experts of the benchmark's rank; pages are elsewhere."""
+    layout = RowLayout(base.projections, base.dtype)
+    layer_bytes = count * _RANK * layout.row_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    slab = Slab(layout.layer_count, layer_bytes, page_bytes=0, row_bytes=layout.row_bytes, device=base.device)
+    arena = Arena(layout, slab, outside_rows=_RANK, device=base.device)
+    return _Experts(arena, Mixer(base.causal_lm, base.projections, arena))
 
 
 @asynccontextmanager
-async def _engine(base: Base, mixer: Mixer | None, threads: int) -> AsyncIterator[Engine]:
+async def _engine(base: Base, experts: _Experts, threads: int, *, bare: bool = False) -> AsyncIterator[Engine]:
     positions = default_page_positions(base.device)
     page_count = 1 + 40 * 1024 // positions
     pool = KvPool(base.kv_shape, page_count=page_count, page_positions=positions, dtype=base.dtype, device=base.device)
     engine = Engine(
-        Runner(base, pool, mixer or NoMixer()),
+        Runner(base, pool, NoMixer() if bare else experts.mixer),
         Pages(page_count),
         page_positions=positions,
         context_length=base.context_length,
-        fits=mixer.fits if mixer else lambda _experts: True,
+        room=experts.arena,
         tokenizer=base.tokenizer,
         limits=EngineLimits(step_tokens=512, sequences_max=64, queue_max=256, threads=threads),
     )
@@ -247,7 +267,7 @@ class _Table:
 
 
 async def _serving(
-    shape: str, base: Base, mixer: Mixer, experts: list[AdapterExpert], work: _Work, rounds: int
+    shape: str, base: Base, room: _Experts, experts: list[AdapterExpert], work: _Work, rounds: int
 ) -> list[dict[str, Any]]:
     """Engine against engine: what experts cost."""
     sizes: dict[str, list[Mixture]] = {
@@ -260,7 +280,7 @@ async def _serving(
         ],
     }
     found: dict[str, list[_Figures]] = {name: [] for name in sizes}
-    async with _engine(base, mixer, torch.get_num_threads()) as engine:
+    async with _engine(base, room, torch.get_num_threads()) as engine:
         for _ in range(rounds + 1):  # the first round warms
             for name, mixtures in sizes.items():
                 found[name].append(await _answer(engine, work, mixtures))
@@ -275,6 +295,7 @@ async def _serving(
 async def _beside_transformers(
     shape: str,
     base: Base,
+    room: _Experts,
     model: Any,
     works: dict[str, _Work],
     rounds: int,
@@ -285,7 +306,7 @@ async def _beside_transformers(
     plain["transformers generate"] = lambda work: _generate(model, work, work.prompts)
     for what, work in works.items():
         times: dict[str, list[_Figures]] = {}
-        async with _engine(base, None, torch.get_num_threads()) as engine:
+        async with _engine(base, room, torch.get_num_threads(), bare=True) as engine:
             for turn in range(rounds + 1):
                 found = {"Hocket": await _answer(engine, work, [()] * len(work.prompts))}
                 for side, run in plain.items():
@@ -303,7 +324,7 @@ async def _beside_transformers(
 
 
 async def _beside_peft(
-    shape: str, base: Base, mixer: Mixer, experts: list[AdapterExpert], folders: list[Path], work: _Work,
+    shape: str, base: Base, room: _Experts, experts: list[AdapterExpert], folders: list[Path], work: _Work,
     model: Any, rounds: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A batch in which everybody has an adapter of their own."""
@@ -327,7 +348,7 @@ async def _beside_peft(
     mine: list[_Figures] = []
     theirs: dict[str, list[float]] = {"PEFT, one after the other": [], "PEFT, mixed batch": []}
     mixtures: list[Mixture] = [((experts[place], 1.0),) for place in range(len(work.prompts))]
-    async with _engine(base, mixer, torch.get_num_threads()) as engine:
+    async with _engine(base, room, torch.get_num_threads()) as engine:
         for turn in range(rounds + 1):
             figures = await _answer(engine, work, mixtures)
             if turn:
@@ -348,7 +369,7 @@ async def _beside_peft(
     return table.rows
 
 
-def _loading(shape: str, base: Base, mixer: Mixer, files: dict[str, bytes], rounds: int) -> list[dict[str, Any]]:
+def _loading(shape: str, base: Base, room: _Experts, files: dict[str, bytes], rounds: int) -> list[dict[str, Any]]:
     """From the bytes of a package to an expert that computes, beside what hashing, inflating and copying alone take."""
     rows: list[dict[str, Any]] = []
     joined = b"".join(files.values())
@@ -360,11 +381,81 @@ def _loading(shape: str, base: Base, mixer: Mixer, files: dict[str, bytes], roun
         }
         rows += _steps(shape, compression, len(joined), cold, rounds, base.device)
     folded = fold(*_opened(write_archive(files)), base)
+    flat = folded.flat if base.device.type == "cpu" else folded.flat.pin_memory()
+    expert, there = folded.build(flat), torch.empty_like(flat, device=base.device)
+    for _ in range(room.arena.slab.row_count // _RANK):  # memory that was never written to takes longer
+        room.arena.bring_now([_another(expert)])
     hot: dict[str, Callable[[], object]] = {
-        "copy of its tensors (floor)": folded.flat.clone,
-        "hot: copy, and into the arena": lambda: _seat(mixer, folded.build(folded.flat.clone().to(base.device))),
+        "copy of its tensors (floor)": lambda: there.copy_(flat),
+        "hot: from host memory into the arena": lambda: room.arena.bring_now([_another(expert)]),
     }
-    return rows + _steps(shape, "-", folded.flat.nbytes, hot, rounds, base.device)
+    return rows + _steps(shape, "-", flat.nbytes, hot, rounds, base.device)
+
+
+def _another(expert: AdapterExpert) -> AdapterExpert:
+    """The same under a digest of its own: one that has not computed lately."""
+    return replace(expert, digest=f"{time.perf_counter()}")
+
+
+async def _swapping(
+    shape: str, base: Base, room: _Experts, expert: AdapterExpert, seconds: float
+) -> list[dict[str, Any]]:
+    """How much longer the steps of a running answer take while experts are copied in one after the other."""
+    gaps: dict[str, list[float]] = {"alone": [], "beside uploads": []}
+    swaps = 0
+    async with _engine(base, room, torch.get_num_threads()) as engine:
+        for what, found in gaps.items():
+            request = TextRequest((1, 2, 3), (), Sampling(temperature=0.0), (), 10**6, frozenset())
+            answer = engine.submit(request, lambda: None)
+            begin = last = time.perf_counter()
+            swap: asyncio.Task[None] | None = None
+            async for _ in answer:
+                now = time.perf_counter()
+                found.append(now - last)
+                last = now
+                if what != "alone" and (swap is None or swap.done()):
+                    swaps += swap is not None
+                    swap = asyncio.create_task(_once(engine, _another(expert)))
+                if now - begin > seconds:
+                    await answer.aclose()
+            if swap is not None:
+                await swap
+    rows: list[dict[str, Any]] = []
+    for what, of in (("a step", statistics.median), ("the slowest step", max)):
+        alone, beside = (of(each[3:]) for each in gaps.values())
+        rows.append(
+            {
+                "shape": shape, "archive": "-", "step": f"{what} beside {swaps} swaps, and alone (floor)",
+                "MB": expert.size_bytes / 1e6, "ms": 1e3 * beside, "x its floor": beside / alone,
+            }
+        )  # fmt: skip
+    return rows
+
+
+async def _once(engine: Engine, expert: AdapterExpert) -> None:
+    """One token by an expert that has to come first."""
+    request = TextRequest((1, 2, 3), ((expert, 1.0),), Sampling(temperature=0.0), (), 1, frozenset())
+    async for _ in engine.submit(request, lambda: None):
+        pass
+
+
+def _crowded(shape: str, base: Base, data: bytes, size: int, rounds: int) -> list[dict[str, Any]]:
+    """A cold load beside 1, 50 and 500 experts that are in memory: it looks at none of them."""
+    rows: list[dict[str, Any]] = []
+    experts: list[AdapterExpert] = []
+    fewest_seconds = 0.0
+    for count in (1, 50, 500):
+        while len(experts) < count:
+            experts.append(_another(_load(data, base)))
+        seconds = statistics.median(_timed(partial(_load, data, base), base.device) for _ in range(rounds))
+        fewest_seconds = fewest_seconds or seconds
+        rows.append(
+            {
+                "shape": shape, "archive": "zstd", "step": f"cold, beside {count} in memory", "MB": size / 1e6,
+                "ms": 1e3 * seconds, "x its floor": seconds / fewest_seconds,
+            }
+        )  # fmt: skip
+    return rows
 
 
 def _steps(
@@ -391,10 +482,15 @@ def _hash_and_inflate(data: bytes, unpack: Callable[[], bytes]) -> None:
     unpack()
 
 
-def _seat(mixer: Mixer, expert: AdapterExpert) -> None:
-    """What a step does for an expert that has not computed lately: under a digest of its own it is one."""
-    mixer.begin([(1, ((replace(expert, digest=f"{time.perf_counter()}"), 1.0),))], None)
-    mixer.end()
+async def _all_loading(
+    shape: str, base: Base, room: _Experts, files: dict[str, bytes], rounds: int
+) -> list[dict[str, Any]]:
+    rows = _loading(shape, base, room, files, rounds)
+    data = write_archive(files, compression="zstd")
+    rows += await _swapping(shape, base, room, _load(data, base), seconds=3.0)
+    if shape == "small":  # of the other, 500 take more memory than most machines have
+        rows += _crowded(shape, base, data, sum(map(len, files.values())), rounds)
+    return rows
 
 
 async def _measure(
@@ -407,15 +503,16 @@ async def _measure(
     base = open_base(path, expected_digest=None, device=device)
     if loading_alone:
         files = _adapter_files(base, folder / "expert", 0)
-        mixer = Mixer(base.causal_lm, base.projections, 6 * _load(write_archive(files), base).size_bytes)
-        return [], _loading(shape, base, mixer, files, max(3, rounds))
+        return [], await _all_loading(shape, base, _experts(base, 6), files, max(3, rounds))
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
     vocabulary = sizes["vocab_size"]
     some = _work(_MIXED, prompt_tokens, new_tokens, vocabulary)
+    room = _experts(base, _DISTINCT + _COMPOSED)
     rows = await _beside_transformers(
         shape,
         base,
+        room,
         model,
         {
             f"{_MIXED} answers of {new_tokens} tokens": some,
@@ -425,12 +522,10 @@ async def _measure(
     )
     every = [_adapter_files(base, folder / f"expert-{seed}", seed) for seed in range(_DISTINCT)]
     experts = [_load(write_archive(one), base) for one in every]
-    arena_bytes = 3 * sum(expert.size_bytes for expert in experts)
-    mixer = Mixer(base.causal_lm, base.projections, arena_bytes)
     folders = [folder / f"expert-{seed}" for seed in range(_DISTINCT)]
-    rows += await _serving(shape, base, mixer, experts, _work(_DISTINCT, prompt_tokens, new_tokens, vocabulary), rounds)
-    rows += await _beside_peft(shape, base, mixer, experts, folders, some, model, rounds)
-    return rows, _loading(shape, base, mixer, every[0], max(3, rounds))
+    rows += await _serving(shape, base, room, experts, _work(_DISTINCT, prompt_tokens, new_tokens, vocabulary), rounds)
+    rows += await _beside_peft(shape, base, room, experts, folders, some, model, rounds)
+    return rows, await _all_loading(shape, base, room, every[0], max(3, rounds))
 
 
 async def main() -> None:

@@ -13,7 +13,10 @@ from torch import nn
 
 from hocket.bases import BaseModel
 from hocket.packages.expert.reader import decode
+from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.folding import fold
+from services.expert_worker.engine.layout import RowLayout
+from services.expert_worker.engine.slab import ALIGNMENT_BYTES, Slab
 from tests.experts import expert_package
 
 if TYPE_CHECKING:
@@ -77,6 +80,23 @@ class ToyBase:
     def __post_init__(self) -> None:
         self.causal_lm = ToyModel(self.dtype, self.seed)
         self.projections = {n: m for n, m in self.causal_lm.named_modules() if isinstance(m, nn.Linear)}
+
+
+def arena_of(
+    base: Any,
+    rows: int,
+    *,
+    outside_rows: int = 72,
+    kind: type[Arena] = Arena,
+    pages_bytes: int = 0,
+    page_bytes: int = 0,
+) -> Arena:
+    """An arena with so many rows for a base, the toy or another, and memory of pages beside them in each layer."""
+    layout = RowLayout(base.projections, base.dtype)
+    device = next(iter(base.projections.values())).weight.device
+    layer_bytes = -(-(pages_bytes + rows * layout.row_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    slab = Slab(layout.layer_count, layer_bytes, page_bytes=page_bytes, row_bytes=layout.row_bytes, device=device)
+    return kind(layout, slab, outside_rows=outside_rows, device=device)
 
 
 def tensors_for(

@@ -20,7 +20,18 @@ from services.expert_worker.engine.sampling import Choice, Sampling, SamplingRow
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.loader import Prepared, place, prepare
 from services.expert_worker.parameters import move
-from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, assert_close, dense, tensors_for, toy_package
+from tests.adapters import (
+    HEAD,
+    KINDS,
+    SHAPES,
+    Known,
+    ToyBase,
+    arena_of,
+    assert_close,
+    dense,
+    tensors_for,
+    toy_package,
+)
 from tests.engines import asking, prompt_ids, random_package, whole_engine
 from tests.passes import Passes, ids_of, part
 from tests.worker_numerics import opened as opened_package
@@ -79,7 +90,7 @@ def assert_batches_compose(device: torch.device, dtype: torch.dtype, method: Met
         )
         for n in range(12)
     ]
-    mixer = Mixer(base.causal_lm, base.projections, 1 << 20, method=method)
+    mixer = Mixer(base.causal_lm, base.projections, arena_of(base, 200), method=method)
     for seed in range(3):
         random = np.random.default_rng(seed)
         requests = []
@@ -150,16 +161,18 @@ def mixtures(experts: Sequence[AdapterExpert]) -> list[Mixture]:
 
 def opened(folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
     """The base in a folder, on a device."""
-    from services.expert_worker.engine.base import open_base  # noqa: PLC0415 - imports transformers
+    from services.expert_worker.engine.base import Serving, open_base  # noqa: PLC0415 - imports transformers
 
-    return open_base(folder, expected_digest=None, device=device, dtype=dtype)
+    return open_base(folder, expected_digest=None, device=device, serving=Serving(dtype=dtype))
 
 
 def composed_logits(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Logits of a batch with every mixture, on the host: of prompts in two chunks, and of a token after that."""
     base = opened(folder, device, dtype)
     experts = [placed(each, base) for each in packages()]
-    passes = Passes(base, default_page_positions(device), mixer=Mixer(base.causal_lm, base.projections, 1 << 22))
+    passes = Passes(
+        base, default_page_positions(device), mixer=Mixer(base.causal_lm, base.projections, arena_of(base, 200))
+    )
     some = [mixture for mixture in mixtures(experts) if all(expert.prompt is None for expert, _ in mixture)]
     soft = experts[-1]
     assert soft.prompt is not None
@@ -187,7 +200,7 @@ def assert_logits_compose(folder: Path, device: torch.device, dtype: torch.dtype
 
 
 def assert_places(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """What a worker has placed on a device is what it has prepared, byte by byte, and is used from there."""
+    """What a worker has placed is what it has prepared, byte by byte; adapter experts wait in host memory."""
     base = opened(folder, device, dtype)
     for package in packages():
         ready = prepared(package, base)
@@ -199,7 +212,9 @@ def assert_places(folder: Path, device: torch.device, dtype: torch.dtype) -> Non
         expert = placed(package, base)
         assert expert.size_bytes == ready.size_bytes == flat.nbytes
         tensors = [tensor for piece in expert.pieces.values() for tensor in (piece.u, piece.o, piece.a, piece.b)]
-        assert {tensor.device for tensor in (*tensors, expert.prompt) if tensor is not None} == {device}
+        every = [tensor for tensor in (*tensors, expert.prompt) if tensor is not None]
+        assert {tensor.device for tensor in every} == {_CPU}
+        assert all(tensor.is_pinned() == (device.type == "cuda") for tensor in every)
 
 
 # --- sampling

@@ -106,7 +106,7 @@ def settings_in(folder: Path, base: Path | None = None, **changes: dict[str, Any
     common = {"data_dir": folder, "trust_dir": folder / "trust"}
     if base is not None:
         known_bases.add(folder / "bases", base)
-        text = {"bases_dir": folder / "bases", "kv_bytes": 2**20, "arena_bytes": 2**20, "budget_bytes": 2**22}
+        text = {"bases_dir": folder / "bases", "slab_bytes": 2**21, "budget_bytes": 2**22}
         changes = {**changes, "worker": {**text, **changes.get("worker", {})}}
     port = {"port": 0, "drain_notice_seconds": 0.0}
     return SuiteSettings(

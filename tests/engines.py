@@ -11,6 +11,7 @@ import numpy as np
 
 from hocket.identity import digest_of
 from hocket.packages.expert.reader import decode
+from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.folding import fold
 from services.expert_worker.engine.mixing import Mixer
@@ -18,6 +19,7 @@ from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, Pages
 from services.expert_worker.engine.sampling import Sampling, noise
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.engine.sequence import Delta, Finished, Started, TextRequest
+from tests.adapters import arena_of
 from tests.bases import HIDDEN, LAYERS, VOCABULARY
 from tests.experts import expert_package, module_path
 from tests.passes import ids_of
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from services.expert_worker.engine.answer import Answer
     from services.expert_worker.engine.base import Base
-    from services.expert_worker.engine.engine import Answer
+    from services.expert_worker.engine.constraints import Matcher
     from services.expert_worker.engine.expert import AdapterExpert, Mixture
     from services.expert_worker.engine.part import Part
 
@@ -106,10 +109,10 @@ def random_package(
     )
 
 
-def expert_of(package: bytes, base: Base) -> AdapterExpert:
+def expert_of(package: bytes, base: Base, *, int8: bool = False) -> AdapterExpert:
     """What a worker makes of a package."""
     facts, adapter = decode(package, digest_of(package))
-    folded = fold(adapter, facts, base)
+    folded = fold(adapter, facts, base, int8=int8)
     return folded.build(folded.flat.clone())
 
 
@@ -120,11 +123,12 @@ def asking(
     max_tokens: int = 12,
     stops: Sequence[str] = (),
     eos_ids: frozenset[int] = frozenset(),
+    matcher: Matcher | None = None,
     **sampling: Any,
 ) -> TextRequest:
     """A request; greedy unless it says otherwise."""
     chosen = Sampling(**{"temperature": 0.0, **sampling})
-    return TextRequest(tuple(token_ids), mixture, chosen, tuple(stops), max_tokens, eos_ids)
+    return TextRequest(tuple(token_ids), mixture, chosen, tuple(stops), max_tokens, eos_ids, matcher)
 
 
 @dataclass
@@ -181,14 +185,14 @@ def _is_undecided(top: Sequence[tuple[int, float]], sampling: Sampling, position
     return bool(np.abs(borders - noise(sampling.seed, position)).min() < _ROUNDING)
 
 
-class WatchedMixer(Mixer):
-    """Remembers which experts it has copied into the arena, in order."""
+class WatchedArena(Arena):
+    """Remembers which experts were copied into it, in order."""
 
     copied: list[str]
 
-    def _copy_in(self, expert: AdapterExpert, place: Any) -> None:
+    def _copy_in(self, expert: AdapterExpert, seat: Any) -> None:
         self.copied.append(expert.digest)
-        super()._copy_in(expert, place)
+        super()._copy_in(expert, seat)
 
 
 @dataclass
@@ -203,7 +207,7 @@ class Watch:
     """
 
     runner: Any
-    mixer: WatchedMixer
+    arena: WatchedArena
     page_count: int
     page_positions: int
     limits: EngineLimits
@@ -214,15 +218,22 @@ class Watch:
         rows = [part.row_count for part in parts]
         self.passes.append(rows)
         pages = [page for part in parts for page in part.pages]
+        written = [
+            part.pages[position // self.page_positions]
+            for part in parts
+            for position in {*range(part.start, part.start + part.row_count, self.page_positions)}
+            | {part.start + part.row_count - 1}
+        ]
         self._expect("rows of a step", sum(rows) <= self.limits.step_tokens and min(rows) > 0)
         self._expect("sequences of a step", len(parts) <= self.limits.sequences_max)
-        self._expect("pages of one sequence each", len(pages) == len({*pages}))
+        self._expect("pages that nobody else reads", all(pages.count(page) == 1 for page in written))
         self._expect("pages that exist", {*pages} <= {*range(SCRATCH_PAGES, SCRATCH_PAGES + self.page_count)})
         for part in parts:
             room = len(part.pages) * self.page_positions
             self._expect("rows within their pages", part.start + part.row_count <= room)
         logits: Tensor = self.runner.run(parts)
-        self._expect("the arena's budget", 0 <= self.mixer.used_bytes <= self.mixer.budget_bytes)
+        arena = self.arena
+        self._expect("the arena's budget", 0 <= arena.used_bytes <= arena.slab.size_bytes + arena.size_bytes)
         return logits
 
     def _expect(self, what: str, holds: bool) -> None:  # noqa: FBT001 - it is all that there is to say
@@ -237,7 +248,7 @@ class Lab:
     base: Base
     engine: Engine
     pages: Pages
-    mixer: WatchedMixer
+    arena: WatchedArena
     watch: Watch
     held: int = 0
     """Requests whose experts the engine has not let go of."""
@@ -268,8 +279,8 @@ class Lab:
             while self.held:  # noqa: ASYNC110 - it happens in another thread
                 await asyncio.sleep(0.001)
         state = self.engine.state
-        assert (state.running_count, state.waiting_count, state.used_page_count) == (0, 0, 0)
-        assert self.pages.free_count == self.pages.count
+        assert (state.running_count, state.waiting_count, state.counts.used_page_count) == (0, 0, 0)
+        assert self.pages.free_count + state.counts.cached_page_count == self.pages.count
         assert self.watch.wrong == []
 
 
@@ -283,49 +294,67 @@ async def whole_engine(
     page_positions: int = 16,
     page_count: int = 512,
     arena_rows: int = 256,
+    shared: bool = False,
     limits: EngineLimits = LIMITS,
+    kv_dtype: Any = None,
     **mixing: Any,
 ) -> AsyncIterator[Lab]:
-    """An engine over a base, that no other engine may use meanwhile. Nothing may be left when the block ends well."""
+    """An engine over a base, that no other engine may use meanwhile. Nothing may be left when the block ends well.
+
+    Pages and rows of the arena are apart, or `shared`: one memory for both that is as large.
+    """
     from services.expert_worker.engine.runner import Runner  # noqa: PLC0415 - imports transformers
 
-    row_bytes = 4 * sum(linear.in_features + linear.out_features for linear in base.projections.values())
-    mixer = WatchedMixer(base.causal_lm, base.projections, arena_rows * row_bytes, **mixing)
-    mixer.copied = []
+    page_bytes = page_positions * base.kv_shape.position_bytes(kv_dtype or base.dtype) // base.kv_shape.layers
+    arena = arena_of(
+        base,
+        arena_rows,
+        kind=WatchedArena,
+        pages_bytes=(SCRATCH_PAGES + page_count) * page_bytes if shared else 0,
+        page_bytes=page_bytes if shared else 0,
+    )
+    assert isinstance(arena, WatchedArena)
+    slab = arena.slab if shared else None
+    page_count = page_count if slab is None else slab.page_count - SCRATCH_PAGES
+    arena.copied = []
+    mixer = Mixer(base.causal_lm, base.projections, arena, **mixing)
     pool = KvPool(
         base.kv_shape,
         page_count=SCRATCH_PAGES + page_count,
         page_positions=page_positions,
         dtype=base.dtype,
         device=base.device,
+        stored_as=kv_dtype,
+        slab=slab,
     )
-    pages = Pages(SCRATCH_PAGES + page_count)
-    watch = Watch(Runner(base, pool, mixer), mixer, page_count, page_positions, limits)
+    pages = Pages(SCRATCH_PAGES + page_count, slab)
+    watch = Watch(Runner(base, pool, mixer), arena, page_count, page_positions, limits)
     engine = Engine(
         watch,
         pages,
         page_positions=page_positions,
         context_length=base.context_length,
-        fits=mixer.fits,
+        room=arena,
         tokenizer=base.tokenizer,
         limits=limits,
     )
-    lab = Lab(base, engine, pages, mixer, watch)
+    lab = Lab(base, engine, pages, arena, watch)
     engine.start()
     try:
         yield lab
         await lab.idle()
     finally:
         await engine.stop()
+        arena.close()
         for name, linear in base.projections.items():  # as they were: another mixer may come
             parent, _, child = name.rpartition(".")
             setattr(base.causal_lm.get_submodule(parent), child, linear)
 
 
-def opened(folder: Any) -> Base:
+def opened(folder: Any, **serving: Any) -> Base:
     """The base in a folder, on the CPU."""
     import torch  # noqa: PLC0415 - beside its only use
 
-    from services.expert_worker.engine.base import open_base  # noqa: PLC0415 - imports transformers
+    from services.expert_worker.engine.base import Serving, open_base  # noqa: PLC0415 - imports transformers
 
-    return open_base(folder, expected_digest=None, device=torch.device("cpu"))
+    return open_base(folder, expected_digest=None, device=torch.device("cpu"), serving=Serving(**serving))

@@ -40,16 +40,23 @@ def part(start: int, token_ids: Sequence[int], pages: Sequence[int], **changes: 
 class Passes:
     """A base, a runner and pages. `mixer` is told of each pass."""
 
-    def __init__(self, base: Base, page_positions: int = 16, page_count: int = 64, mixer: Any = None) -> None:
+    def __init__(
+        self, base: Base, page_positions: int = 16, page_count: int = 64, mixer: Any = None, kv_dtype: Any = None
+    ) -> None:
         from services.expert_worker.engine.pages import KvPool, Pages  # noqa: PLC0415 - as below
         from services.expert_worker.engine.runner import NoMixer, Runner  # noqa: PLC0415 - imports transformers
 
         self.pages = Pages(page_count)
         self.page_positions = page_positions
-        pool = KvPool(
-            base.kv_shape, page_count=page_count, page_positions=page_positions, dtype=base.dtype, device=base.device
+        self.pool = KvPool(
+            base.kv_shape,
+            page_count=page_count,
+            page_positions=page_positions,
+            dtype=base.dtype,
+            device=base.device,
+            stored_as=kv_dtype,
         )
-        self.run = Runner(base, pool, mixer or NoMixer()).run
+        self.run = Runner(base, self.pool, mixer or NoMixer()).run
 
     def take(self, row_count: int, *, scattered: bool = False) -> list[int]:
         """Pages for that many rows; `scattered` in descending order, so that none follows the other."""

@@ -27,7 +27,7 @@ from services.expert_worker.engine.sequence import Delta, Finished, FinishReason
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
-    from services.expert_worker.engine.engine import Answer
+    from services.expert_worker.engine.answer import Answer
     from services.expert_worker.engine.expert import Mixture
     from services.expert_worker.engine.part import Part
     from services.expert_worker.engine.sequence import Event
@@ -188,6 +188,27 @@ class Clock:
         return self.now
 
 
+class Everywhere:
+    """Experts that are always where they compute."""
+
+    def __init__(self, fits: Callable[[Collection[AdapterExpert]], bool]) -> None:
+        self.arrived: Callable[[], None] = lambda: None
+        self.coming: frozenset[str] = frozenset()
+        self._fits = fits
+
+    def fits(self, experts: Collection[AdapterExpert], page_count: int = 0) -> bool:
+        del page_count
+        return self._fits(experts)
+
+    def hold(self, experts: Collection[AdapterExpert], soon: Collection[AdapterExpert] = ()) -> None:
+        """See `Room`."""
+
+    def bring(self, expert: AdapterExpert, *, ahead: bool = False) -> bool:
+        """See `Room`."""
+        del expert, ahead
+        return True
+
+
 LIMITS: Final = EngineLimits(step_tokens=8, sequences_max=4, queue_max=100)
 
 
@@ -206,7 +227,7 @@ async def running_engine(
         pages,
         page_positions=PAGE_POSITIONS,
         context_length=CONTEXT,
-        fits=fits,
+        room=Everywhere(fits),
         tokenizer=LETTERS,
         limits=limits,
         **options,

@@ -14,18 +14,22 @@ from hocket.cli.decisions import why
 from hocket.client import TextDelta, TextFinish, TextPlanned, TextStart
 from hocket.errors import HocketError, Reason
 from hocket.v1.plan_pb2 import Mode
-from hocket.v1.text_pb2 import TEXT_FINISH_REASON_LENGTH, TextFinishReason
+from hocket.v1.text_pb2 import TEXT_FINISH_REASON_LENGTH, ConstraintKind, TextFinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from google.protobuf.duration_pb2 import Duration
 
-    from hocket.v1.text_pb2 import Sampling, TextPlan, Token
+    from hocket.v1.text_pb2 import AppliedConstraint, Sampling, TextPlan, Token
 
     Event = TextPlanned | TextStart | TextDelta | TextFinish
 
 _KEPT: Final = "\n\t"
+_CONSTRAINTS: Final[Mapping[int, str]] = {
+    ConstraintKind.CONSTRAINT_KIND_JSON_SCHEMA: "a JSON schema",
+    ConstraintKind.CONSTRAINT_KIND_GBNF: "a grammar",
+}
 _DEGRADATIONS: Final = {
     "BASE_BY_NAME": "BASE_BY_NAME, an expert says for which base it is by name alone (pack it with --base FOLDER)",
     "UNSIGNED_EXPERT": "UNSIGNED_EXPERT, nobody trusted has signed an expert that answered",
@@ -169,7 +173,16 @@ def _print_start(start: TextStart) -> None:
     if start.soft_prompt_token_count:
         prompt += f" after {start.soft_prompt_token_count} of soft prompts"
     _dim(f"start: {start.worker}, {prompt}, template {start.prompt_template}, waited {_milliseconds(start.wait)}")
+    if start.variant:
+        _dim(f"  base as served: {start.variant}")
+    if start.HasField("constraint"):
+        _dim(f"  {_constraint(start.constraint)}")
     _dim(f"  {_sampling(start.sampling)}")
+
+
+def _constraint(constraint: AppliedConstraint) -> str:
+    what = _CONSTRAINTS.get(constraint.kind, ConstraintKind.Name(constraint.kind))
+    return f"constraint: {what}, {f'of the expert {constraint.expert}' if constraint.expert else 'as asked'}"
 
 
 def _sampling(sampling: Sampling) -> str:
@@ -201,8 +214,10 @@ def _print_finish(finish: TextFinish) -> None:
     reason = TextFinishReason.Name(finish.reason).removeprefix("TEXT_FINISH_REASON_")
     usage, timings, speed = finish.usage, finish.timings, finish.speed
     stop = f" at {finish.stop!r}" if finish.stop else ""
-    counts = f"{usage.prompt_token_count} tokens of prompt, {usage.completion_token_count} of answer"
-    _dim(f"finish: {reason}{stop}, {counts}")
+    cached = f" ({usage.cached_prompt_token_count} found)" if usage.cached_prompt_token_count else ""
+    counts = f"{usage.prompt_token_count} tokens of prompt{cached}, {usage.completion_token_count} of answer"
+    made_way = f", made way {speed.preemption_count} times" if speed.preemption_count else ""
+    _dim(f"finish: {reason}{stop}, {counts}{made_way}")
     named = {name: getattr(timings, name) for name in ("route", "wait", "prefill", "decode")}
     _dim(f"  {', '.join(f'{name} {_milliseconds(spent)}' for name, spent in named.items())}")
     _dim(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json as jsons
+import secrets
 import sys
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -123,6 +125,7 @@ class _Talk:
     at_terminal: bool = field(init=False)
     _chosen_by: Routing | None = field(init=False)
     _saved: set[Path] = field(default_factory=set)
+    _session: str = field(default_factory=partial(secrets.token_hex, 16))
     _colours: Colours = field(default_factory=Colours)
 
     def __post_init__(self) -> None:
@@ -182,6 +185,7 @@ class _Talk:
                         experts=self.experts,
                         routing=self.routing,
                         base=self.base,
+                        session=self._session,
                         **self.options,
                     )
                 )

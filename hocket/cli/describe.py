@@ -132,6 +132,13 @@ def upstream_text(signature: UpstreamSignature) -> str:
     return f"{worth}{key}{claim}{why} (shown, never decisive)"
 
 
+def grammar_text(*, inside: bool, used: bool) -> str | None:
+    """What becomes of a package's grammar; None if there is none inside."""
+    if not inside:
+        return None
+    return "inside, answers follow it" if used else "inside, not used: the manifest does not say use_grammar"
+
+
 def columns_of(model: ModelFacts) -> str:
     """What an expert answers: its labels, or one number."""
     labels = [column.label for column in model.columns if column.HasField("label") and not column.dropped]

@@ -253,7 +253,7 @@ def _adapter_facts(adapter: AdapterFacts, satisfied: Mapping[str, str | None]) -
         ("at most", f"{constraints.max_chain} experts together" if constraints.max_chain else None),
         *(("requires", f"{need}: {by or 'NOTHING HERE WILL DO'}") for need, by in satisfied.items()),
         ("not with", ", ".join(constraints.incompatible_with) or None),
-        ("grammar", "inside" if adapter.has_grammar else None),
+        ("grammar", describe.grammar_text(inside=adapter.has_grammar, used=adapter.uses_grammar)),
         ("licence", adapter.license or None),
         ("parameters", output.size(adapter.parameter_bytes)),
         ("upstream signature", describe.upstream_text(adapter.upstream_signature)),

@@ -37,7 +37,13 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="The model reads the prompt as it is, without a template.")
     ] = False,
+    json_schema: sampling.JsonSchema = None,
+    grammar: sampling.Grammar = None,
+    no_grammar: sampling.NoGrammar = False,
     options: SamplingOptions,
+    session: sampling.Session = "",
+    priority: sampling.Priority = None,
+    tenant: sampling.Tenant = "",
     router: servers.Router = servers.ROUTER_ADDRESS,
     device: sampling.Device = None,
     data: sampling.Data = None,
@@ -59,11 +65,13 @@ def generate(
     $ cat question.txt | hocket generate --experts acme/sql@1.2.0 > answer.txt
     $ hocket generate "tell a story" --temperature 0.8 --seed 7 --max-tokens 200
     $ hocket generate "what is 2 + 2?" --device auto
+    $ hocket generate "who wrote Faust?" --json-schema person.json
     """
     chosen = sampling.read_experts(experts)
     routing = sampling.read_routing(
         experts=chosen, base_only=base_only, policy=policy, allow=allow, deny=deny, max_experts=max_experts
     )
+    constraint = sampling.read_constraint(json_schema=json_schema, grammar=grammar, no_grammar=no_grammar)
     if raw and system is not None:
         raise HocketError(Reason.BAD_REQUEST, "--raw is read as it is: write the system's part into it")
     text = read_prompt(prompt, raw=raw)
@@ -80,7 +88,11 @@ def generate(
             raw=text if raw else None,
             experts=chosen,
             routing=routing,
+            constraint=constraint,
             base=asked.base,
+            session=session,
+            priority=priority,
+            tenant=tenant,
             **options,
         )
         telling.show(events)

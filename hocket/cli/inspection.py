@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from hocket.cli import output
+from hocket.cli import describe, output
 from hocket.cli.about import licence_document
 from hocket.errors import HocketError
 from hocket.identity import short_name
@@ -155,6 +155,7 @@ def adapter_document(facts: AdapterFacts, release: Beside) -> dict[str, Any]:
             "target_modules": facts.target_modules,
             "soft_prompt_tokens": facts.soft_prompt_tokens,
             "has_grammar": facts.has_grammar,
+            "uses_grammar": facts.uses_grammar,
             "capabilities": facts.capabilities,
             "tags": facts.tags,
             "routing": None if facts.routing is None else asdict(facts.routing),
@@ -179,7 +180,7 @@ def print_adapter(path: Path, facts: AdapterFacts, release: Beside) -> None:
             ("adapter", _adapter_text(facts)),
             ("base", _base_text(facts.base)),
             ("soft prompt", f"{facts.soft_prompt_tokens} tokens" if facts.soft_prompt_tokens else None),
-            ("grammar", "inside" if facts.has_grammar else None),
+            ("grammar", describe.grammar_text(inside=facts.has_grammar, used=facts.uses_grammar)),
             ("can", _listed(facts.capabilities)),
             ("tags", _listed(facts.tags)),
             ("chosen for", _routing_text(facts.routing)),

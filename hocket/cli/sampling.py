@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import typer
 
-from hocket.client import Routing
+from hocket.cli import files
+from hocket.client import Constraint, Routing
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
-from hocket.text_limits import EXPERTS_MAX, WEIGHT_MAX, is_weight
+from hocket.text_limits import CONSTRAINT_BYTES_MAX, EXPERTS_MAX, PRIORITY_MAX, WEIGHT_MAX, is_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ BASE_ALONE: Final = Routing("base")
 _FORM: Final = "write --experts sql:0.7,json:0.3"
 
 _CHOICE: Final = "Experts and base"
+_CONSTRAINT: Final = "What the answer must be"
 _SAMPLING: Final = "How tokens are chosen"
 _PLACE: Final = "Who is asked"
 
@@ -86,6 +88,28 @@ System = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="What the system says first.", show_default=False, rich_help_panel=_CHOICE),
 ]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON that satisfies the JSON schema in this file.",
+        show_default=False,
+        rich_help_panel=_CONSTRAINT,
+    ),
+]
+Grammar = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A text of the grammar in this file, in GBNF.",
+        show_default="the heaviest expert's, if it uses one",
+        rich_help_panel=_CONSTRAINT,
+    ),
+]
+NoGrammar = Annotated[
+    bool,
+    typer.Option("--no-grammar", help="Any text, also where an expert has a grammar.", rich_help_panel=_CONSTRAINT),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(min=0, max=100, help="0 takes the most probable token.", rich_help_panel=_SAMPLING),
@@ -136,6 +160,35 @@ Logprobs = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+Session = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What this is a turn of: the next turn begins with what is new in it.",
+        show_default=False,
+        rich_help_panel=_PLACE,
+    ),
+]
+Priority = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=PRIORITY_MAX,
+        help="How urgent it is among the texts of its tenant; 9 is the most urgent.",
+        show_default="5",
+        rich_help_panel=_PLACE,
+    ),
+]
+Tenant = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Who asks: tenants share workers fairly.",
+        show_default=False,
+        rich_help_panel=_PLACE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -179,6 +232,11 @@ _FLAGS: Final = {
     **{f"sampling.{_FIELDS.get(name, name)}": f"--{name.replace('_', '-')}" for name in _OPTIONS},
     "experts": "--experts",
     "base": "--base",
+    "constraint.json_schema": "--json-schema",
+    "constraint.gbnf": "--grammar",
+    "session": "--session",
+    "priority": "--priority",
+    "tenant": "--tenant",
     "routing.policy": "--policy",
     "routing.allow": "--allow",
     "routing.deny": "--deny",
@@ -252,6 +310,30 @@ def read_routing(
     if experts or not given:
         return None
     return Routing(policy or "rules", allow or (), deny or (), max_experts or 1)
+
+
+def read_constraint(*, json_schema: Path | None, grammar: Path | None, no_grammar: bool) -> Constraint | None:
+    """What the answer must be, as the options say; None where they say nothing.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if two of them are given, or a file is no text; as `hocket.cli.files.read_file`.
+    """
+    given = {"--json-schema": json_schema is not None, "--grammar": grammar is not None, "--no-grammar": no_grammar}
+    flags = [flag for flag, is_given in given.items() if is_given]
+    if len(flags) > 1:
+        raise HocketError(Reason.BAD_REQUEST, f"{flags[0]} and {flags[1]} contradict each other: leave out one of them")
+    if json_schema is not None:
+        return Constraint(json_schema=_read_text(json_schema))
+    if grammar is not None:
+        return Constraint(gbnf=_read_text(grammar))
+    return Constraint(none=True) if no_grammar else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return files.read_file(path, CONSTRAINT_BYTES_MAX).decode()
+    except UnicodeDecodeError as error:
+        raise HocketError(Reason.BAD_REQUEST, f"{path} is not text in UTF-8") from error
 
 
 def in_options(error: HocketError) -> HocketError:

@@ -24,7 +24,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from hocket.client.registry import FetchedMixture, RegistryClient
-from hocket.client.router import Answer, Partial, Planned, RouterClient, Routing, TextAnswer, TextPlanned
+from hocket.client.router import Answer, Constraint, Partial, Planned, RouterClient, Routing, TextAnswer, TextPlanned
 from hocket.rpc.channel import client_channel, router_channel
 from hocket.rpc.tls import open_tls
 from hocket.v1.text_pb2 import TextDelta, TextFinish, TextStart
@@ -39,6 +39,7 @@ __all__ = [
     "REGISTRY_ADDRESS",
     "ROUTER_ADDRESS",
     "Answer",
+    "Constraint",
     "FetchedMixture",
     "Partial",
     "Planned",

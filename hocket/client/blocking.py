@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from hocket.client import (
         Answer,
+        Constraint,
         FetchedMixture,
         Partial,
         Planned,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
         TextStart,
     )
     from hocket.client.registry import Progress
-    from hocket.client.router import SamplingOptions, WeightedExperts
+    from hocket.client.router import TextOptions, WeightedExperts
     from hocket.v1 import registry_pb2, router_pb2
     from hocket.v1.mixture_pb2 import Mixture
     from hocket.v1.package_pb2 import Package
@@ -161,9 +162,10 @@ class RouterClient:
         raw: str | None = None,
         experts: WeightedExperts = (),
         routing: Routing | None = None,
+        constraint: Constraint | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[TextOptions],
     ) -> Generator[TextPlanned | TextStart | TextDelta | TextFinish, None, None]:
         """The events of one answer in text: the plan, a start, what is added as it is made, then the finish."""
         events = self._router.generate(
@@ -172,9 +174,10 @@ class RouterClient:
             raw=raw,
             experts=experts,
             routing=routing,
+            constraint=constraint,
             base=base,
             timeout_seconds=timeout_seconds,
-            **sampling,
+            **options,
         )
         return self._session.iterate(events)
 
@@ -186,9 +189,10 @@ class RouterClient:
         raw: str | None = None,
         experts: WeightedExperts = (),
         routing: Routing | None = None,
+        constraint: Constraint | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[TextOptions],
     ) -> TextAnswer:
         """The whole answer in text."""
         answer = self._router.answer_text(
@@ -197,9 +201,10 @@ class RouterClient:
             raw=raw,
             experts=experts,
             routing=routing,
+            constraint=constraint,
             base=base,
             timeout_seconds=timeout_seconds,
-            **sampling,
+            **options,
         )
         return self._session.run(answer)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
+from google.protobuf.empty_pb2 import Empty
 
 from hocket.client.calls import GRPC_STATUS, call_metadata, refusals
 from hocket.errors import HocketError, Reason
 from hocket.rpc.convert import matrix_to_tensor, tensor_to_matrix
+from hocket.text_limits import check_queueing
 from hocket.v1 import plan_pb2, router_pb2, router_pb2_grpc, text_pb2
 
 if TYPE_CHECKING:
@@ -137,6 +140,19 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool | None
 
 
+class TextOptions(SamplingOptions, total=False):
+    """What may be said of a text besides: as in `SamplingOptions`, and when and where it is answered.
+
+    `session` names what it is a turn of: its worker keeps what it has computed for the next turn. `priority` says how
+    urgent it is among the texts of its tenant: 0 to 9, 5 if it is absent or None. `tenant` is who asks: tenants share
+    workers fairly.
+    """
+
+    session: str
+    priority: int | None
+    tenant: str
+
+
 WeightedExperts: TypeAlias = "Mapping[str, float] | Sequence[str | tuple[str, float]] | str"
 """Experts to compose: names or digests, each with its weight; one without weighs 1."""
 
@@ -156,6 +172,21 @@ class Routing:
     allow: Sequence[str] = ()
     deny: Sequence[str] = ()
     expert_count_max: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer in text must be. One of them; without any it is as if there were no `Constraint`.
+
+    Args:
+        json_schema: JSON that satisfies this schema: a JSON document, or what `json.dumps` makes one of.
+        gbnf: A text of this grammar in GBNF.
+        none: Any text, also where an expert has a grammar.
+    """
+
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    gbnf: str | None = None
+    none: bool = False
 
 
 _SECONDS_MAX = 1e9
@@ -273,9 +304,10 @@ class RouterClient:
         raw: str | None = None,
         experts: WeightedExperts = (),
         routing: Routing | None = None,
+        constraint: Constraint | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[TextOptions],
     ) -> AsyncGenerator[TextPlanned | text_pb2.TextStart | text_pb2.TextDelta | text_pb2.TextFinish, None]:
         """The events of one answer in text: the plan, a start, what is added as it is made, then the finish.
 
@@ -287,19 +319,27 @@ class RouterClient:
             raw: Text that the model reads as it is, without a template.
             experts: What to compose, with weights; none to have them chosen.
             routing: How they are chosen; None for by the rules, at most one. Only without `experts`.
+            constraint: What the answer must be; None for the grammar of the heaviest expert, if it uses one.
             base: Its digest or name; empty for the one that the experts ride on, or the only one there is.
             timeout_seconds: Deadline of the call; None leaves it to the server, where it is ten minutes by default.
-            **sampling: How tokens are chosen.
+            **options: How tokens are chosen, and when and where it is answered.
 
         Raises:
             HocketError: As the contract of Generate says.
         """
+        session, tenant = _text("session", options.pop("session", "")), _text("tenant", options.pop("tenant", ""))
+        priority = options.pop("priority", None)
+        check_queueing(session, tenant, priority or 0)
         request = router_pb2.GenerateRequest(
             input=_text_input(prompt, messages, raw),
             experts=_chosen(experts),
             routing=_routing(routing),
+            constraint=_constraint(constraint),
             base=_text("base", base),
-            sampling=_sampling(sampling),
+            sampling=_sampling(options),
+            session=session,
+            priority=priority,
+            tenant=tenant,
         )
         call = self._stub.Generate(request, timeout=_timeout(timeout_seconds), metadata=call_metadata())
         begun = False
@@ -335,9 +375,10 @@ class RouterClient:
         raw: str | None = None,
         experts: WeightedExperts = (),
         routing: Routing | None = None,
+        constraint: Constraint | None = None,
         base: str = "",
         timeout_seconds: float | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[TextOptions],
     ) -> TextAnswer:
         """The whole answer. Arguments and refusals are those of `generate`."""
         events = self.generate(
@@ -346,9 +387,10 @@ class RouterClient:
             raw=raw,
             experts=experts,
             routing=routing,
+            constraint=constraint,
             base=base,
             timeout_seconds=timeout_seconds,
-            **sampling,
+            **options,
         )
         planned = TextPlanned(text_pb2.TextPlan(), "")
         start = text_pb2.TextStart()
@@ -527,6 +569,33 @@ def _routing(routing: Routing | None) -> router_pb2.Routing | None:
             Reason.BAD_REQUEST,
             f"expert_count_max cannot be {routing.expert_count_max!a:.80}: give a number from 1 to 10",
             field="routing.expert_count_max",
+        ) from error
+
+
+def _constraint(constraint: Constraint | None) -> text_pb2.Constraint | None:
+    if constraint is None:
+        return None
+    every = {"json_schema": constraint.json_schema, "gbnf": constraint.gbnf, "none": constraint.none or None}
+    given = [name for name, value in every.items() if value is not None]
+    if len(given) > 1:
+        raise HocketError(
+            Reason.BAD_REQUEST, f"an answer has one constraint: give {given[0]} or {given[1]}", field="constraint"
+        )
+    if constraint.gbnf is not None:
+        return text_pb2.Constraint(gbnf=_text("constraint.gbnf", constraint.gbnf))
+    if constraint.json_schema is not None:
+        return text_pb2.Constraint(json_schema=_schema(constraint.json_schema))
+    return text_pb2.Constraint(none=Empty()) if constraint.none else None
+
+
+def _schema(schema: Mapping[str, Any] | bool | str) -> str:  # noqa: FBT001 - `true` is a schema
+    if isinstance(schema, str):
+        return _text("constraint.json_schema", schema)
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise HocketError(
+            Reason.BAD_SCHEMA, f"the schema is no JSON document: {error}", field="constraint.json_schema"
         ) from error
 
 

@@ -223,6 +223,7 @@ class AdapterFacts:
         routing: When it wants to be asked; None for an expert that is never chosen by itself.
         soft_prompt_tokens: Rows that its soft prompts put before the text.
         has_grammar: Whether a grammar is inside.
+        uses_grammar: Whether its answers follow that where nobody says otherwise.
         license: SPDX name, as written; None when not stated.
         parameter_bytes: What the tensors take as they are stored.
         warnings: What a person should know: absent fields, and where manifest and `adapter_config.json` disagree.
@@ -250,6 +251,7 @@ class AdapterFacts:
     routing: Routing | None = None
     soft_prompt_tokens: int = 0
     has_grammar: bool = False
+    uses_grammar: bool = False
     license: str | None = None
     parameter_bytes: int = 0
     warnings: tuple[str, ...] = ()

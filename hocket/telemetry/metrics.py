@@ -132,7 +132,20 @@ TEXT_FIRST_TOKEN_SECONDS: Final = Histogram(
 )
 TEXT_RUNNING: Final = Gauge("hocket_text_running", "Texts that are being answered.")
 TEXT_WAITING: Final = Gauge("hocket_text_waiting", "Texts that wait for the engine.")
-KV_PAGES_USED: Final = Gauge("hocket_kv_pages_used", "KV pages that running texts have.")
+TEXT_WAITING_SECONDS: Final = Gauge(
+    "hocket_text_waiting_seconds", "How long the text that waits for longest has waited for the engine."
+)
+TEXT_PREEMPTIONS: Final = Counter("hocket_text_preemptions", "Times a text had to make way and went on later.")
+TEXT_PREFIX_HIT_TOKENS: Final = Counter(
+    "hocket_text_prefix_hit_tokens", "Tokens of prompts whose keys and values were found when their texts ran first."
+)
+TEXT_PREFIX_MISS_TOKENS: Final = Counter(
+    "hocket_text_prefix_miss_tokens", "Tokens of prompts whose keys and values had to be computed."
+)
+KV_PAGES_USED: Final = Gauge("hocket_kv_pages_used", "KV pages that running texts have, shared ones once.")
+KV_PAGES_CACHED: Final = Gauge(
+    "hocket_kv_pages_cached", "KV pages that no text has, kept for those that begin in the same way."
+)
 KV_PAGES: Final = Gauge("hocket_kv_pages", "KV pages there are.")
 
 

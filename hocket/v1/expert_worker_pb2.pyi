@@ -84,6 +84,46 @@ LOAD_STATE_READY: LoadState.ValueType  # 4
 """Resident."""
 Global___LoadState: _TypeAlias = LoadState  # noqa: Y015
 
+class _ExpertState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExpertStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExpertState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPERT_STATE_UNSPECIFIED: _ExpertState.ValueType  # 0
+    """Never sent."""
+    EXPERT_STATE_VERIFYING: _ExpertState.ValueType  # 1
+    """On its way into memory: fetched, hashed, checked, decoded, or waiting for memory."""
+    EXPERT_STATE_HOST: _ExpertState.ValueType  # 2
+    """In host memory, ready to be copied to where experts compute. Adapter experts alone."""
+    EXPERT_STATE_UPLOADING: _ExpertState.ValueType  # 3
+    """Being copied there."""
+    EXPERT_STATE_RESIDENT: _ExpertState.ValueType  # 4
+    """Where it computes."""
+    EXPERT_STATE_EVICTING: _ExpertState.ValueType  # 5
+    """Leaves memory with its last running request."""
+    EXPERT_STATE_FAILED: _ExpertState.ValueType  # 6
+    """Refused a moment ago; asking for it again within seconds repeats the refusal."""
+
+class ExpertState(_ExpertState, metaclass=_ExpertStateEnumTypeWrapper):
+    """What a package is to a worker."""
+
+EXPERT_STATE_UNSPECIFIED: ExpertState.ValueType  # 0
+"""Never sent."""
+EXPERT_STATE_VERIFYING: ExpertState.ValueType  # 1
+"""On its way into memory: fetched, hashed, checked, decoded, or waiting for memory."""
+EXPERT_STATE_HOST: ExpertState.ValueType  # 2
+"""In host memory, ready to be copied to where experts compute. Adapter experts alone."""
+EXPERT_STATE_UPLOADING: ExpertState.ValueType  # 3
+"""Being copied there."""
+EXPERT_STATE_RESIDENT: ExpertState.ValueType  # 4
+"""Where it computes."""
+EXPERT_STATE_EVICTING: ExpertState.ValueType  # 5
+"""Leaves memory with its last running request."""
+EXPERT_STATE_FAILED: ExpertState.ValueType  # 6
+"""Refused a moment ago; asking for it again within seconds repeats the refusal."""
+Global___ExpertState: _TypeAlias = ExpertState  # noqa: Y015
+
 @_typing.final
 class RunTensorRequest(_message.Message):
     """Rows for one expert."""
@@ -351,12 +391,13 @@ class ListExpertsResponse(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name."""
     device: _builtins.str
     """Device it computes on, `cpu` or `cuda:0`."""
     resident_bytes: _builtins.int
-    """Bytes of experts in memory."""
+    """Bytes of experts in memory, the device's and the host's."""
     budget_bytes: _builtins.int
     """Bytes it may use for them."""
     @_builtins.property
@@ -367,6 +408,10 @@ class ListExpertsResponse(_message.Message):
     def engine(self) -> Global___TextEngine:
         """The engine that answers text; absent on a worker without a base."""
 
+    @_builtins.property
+    def absent(self) -> _containers.RepeatedCompositeFieldContainer[Global___AbsentExpert]:
+        """Packages that are on their way, on their way out, or were refused a moment ago."""
+
     def __init__(
         self,
         *,
@@ -376,14 +421,45 @@ class ListExpertsResponse(_message.Message):
         budget_bytes: _builtins.int = ...,
         experts: _abc.Iterable[Global___ResidentExpert] | None = ...,
         engine: Global___TextEngine | None = ...,
+        absent: _abc.Iterable[Global___AbsentExpert] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "device", b"device", "engine", b"engine", "experts", b"experts", "resident_bytes", b"resident_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "budget_bytes", b"budget_bytes", "device", b"device", "engine", b"engine", "experts", b"experts", "resident_bytes", b"resident_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListExpertsResponse: _TypeAlias = ListExpertsResponse  # noqa: Y015
+
+@_typing.final
+class AbsentExpert(_message.Message):
+    """A package that is not to be had from memory now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """`sha256:<64 hex>`."""
+    state: Global___ExpertState.ValueType
+    """VERIFYING, EVICTING or FAILED."""
+    reason: _builtins.str
+    """Why it was refused, as ErrorInfo has it: `BAD_ADAPTER`; empty unless FAILED."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        state: Global___ExpertState.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbsentExpert: _TypeAlias = AbsentExpert  # noqa: Y015
 
 @_typing.final
 class TextEngine(_message.Message):
@@ -404,6 +480,15 @@ class TextEngine(_message.Message):
     RUNNING_COUNT_FIELD_NUMBER: _builtins.int
     WAITING_COUNT_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    QUANTISATION_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
+    KV_CACHED_PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PREFIX_MISS_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_LONGEST_FIELD_NUMBER: _builtins.int
     vocabulary_sha256: _builtins.str
     """SHA-256 hex over its vocabulary: bases with the same fingerprint mean the same tokens."""
     dtype: _builtins.str
@@ -413,24 +498,48 @@ class TextEngine(_message.Message):
     base_bytes: _builtins.int
     """Bytes of the base's weights."""
     kv_used_page_count: _builtins.int
-    """KV pages in use, by answers that run."""
+    """KV pages in use, by answers that run; those that several have count once."""
     kv_page_count: _builtins.int
-    """KV pages in all."""
+    """KV pages in all, as long as experts take no room from them."""
     kv_page_positions: _builtins.int
     """Positions per KV page."""
     arena_used_bytes: _builtins.int
     """Bytes that running experts take side by side, for computing, beside their own in memory."""
     arena_budget_bytes: _builtins.int
-    """Bytes they may take."""
+    """Bytes that experts and KV pages have together."""
     running_count: _builtins.int
     """Answers that run."""
     waiting_count: _builtins.int
     """Answers that wait for experts or memory."""
     tokens_per_second: _builtins.float
     """Tokens chosen per second, over the last ten seconds."""
+    variant: _builtins.str
+    """Digest of the base together with how it is served (dtype, quantisation, rotary positions): workers with the same
+    variant compute the same, but for what their devices round.
+    """
+    quantisation: _builtins.str
+    """What its linear layers are kept as: `none`, `int8` or `nf4`."""
+    rope: _builtins.str
+    """Kind of its rotary positions: `default`, `linear`, `ntk`, `ntk-by-parts`, `yarn`, `llama3`, `dynamic`, `longrope`;
+    those of layers that differ are joined by `+`. Empty if it has none.
+    """
+    kv_dtype: _builtins.str
+    """What keys and values are stored as: `float32`, `bfloat16`, `float16` or `int8`."""
+    kv_cached_page_count: _builtins.int
+    """KV pages that no answer has, kept for texts that begin in the same way until their place is needed."""
+    prefix_hit_token_count: _builtins.int
+    """Tokens of prompts that did not have to be computed, since the start."""
+    prefix_miss_token_count: _builtins.int
+    """Tokens of prompts that had to be, since the start."""
+    preemption_count: _builtins.int
+    """How often an answer had to make way for others and went on later, since the start."""
     @_builtins.property
     def base(self) -> _package_pb2.BaseModel:
         """The base that it serves."""
+
+    @_builtins.property
+    def waiting_longest(self) -> _duration_pb2.Duration:
+        """How long the text that waits for longest has waited for the engine."""
 
     def __init__(
         self,
@@ -448,10 +557,19 @@ class TextEngine(_message.Message):
         running_count: _builtins.int = ...,
         waiting_count: _builtins.int = ...,
         tokens_per_second: _builtins.float = ...,
+        variant: _builtins.str = ...,
+        quantisation: _builtins.str = ...,
+        rope: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
+        kv_cached_page_count: _builtins.int = ...,
+        prefix_hit_token_count: _builtins.int = ...,
+        prefix_miss_token_count: _builtins.int = ...,
+        preemption_count: _builtins.int = ...,
+        waiting_longest: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "waiting_longest", b"waiting_longest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_budget_bytes", b"arena_budget_bytes", "arena_used_bytes", b"arena_used_bytes", "base", b"base", "base_bytes", b"base_bytes", "context_length", b"context_length", "dtype", b"dtype", "kv_page_count", b"kv_page_count", "kv_page_positions", b"kv_page_positions", "kv_used_page_count", b"kv_used_page_count", "running_count", b"running_count", "tokens_per_second", b"tokens_per_second", "vocabulary_sha256", b"vocabulary_sha256", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_budget_bytes", b"arena_budget_bytes", "arena_used_bytes", b"arena_used_bytes", "base", b"base", "base_bytes", b"base_bytes", "context_length", b"context_length", "dtype", b"dtype", "kv_cached_page_count", b"kv_cached_page_count", "kv_dtype", b"kv_dtype", "kv_page_count", b"kv_page_count", "kv_page_positions", b"kv_page_positions", "kv_used_page_count", b"kv_used_page_count", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_miss_token_count", b"prefix_miss_token_count", "quantisation", b"quantisation", "rope", b"rope", "running_count", b"running_count", "tokens_per_second", b"tokens_per_second", "variant", b"variant", "vocabulary_sha256", b"vocabulary_sha256", "waiting_count", b"waiting_count", "waiting_longest", b"waiting_longest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,6 +588,7 @@ class ResidentExpert(_message.Message):
     PROOFS_FIELD_NUMBER: _builtins.int
     UNSIGNED_BY_POLICY_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """`sha256:<64 hex>`."""
     tier: Global___Tier.ValueType
@@ -480,6 +599,8 @@ class ResidentExpert(_message.Message):
     """Requests running on it now."""
     unsigned_by_policy: _builtins.bool
     """True when nothing but the operator's `allow_unsigned` policy admits it."""
+    state: Global___ExpertState.ValueType
+    """HOST, UPLOADING or RESIDENT."""
     @_builtins.property
     def proofs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What vouches for it: releases as `publisher/name@version`, or key ids of embedded signatures."""
@@ -498,10 +619,11 @@ class ResidentExpert(_message.Message):
         proofs: _abc.Iterable[_builtins.str] | None = ...,
         unsigned_by_policy: _builtins.bool = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___ExpertState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "in_use_count", b"in_use_count", "last_use_time", b"last_use_time", "proofs", b"proofs", "size_bytes", b"size_bytes", "tier", b"tier", "unsigned_by_policy", b"unsigned_by_policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "in_use_count", b"in_use_count", "last_use_time", b"last_use_time", "proofs", b"proofs", "size_bytes", b"size_bytes", "state", b"state", "tier", b"tier", "unsigned_by_policy", b"unsigned_by_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

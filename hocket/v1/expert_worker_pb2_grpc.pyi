@@ -61,11 +61,13 @@ class ExpertWorkerServiceStub:
     carries a serialized WorkerLoad.
 
     INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
-    an expert that does not fit the base; it names the tensor.
+    an expert that does not fit the base; it names the tensor. `BAD_GRAMMAR`, `BAD_SCHEMA` for a constraint that cannot
+    be enforced, also in the middle of an answer that takes more than the limits allow.
     NOT_FOUND: `UNKNOWN_PACKAGE`.
     FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
     another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS`, `REQUIREMENT_CYCLE`,
-    `RESOLUTION_TOO_HARD` for experts that do not go together; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
+    `RESOLUTION_TOO_HARD` for experts that do not go together; `NOT_SERVABLE` when there is a constraint and the
+    base's tokens allow none; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
     `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED`, as of RunTensor.
     DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading the experts or waiting for memory took too long.
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` for experts that exceed the whole budget, alone or together, or the room in
@@ -122,11 +124,13 @@ class ExpertWorkerServiceAsyncStub(ExpertWorkerServiceStub):
     carries a serialized WorkerLoad.
 
     INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
-    an expert that does not fit the base; it names the tensor.
+    an expert that does not fit the base; it names the tensor. `BAD_GRAMMAR`, `BAD_SCHEMA` for a constraint that cannot
+    be enforced, also in the middle of an answer that takes more than the limits allow.
     NOT_FOUND: `UNKNOWN_PACKAGE`.
     FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
     another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS`, `REQUIREMENT_CYCLE`,
-    `RESOLUTION_TOO_HARD` for experts that do not go together; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
+    `RESOLUTION_TOO_HARD` for experts that do not go together; `NOT_SERVABLE` when there is a constraint and the
+    base's tokens allow none; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
     `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED`, as of RunTensor.
     DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading the experts or waiting for memory took too long.
     RESOURCE_EXHAUSTED: `DEVICE_MEMORY` for experts that exceed the whole budget, alone or together, or the room in
@@ -192,11 +196,13 @@ class ExpertWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         carries a serialized WorkerLoad.
 
         INVALID_ARGUMENT: `BAD_REQUEST`, `TOO_LARGE` for a prompt that the base's context has no room for, `BAD_ADAPTER` for
-        an expert that does not fit the base; it names the tensor.
+        an expert that does not fit the base; it names the tensor. `BAD_GRAMMAR`, `BAD_SCHEMA` for a constraint that cannot
+        be enforced, also in the middle of an answer that takes more than the limits allow.
         NOT_FOUND: `UNKNOWN_PACKAGE`.
         FAILED_PRECONDITION: `NO_BASE` for a worker without a base, `BASE_MISMATCH` when the plan or an expert is for
         another one, `EXPERTS_INCOMPATIBLE`, `REQUIREMENT_MISSING`, `TOO_MANY_EXPERTS`, `REQUIREMENT_CYCLE`,
-        `RESOLUTION_TOO_HARD` for experts that do not go together; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
+        `RESOLUTION_TOO_HARD` for experts that do not go together; `NOT_SERVABLE` when there is a constraint and the
+        base's tokens allow none; of each expert `YANKED`, `KEY_REVOKED`, `KEY_EXPIRED`,
         `SIGNER_NOT_TRUSTED`, `SIGNATURE_INVALID`, `UNSIGNED`, `ENCRYPTED`, `NOT_SERVABLE`, `QUARANTINED`, as of RunTensor.
         DEADLINE_EXCEEDED: `EXPERT_LOADING` when loading the experts or waiting for memory took too long.
         RESOURCE_EXHAUSTED: `DEVICE_MEMORY` for experts that exceed the whole budget, alone or together, or the room in

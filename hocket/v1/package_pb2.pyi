@@ -419,6 +419,7 @@ class AdapterFacts(_message.Message):
     ROUTING_FIELD_NUMBER: _builtins.int
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
     HAS_GRAMMAR_FIELD_NUMBER: _builtins.int
+    USES_GRAMMAR_FIELD_NUMBER: _builtins.int
     LICENSE_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
     PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
@@ -441,6 +442,8 @@ class AdapterFacts(_message.Message):
     """Rows that its soft prompts put before the text."""
     has_grammar: _builtins.bool
     """Whether a grammar for its answers is inside."""
+    uses_grammar: _builtins.bool
+    """Whether its answers follow that grammar where nobody says otherwise."""
     license: _builtins.str
     """SPDX name of its licence, as written."""
     compression: _builtins.str
@@ -502,6 +505,7 @@ class AdapterFacts(_message.Message):
         routing: Global___RoutingHints | None = ...,
         constraints: Global___Constraints | None = ...,
         has_grammar: _builtins.bool = ...,
+        uses_grammar: _builtins.bool = ...,
         license: _builtins.str = ...,
         compression: _builtins.str = ...,
         parameter_bytes: _builtins.int = ...,
@@ -511,7 +515,7 @@ class AdapterFacts(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "constraints", b"constraints", "metadata", b"metadata", "routing", b"routing", "upstream_signature", b"upstream_signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "capabilities", b"capabilities", "compression", b"compression", "constraints", b"constraints", "description", b"description", "format_version", b"format_version", "has_grammar", b"has_grammar", "kind", b"kind", "license", b"license", "metadata", b"metadata", "name", b"name", "parameter_bytes", b"parameter_bytes", "rank", b"rank", "routing", b"routing", "soft_prompt_tokens", b"soft_prompt_tokens", "tags", b"tags", "target_modules", b"target_modules", "upstream_signature", b"upstream_signature", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "capabilities", b"capabilities", "compression", b"compression", "constraints", b"constraints", "description", b"description", "format_version", b"format_version", "has_grammar", b"has_grammar", "kind", b"kind", "license", b"license", "metadata", b"metadata", "name", b"name", "parameter_bytes", b"parameter_bytes", "rank", b"rank", "routing", b"routing", "soft_prompt_tokens", b"soft_prompt_tokens", "tags", b"tags", "target_modules", b"target_modules", "upstream_signature", b"upstream_signature", "uses_grammar", b"uses_grammar", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -680,6 +680,7 @@ class WorkerState(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     VOCABULARY_SHA256_FIELD_NUMBER: _builtins.int
     UNLOCKS_FIELD_NUMBER: _builtins.int
+    HOST_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name, unique in this registry."""
     address: _builtins.str
@@ -692,6 +693,10 @@ class WorkerState(_message.Message):
     """True when it takes no new requests."""
     vocabulary_sha256: _builtins.str
     """As in TextEngine; empty without a base."""
+    host_budget_bytes: _builtins.int
+    """Bytes of host memory that it may use for adapter experts, beside `budget_bytes`; 0 where its device is the host, and
+    they count there.
+    """
     @_builtins.property
     def formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Package formats it can load."""
@@ -721,10 +726,11 @@ class WorkerState(_message.Message):
         base: _package_pb2.BaseModel | None = ...,
         vocabulary_sha256: _builtins.str = ...,
         unlocks: _abc.Iterable[_builtins.str] | None = ...,
+        host_budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base", b"base", "budget_bytes", b"budget_bytes", "device", b"device", "draining", b"draining", "formats", b"formats", "residency", b"residency", "unlocks", b"unlocks", "vocabulary_sha256", b"vocabulary_sha256", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "base", b"base", "budget_bytes", b"budget_bytes", "device", b"device", "draining", b"draining", "formats", b"formats", "host_budget_bytes", b"host_budget_bytes", "residency", b"residency", "unlocks", b"unlocks", "vocabulary_sha256", b"vocabulary_sha256", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

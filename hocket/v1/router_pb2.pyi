@@ -182,9 +182,26 @@ class GenerateRequest(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     base: _builtins.str
     """Which base: its digest, or its name where one live base has it. Empty: the one that the experts ride on; without
     experts, the only one there is.
+    """
+    session: _builtins.str
+    """What this is a turn of, as any text of at most 128 characters; empty for nothing. Turns of a session go to the same
+    worker as long as it can answer them, and it keeps what it has computed for the last one for a while, so that the
+    next turn begins with what is new in it. It means nothing to other tenants.
+    """
+    priority: _builtins.int
+    """How urgent it is among the texts of its tenant: 0 to 9, and 9 is the most urgent. Each level is worth some seconds of
+    waiting, as the worker says (`ageing_seconds`). Absent for 5.
+    """
+    tenant: _builtins.str
+    """Who asks, as any text of at most 64 characters. Tenants share a worker fairly, by the tokens computed for each, and
+    find nothing of what was computed for another one. All who leave it empty are one tenant.
     """
     @_builtins.property
     def input(self) -> _text_pb2.TextInput:
@@ -204,6 +221,10 @@ class GenerateRequest(_message.Message):
         is refused.
         """
 
+    @_builtins.property
+    def constraint(self) -> _text_pb2.Constraint:
+        """What the answer must be."""
+
     def __init__(
         self,
         *,
@@ -212,12 +233,18 @@ class GenerateRequest(_message.Message):
         base: _builtins.str = ...,
         sampling: _text_pb2.Sampling | None = ...,
         routing: Global___Routing | None = ...,
+        constraint: _text_pb2.Constraint | None = ...,
+        session: _builtins.str = ...,
+        priority: _builtins.int | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "routing", b"routing", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "constraint", b"constraint", "input", b"input", "priority", b"priority", "routing", b"routing", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "experts", b"experts", "input", b"input", "routing", b"routing", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "base", b"base", "constraint", b"constraint", "experts", b"experts", "input", b"input", "priority", b"priority", "routing", b"routing", "sampling", b"sampling", "session", b"session", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 

@@ -23,52 +23,59 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from hocket.v1 import plan_pb2 as hocket_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hocket/v1/text.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14hocket/v1/plan.proto\"h\n\tTextInput\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x17.hocket.v1.ConversationH\x00\x12\r\n\x03raw\x18\x03 \x01(\tH\x00\x42\t\n\x07\x63ontent\"4\n\x0c\x43onversation\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.hocket.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc2\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0f\n\r_top_logprobs\"\x86\x02\n\x08TextPlan\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.hocket.v1.Mode\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x11\n\tbase_name\x18\x03 \x01(\t\x12&\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x15.hocket.v1.TextExpert\x12$\n\x08replicas\x18\x05 \x03(\x0b\x32\x12.hocket.v1.Replica\x12\x10\n\x08revision\x18\x06 \x01(\x04\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12!\n\x06policy\x18\x08 \x01(\x0e\x32\x11.hocket.v1.Policy\x12)\n\x06reason\x18\t \x01(\x0e\x32\x19.hocket.v1.DecisionReason\":\n\nTextExpert\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"x\n\x07TextJob\x12!\n\x04plan\x18\x01 \x01(\x0b\x32\x13.hocket.v1.TextPlan\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.hocket.v1.TextInput\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.hocket.v1.Sampling\"\x8b\x01\n\tTextEvent\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x14.hocket.v1.TextStartH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.hocket.v1.TextDeltaH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.hocket.v1.TextFinishH\x00\x42\x07\n\x05\x65vent\"\xc1\x01\n\tTextStart\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x1f\n\x17soft_prompt_token_count\x18\x03 \x01(\r\x12\x17\n\x0fprompt_template\x18\x04 \x01(\t\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.hocket.v1.Sampling\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.hocket.v1.Token\x12\x15\n\rcontributions\x18\x03 \x03(\x01\"J\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.hocket.v1.TokenLogprob\"+\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xc8\x01\n\nTextFinish\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.hocket.v1.TextFinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.hocket.v1.Usage\x12\'\n\x07timings\x18\x04 \x01(\x0b\x32\x16.hocket.v1.TextTimings\x12\x1f\n\x05speed\x18\x05 \x01(\x0b\x32\x10.hocket.v1.Speed\x12\x14\n\x0c\x64\x65gradations\x18\x06 \x03(\t\"C\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x02 \x01(\r\"\xb7\x01\n\x0bTextTimings\x12(\n\x05route\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xbb\x01\n\x05Speed\x12!\n\x19prefill_tokens_per_second\x18\x01 \x01(\x01\x12 \n\x18\x64\x65\x63ode_tokens_per_second\x18\x02 \x01(\x01\x12\x12\n\nstep_count\x18\x03 \x01(\r\x12,\n\tstep_mean\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08step_max\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*W\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOLICY_RULES\x10\x01\x12\x12\n\x0ePOLICY_HIVELLM\x10\x02\x12\x0f\n\x0bPOLICY_BASE\x10\x03*\xf3\x01\n\x0e\x44\x65\x63isionReason\x12\x1f\n\x1b\x44\x45\x43ISION_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45\x43ISION_REASON_EXPLICIT\x10\x01\x12\x18\n\x14\x44\x45\x43ISION_REASON_GATE\x10\x02\x12 \n\x1c\x44\x45\x43ISION_REASON_BASE_GENERIC\x10\x03\x12\'\n#DECISION_REASON_BASE_LOW_CONFIDENCE\x10\x04\x12!\n\x1d\x44\x45\x43ISION_REASON_BASE_NO_MATCH\x10\x05\x12\x1a\n\x16\x44\x45\x43ISION_REASON_POLICY\x10\x06*\x8e\x01\n\x10TextFinishReason\x12\"\n\x1eTEXT_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16TEXT_FINISH_REASON_END\x10\x01\x12\x1b\n\x17TEXT_FINISH_REASON_STOP\x10\x02\x12\x1d\n\x19TEXT_FINISH_REASON_LENGTH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hocket/v1/text.proto\x12\thocket.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x14hocket/v1/plan.proto\"h\n\tTextInput\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12/\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x17.hocket.v1.ConversationH\x00\x12\r\n\x03raw\x18\x03 \x01(\tH\x00\x42\t\n\x07\x63ontent\"4\n\x0c\x43onversation\x12$\n\x08messages\x18\x01 \x03(\x0b\x32\x12.hocket.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc2\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x19\n\x0ctop_logprobs\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0f\n\r_top_logprobs\"c\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0e\n\x04gbnf\x18\x02 \x01(\tH\x00\x12&\n\x04none\x18\x03 \x01(\x0b\x32\x16.google.protobuf.EmptyH\x00\x42\x06\n\x04kind\"\x86\x02\n\x08TextPlan\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.hocket.v1.Mode\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x11\n\tbase_name\x18\x03 \x01(\t\x12&\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x15.hocket.v1.TextExpert\x12$\n\x08replicas\x18\x05 \x03(\x0b\x32\x12.hocket.v1.Replica\x12\x10\n\x08revision\x18\x06 \x01(\x04\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12!\n\x06policy\x18\x08 \x01(\x0e\x32\x11.hocket.v1.Policy\x12)\n\x06reason\x18\t \x01(\x0e\x32\x19.hocket.v1.DecisionReason\":\n\nTextExpert\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\xf7\x01\n\x07TextJob\x12!\n\x04plan\x18\x01 \x01(\x0b\x32\x13.hocket.v1.TextPlan\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.hocket.v1.TextInput\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.hocket.v1.Sampling\x12)\n\nconstraint\x18\x04 \x01(\x0b\x32\x15.hocket.v1.Constraint\x12\x0f\n\x07session\x18\x05 \x01(\t\x12\x15\n\x08priority\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\r\n\x05hints\x18\x08 \x03(\tB\x0b\n\t_priority\"\x8b\x01\n\tTextEvent\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x14.hocket.v1.TextStartH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.hocket.v1.TextDeltaH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.hocket.v1.TextFinishH\x00\x42\x07\n\x05\x65vent\"\x84\x02\n\tTextStart\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x1f\n\x17soft_prompt_token_count\x18\x03 \x01(\r\x12\x17\n\x0fprompt_template\x18\x04 \x01(\t\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.hocket.v1.Sampling\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07variant\x18\x07 \x01(\t\x12\x30\n\nconstraint\x18\x08 \x01(\x0b\x32\x1c.hocket.v1.AppliedConstraint\"L\n\x11\x41ppliedConstraint\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.hocket.v1.ConstraintKind\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\t\"R\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.hocket.v1.Token\x12\x15\n\rcontributions\x18\x03 \x03(\x01\"J\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.hocket.v1.TokenLogprob\"+\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xc8\x01\n\nTextFinish\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.hocket.v1.TextFinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.hocket.v1.Usage\x12\'\n\x07timings\x18\x04 \x01(\x0b\x32\x16.hocket.v1.TextTimings\x12\x1f\n\x05speed\x18\x05 \x01(\x0b\x32\x10.hocket.v1.Speed\x12\x14\n\x0c\x64\x65gradations\x18\x06 \x03(\t\"f\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x02 \x01(\r\x12!\n\x19\x63\x61\x63hed_prompt_token_count\x18\x03 \x01(\r\"\xb7\x01\n\x0bTextTimings\x12(\n\x05route\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd5\x01\n\x05Speed\x12!\n\x19prefill_tokens_per_second\x18\x01 \x01(\x01\x12 \n\x18\x64\x65\x63ode_tokens_per_second\x18\x02 \x01(\x01\x12\x12\n\nstep_count\x18\x03 \x01(\r\x12,\n\tstep_mean\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08step_max\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10preemption_count\x18\x06 \x01(\r*W\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOLICY_RULES\x10\x01\x12\x12\n\x0ePOLICY_HIVELLM\x10\x02\x12\x0f\n\x0bPOLICY_BASE\x10\x03*\xf3\x01\n\x0e\x44\x65\x63isionReason\x12\x1f\n\x1b\x44\x45\x43ISION_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45\x43ISION_REASON_EXPLICIT\x10\x01\x12\x18\n\x14\x44\x45\x43ISION_REASON_GATE\x10\x02\x12 \n\x1c\x44\x45\x43ISION_REASON_BASE_GENERIC\x10\x03\x12\'\n#DECISION_REASON_BASE_LOW_CONFIDENCE\x10\x04\x12!\n\x1d\x44\x45\x43ISION_REASON_BASE_NO_MATCH\x10\x05\x12\x1a\n\x16\x44\x45\x43ISION_REASON_POLICY\x10\x06*l\n\x0e\x43onstraintKind\x12\x1f\n\x1b\x43ONSTRAINT_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43ONSTRAINT_KIND_JSON_SCHEMA\x10\x01\x12\x18\n\x14\x43ONSTRAINT_KIND_GBNF\x10\x02*\x8e\x01\n\x10TextFinishReason\x12\"\n\x1eTEXT_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16TEXT_FINISH_REASON_END\x10\x01\x12\x1b\n\x17TEXT_FINISH_REASON_STOP\x10\x02\x12\x1d\n\x19TEXT_FINISH_REASON_LENGTH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.text_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICY']._serialized_start=2382
-  _globals['_POLICY']._serialized_end=2469
-  _globals['_DECISIONREASON']._serialized_start=2472
-  _globals['_DECISIONREASON']._serialized_end=2715
-  _globals['_TEXTFINISHREASON']._serialized_start=2718
-  _globals['_TEXTFINISHREASON']._serialized_end=2860
-  _globals['_TEXTINPUT']._serialized_start=89
-  _globals['_TEXTINPUT']._serialized_end=193
-  _globals['_CONVERSATION']._serialized_start=195
-  _globals['_CONVERSATION']._serialized_end=247
-  _globals['_MESSAGE']._serialized_start=249
-  _globals['_MESSAGE']._serialized_end=289
-  _globals['_SAMPLING']._serialized_start=292
-  _globals['_SAMPLING']._serialized_end=742
-  _globals['_TEXTPLAN']._serialized_start=745
-  _globals['_TEXTPLAN']._serialized_end=1007
-  _globals['_TEXTEXPERT']._serialized_start=1009
-  _globals['_TEXTEXPERT']._serialized_end=1067
-  _globals['_TEXTJOB']._serialized_start=1069
-  _globals['_TEXTJOB']._serialized_end=1189
-  _globals['_TEXTEVENT']._serialized_start=1192
-  _globals['_TEXTEVENT']._serialized_end=1331
-  _globals['_TEXTSTART']._serialized_start=1334
-  _globals['_TEXTSTART']._serialized_end=1527
-  _globals['_TEXTDELTA']._serialized_start=1529
-  _globals['_TEXTDELTA']._serialized_end=1611
-  _globals['_TOKEN']._serialized_start=1613
-  _globals['_TOKEN']._serialized_end=1687
-  _globals['_TOKENLOGPROB']._serialized_start=1689
-  _globals['_TOKENLOGPROB']._serialized_end=1732
-  _globals['_TEXTFINISH']._serialized_start=1735
-  _globals['_TEXTFINISH']._serialized_end=1935
-  _globals['_USAGE']._serialized_start=1937
-  _globals['_USAGE']._serialized_end=2004
-  _globals['_TEXTTIMINGS']._serialized_start=2007
-  _globals['_TEXTTIMINGS']._serialized_end=2190
-  _globals['_SPEED']._serialized_start=2193
-  _globals['_SPEED']._serialized_end=2380
+  _globals['_POLICY']._serialized_start=2846
+  _globals['_POLICY']._serialized_end=2933
+  _globals['_DECISIONREASON']._serialized_start=2936
+  _globals['_DECISIONREASON']._serialized_end=3179
+  _globals['_CONSTRAINTKIND']._serialized_start=3181
+  _globals['_CONSTRAINTKIND']._serialized_end=3289
+  _globals['_TEXTFINISHREASON']._serialized_start=3292
+  _globals['_TEXTFINISHREASON']._serialized_end=3434
+  _globals['_TEXTINPUT']._serialized_start=118
+  _globals['_TEXTINPUT']._serialized_end=222
+  _globals['_CONVERSATION']._serialized_start=224
+  _globals['_CONVERSATION']._serialized_end=276
+  _globals['_MESSAGE']._serialized_start=278
+  _globals['_MESSAGE']._serialized_end=318
+  _globals['_SAMPLING']._serialized_start=321
+  _globals['_SAMPLING']._serialized_end=771
+  _globals['_CONSTRAINT']._serialized_start=773
+  _globals['_CONSTRAINT']._serialized_end=872
+  _globals['_TEXTPLAN']._serialized_start=875
+  _globals['_TEXTPLAN']._serialized_end=1137
+  _globals['_TEXTEXPERT']._serialized_start=1139
+  _globals['_TEXTEXPERT']._serialized_end=1197
+  _globals['_TEXTJOB']._serialized_start=1200
+  _globals['_TEXTJOB']._serialized_end=1447
+  _globals['_TEXTEVENT']._serialized_start=1450
+  _globals['_TEXTEVENT']._serialized_end=1589
+  _globals['_TEXTSTART']._serialized_start=1592
+  _globals['_TEXTSTART']._serialized_end=1852
+  _globals['_APPLIEDCONSTRAINT']._serialized_start=1854
+  _globals['_APPLIEDCONSTRAINT']._serialized_end=1930
+  _globals['_TEXTDELTA']._serialized_start=1932
+  _globals['_TEXTDELTA']._serialized_end=2014
+  _globals['_TOKEN']._serialized_start=2016
+  _globals['_TOKEN']._serialized_end=2090
+  _globals['_TOKENLOGPROB']._serialized_start=2092
+  _globals['_TOKENLOGPROB']._serialized_end=2135
+  _globals['_TEXTFINISH']._serialized_start=2138
+  _globals['_TEXTFINISH']._serialized_end=2338
+  _globals['_USAGE']._serialized_start=2340
+  _globals['_USAGE']._serialized_end=2442
+  _globals['_TEXTTIMINGS']._serialized_start=2445
+  _globals['_TEXTTIMINGS']._serialized_end=2628
+  _globals['_SPEED']._serialized_start=2631
+  _globals['_SPEED']._serialized_end=2844
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import empty_pb2 as _empty_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -88,6 +89,30 @@ DECISION_REASON_BASE_NO_MATCH: DecisionReason.ValueType  # 5
 DECISION_REASON_POLICY: DecisionReason.ValueType  # 6
 """The base, because the caller asked for it alone."""
 Global___DecisionReason: _TypeAlias = DecisionReason  # noqa: Y015
+
+class _ConstraintKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConstraintKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConstraintKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSTRAINT_KIND_UNSPECIFIED: _ConstraintKind.ValueType  # 0
+    """Never sent."""
+    CONSTRAINT_KIND_JSON_SCHEMA: _ConstraintKind.ValueType  # 1
+    """JSON that satisfies a schema."""
+    CONSTRAINT_KIND_GBNF: _ConstraintKind.ValueType  # 2
+    """A text of a grammar."""
+
+class ConstraintKind(_ConstraintKind, metaclass=_ConstraintKindEnumTypeWrapper):
+    """Kinds of constraints."""
+
+CONSTRAINT_KIND_UNSPECIFIED: ConstraintKind.ValueType  # 0
+"""Never sent."""
+CONSTRAINT_KIND_JSON_SCHEMA: ConstraintKind.ValueType  # 1
+"""JSON that satisfies a schema."""
+CONSTRAINT_KIND_GBNF: ConstraintKind.ValueType  # 2
+"""A text of a grammar."""
+Global___ConstraintKind: _TypeAlias = ConstraintKind  # noqa: Y015
 
 class _TextFinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -254,7 +279,7 @@ class Sampling(_message.Message):
     top_logprobs: _builtins.int
     """How many of the most probable tokens to report with each token: 0 to 20. 0 reports the token's own probability alone."""
     ignore_eos: _builtins.bool
-    """Whether to go on when the model says that it has ended."""
+    """Whether to go on when the model says that it has ended. Refused where a constraint decides that."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end the answer and are no part of it: at most 16, each 1 to 256 characters. Those of the heaviest
@@ -323,6 +348,46 @@ class Sampling(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
+
+@_typing.final
+class Constraint(_message.Message):
+    """What an answer in text must be. Only tokens are chosen that keep it so, and the answer ends where it is whole and the
+    model says so, or nothing could follow. A stop text or `max_tokens` may end it before: then it is a beginning.
+
+    Absent: the grammar in the package of the heaviest expert (as in TextInput), if its manifest says `use_grammar`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    GBNF_FIELD_NUMBER: _builtins.int
+    NONE_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """JSON that satisfies this JSON schema, which is a JSON document itself: `{}` for any JSON. At most 64 KiB. Keywords
+    that cannot be enforced are refused.
+    """
+    gbnf: _builtins.str
+    """A text of this grammar in GBNF, the notation of llama.cpp; it begins with its rule `root`. At most 64 KiB."""
+    @_builtins.property
+    def none(self) -> _empty_pb2.Empty:
+        """Any text, also where an expert has a grammar."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        gbnf: _builtins.str = ...,
+        none: _empty_pb2.Empty | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gbnf", b"gbnf", "json_schema", b"json_schema", "kind", b"kind", "none", b"none"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gbnf", b"gbnf", "json_schema", b"json_schema", "kind", b"kind", "none", b"none"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "gbnf", "none"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
 
 @_typing.final
 class TextPlan(_message.Message):
@@ -423,6 +488,17 @@ class TextJob(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """As in GenerateRequest."""
+    priority: _builtins.int
+    """As in GenerateRequest."""
+    tenant: _builtins.str
+    """As in GenerateRequest."""
     @_builtins.property
     def plan(self) -> Global___TextPlan:
         """Who computes, with which weights. Its seed counts."""
@@ -435,18 +511,35 @@ class TextJob(_message.Message):
     def sampling(self) -> Global___Sampling:
         """How tokens are chosen."""
 
+    @_builtins.property
+    def constraint(self) -> Global___Constraint:
+        """What the answer must be."""
+
+    @_builtins.property
+    def hints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Experts that texts like this one may want next, as `sha256:<64 hex>`, the likeliest first: a worker may bring a few
+        of them into memory while it has room.
+        """
+
     def __init__(
         self,
         *,
         plan: Global___TextPlan | None = ...,
         input: Global___TextInput | None = ...,
         sampling: Global___Sampling | None = ...,
+        constraint: Global___Constraint | None = ...,
+        session: _builtins.str = ...,
+        priority: _builtins.int | None = ...,
+        tenant: _builtins.str = ...,
+        hints: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "plan", b"plan", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "constraint", b"constraint", "input", b"input", "plan", b"plan", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "plan", b"plan", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "constraint", b"constraint", "hints", b"hints", "input", b"input", "plan", b"plan", "priority", b"priority", "sampling", b"sampling", "session", b"session", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___TextJob: _TypeAlias = TextJob  # noqa: Y015
 
@@ -500,6 +593,8 @@ class TextStart(_message.Message):
     PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's own name."""
     prompt_token_count: _builtins.int
@@ -508,13 +603,19 @@ class TextStart(_message.Message):
     """Rows that soft prompts put before them."""
     prompt_template: _builtins.str
     """Template that the prompt was put into: `qwen3`, `chatml`, ..., `base` for the base's own, `none`."""
+    variant: _builtins.str
+    """Digest of the base together with how the worker serves it, as `TextEngine` has it."""
     @_builtins.property
     def sampling(self) -> Global___Sampling:
         """How tokens are chosen, every default filled in."""
 
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """Time from the request's arrival until it ran: loading experts, waiting for memory."""
+        """Time from the request's arrival until it ran: loading experts, compiling a constraint, waiting for memory."""
+
+    @_builtins.property
+    def constraint(self) -> Global___AppliedConstraint:
+        """What the answer must be. Absent if it may be anything."""
 
     def __init__(
         self,
@@ -525,14 +626,42 @@ class TextStart(_message.Message):
         prompt_template: _builtins.str = ...,
         sampling: Global___Sampling | None = ...,
         wait: _duration_pb2.Duration | None = ...,
+        variant: _builtins.str = ...,
+        constraint: Global___AppliedConstraint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint", "sampling", b"sampling", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_template", b"prompt_template", "prompt_token_count", b"prompt_token_count", "sampling", b"sampling", "soft_prompt_token_count", b"soft_prompt_token_count", "wait", b"wait", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint", "prompt_template", b"prompt_template", "prompt_token_count", b"prompt_token_count", "sampling", b"sampling", "soft_prompt_token_count", b"soft_prompt_token_count", "variant", b"variant", "wait", b"wait", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TextStart: _TypeAlias = TextStart  # noqa: Y015
+
+@_typing.final
+class AppliedConstraint(_message.Message):
+    """A constraint that holds for an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    kind: Global___ConstraintKind.ValueType
+    """What kind."""
+    expert: _builtins.str
+    """Digest of the expert whose package brings it; empty if the request does."""
+    def __init__(
+        self,
+        *,
+        kind: Global___ConstraintKind.ValueType = ...,
+        expert: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedConstraint: _TypeAlias = AppliedConstraint  # noqa: Y015
 
 @_typing.final
 class TextDelta(_message.Message):
@@ -686,19 +815,23 @@ class Usage(_message.Message):
 
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     prompt_token_count: _builtins.int
     """Tokens of the prompt, template included, soft prompts not."""
     completion_token_count: _builtins.int
     """Tokens of the answer, the one that ended it included."""
+    cached_prompt_token_count: _builtins.int
+    """Tokens of the prompt that did not have to be computed: the worker had them from a text that begins alike."""
     def __init__(
         self,
         *,
         prompt_token_count: _builtins.int = ...,
         completion_token_count: _builtins.int = ...,
+        cached_prompt_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_token_count", b"completion_token_count", "prompt_token_count", b"prompt_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_token_count", b"cached_prompt_token_count", "completion_token_count", b"completion_token_count", "prompt_token_count", b"prompt_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -757,12 +890,15 @@ class Speed(_message.Message):
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     STEP_MEAN_FIELD_NUMBER: _builtins.int
     STEP_MAX_FIELD_NUMBER: _builtins.int
+    PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
     prefill_tokens_per_second: _builtins.float
-    """Tokens of the prompt per second of `prefill`."""
+    """Tokens of the prompt that had to be computed, per second of `prefill`."""
     decode_tokens_per_second: _builtins.float
     """Tokens of the answer after its first, per second of `decode`."""
     step_count: _builtins.int
     """Steps of the engine that it took part in."""
+    preemption_count: _builtins.int
+    """How often it had to make way for others, and went on later."""
     @_builtins.property
     def step_mean(self) -> _duration_pb2.Duration:
         """Mean time from one of its tokens to the next."""
@@ -779,10 +915,11 @@ class Speed(_message.Message):
         step_count: _builtins.int = ...,
         step_mean: _duration_pb2.Duration | None = ...,
         step_max: _duration_pb2.Duration | None = ...,
+        preemption_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_max", b"step_max", "step_mean", b"step_mean"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens_per_second", b"decode_tokens_per_second", "prefill_tokens_per_second", b"prefill_tokens_per_second", "step_count", b"step_count", "step_max", b"step_max", "step_mean", b"step_mean"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens_per_second", b"decode_tokens_per_second", "preemption_count", b"preemption_count", "prefill_tokens_per_second", b"prefill_tokens_per_second", "step_count", b"step_count", "step_max", b"step_max", "step_mean", b"step_mean"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

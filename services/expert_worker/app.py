@@ -26,7 +26,7 @@ from services.expert_worker.background import keep_running
 from services.expert_worker.batching import Batcher
 from services.expert_worker.cache import PackageCache
 from services.expert_worker.credentials import read_all
-from services.expert_worker.device import budget_bytes, choose_device, compute_threads
+from services.expert_worker.device import budget_bytes, choose_device, compute_threads, host_bytes
 from services.expert_worker.feed import Feed
 from services.expert_worker.journal import Journal
 from services.expert_worker.loader import place, prepare
@@ -116,6 +116,7 @@ class WorkerApp:
             ).bring,
             self._place,
             self._announcer.notice,
+            settings.preload,
         )
         self._batcher = Batcher(
             self._device,
@@ -195,6 +196,7 @@ class WorkerApp:
         self._tasks = []
         if self._text is not None:
             await self._text.engine.stop()
+            self._text.arena.close()
         if self._servicer.texts is not None:
             self._servicer.texts.stop()
         await self.residency.stop()
@@ -238,9 +240,7 @@ class WorkerApp:
         settings = self._settings
         known = await asyncio.to_thread(self._known_base)
         if known is None:
-            self.residency.budget_bytes = settings.budget_bytes or budget_bytes(
-                self._device, settings.workers_on_machine
-            )
+            self.residency.divide(settings.budget_bytes or budget_bytes(self._device, settings.workers_on_machine))
             return
         # transformers takes seconds to import: only who has a base pays for it.
         _log.info("loading the text libraries, which takes some seconds")
@@ -249,7 +249,10 @@ class WorkerApp:
 
         _log.info("opening the base", base=known.name, path=str(known.path))
         text = self._text = await asyncio.to_thread(open_text_engine, known, settings, self._device)
-        self.residency.budget_bytes = text.experts_bytes
+        elsewhere = None
+        if self._device.type == "cuda":
+            elsewhere = settings.host_bytes or host_bytes(settings.workers_on_machine)
+        self.residency.divide(text.experts_bytes, elsewhere)
         self.failed = text.engine.failed
         self._servicer.texts = Texts(self._name, text, self.residency, settings.text_deadline_seconds)
 
@@ -262,7 +265,12 @@ class WorkerApp:
         return known.find(self._settings.base)
 
     def _prepare(self, package: Package) -> Prepared:
-        return prepare(package, None if self._text is None else self._text.base, half=self._settings.half)
+        return prepare(
+            package,
+            None if self._text is None else self._text.base,
+            half=self._settings.half,
+            int8_adapters=self._settings.adapters == "int8",
+        )
 
     async def _place(self, prepared: Prepared) -> tuple[Served, ...]:
         def marked() -> tuple[Served, ...]:
@@ -277,12 +285,14 @@ class WorkerApp:
             address=self._address,
             device=str(self._device),
             formats=("apr",),
-            budget_bytes=self.residency.budget_bytes,
+            budget_bytes=self.residency.device.total_bytes,
             residency=[
-                ResidencyMessage(digest=package.digest, tier=self._servicer.tier) for package in self.residency.packages
+                ResidencyMessage(digest=package.digest, tier=self._servicer.tier(package))
+                for package in self.residency.packages
             ],
             draining=self._leaving,
             unlocks=sorted(self._credentials),
+            host_budget_bytes=self.residency.host_budget_bytes,
         )
         if self._text is not None:
             state.formats.append("expert")

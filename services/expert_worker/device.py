@@ -46,29 +46,38 @@ class Shares:
     """How a worker with a base divides the memory that it may still take on its device.
 
     Args:
-        experts_bytes: For experts in memory.
-        arena_bytes: For running experts, side by side.
-        kv_bytes: For the keys and values of texts.
+        experts_bytes: For experts in memory; on a CUDA device for tensor experts alone.
+        slab_bytes: For the keys and values of texts and for running experts.
     """
 
     experts_bytes: int
-    arena_bytes: int
-    kv_bytes: int
+    slab_bytes: int
 
 
-def shares(free_bytes: int, kv_useful_bytes: int, *, experts_bytes: int, arena_bytes: int, kv_bytes: int) -> Shares:
-    """What was chosen, and for what was not: up to half for keys and values, then four parts experts, one part arena.
+def shares(
+    free_bytes: int, kv_useful_bytes: int, *, experts_bytes: int, slab_bytes: int, adapters_elsewhere: bool
+) -> Shares:
+    """What was chosen, and for what was not: up to half for keys and values, then four parts to one.
+
+    Four are for experts in memory and one for those that run; where adapter experts wait in host memory, it is the
+    other way round.
 
     Args:
         free_bytes: What `budget_bytes` says.
         kv_useful_bytes: What as many texts as may run at once can use.
         experts_bytes: As chosen; 0 for not.
-        arena_bytes: The same.
-        kv_bytes: The same.
+        slab_bytes: The same.
+        adapters_elsewhere: Whether adapter experts are in another memory until they run.
     """
-    kv_bytes = kv_bytes or min(kv_useful_bytes, free_bytes // 2)
-    experts_bytes = experts_bytes or max(0, free_bytes - kv_bytes) * 4 // 5
-    return Shares(experts_bytes, arena_bytes or experts_bytes // 4, kv_bytes)
+    kv_bytes = min(kv_useful_bytes, free_bytes // 2)
+    running_bytes = (free_bytes - kv_bytes) * (4 if adapters_elsewhere else 1) // 5
+    slab_bytes = slab_bytes or kv_bytes + running_bytes
+    return Shares(experts_bytes or max(0, free_bytes - slab_bytes), slab_bytes)
+
+
+def host_bytes(workers: int = 1) -> int:
+    """A sensible budget of host memory for the adapter experts of a worker with a CUDA device; see `budget_bytes`."""
+    return int(available_host_bytes() * _HOST_SHARE / workers)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -89,7 +98,7 @@ def budget_bytes(device: torch.device, workers: int = 1, base_bytes: int = 0) ->
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free * _CUDA_SHARE if workers == 1 else total * _CUDA_SHARE / workers - base_bytes))
-    return int(available_host_bytes() * _HOST_SHARE / workers)
+    return host_bytes(workers)
 
 
 def available_host_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

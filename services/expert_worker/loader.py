@@ -107,7 +107,9 @@ class Prepared:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def prepare(package: Package, base: Foldable | None = None, *, half: bool = False) -> Prepared:
+def prepare(
+    package: Package, base: Foldable | None = None, *, half: bool = False, int8_adapters: bool = False
+) -> Prepared:
     """Lay out a package's experts for computing. The result shares no memory with the package.
 
     Args:
@@ -115,6 +117,7 @@ def prepare(package: Package, base: Foldable | None = None, *, half: bool = Fals
         base: What adapter experts ride on here; None if nothing.
         half: Whether linear models and dense networks hold their weights in float16. Everything else is as it is, and
             what is computed with them too.
+        int8_adapters: Whether adapter experts hold their A and B as int8.
 
     Raises:
         HocketError: `NOT_SERVABLE` if the package says that it cannot answer, or is an adapter expert and there is no
@@ -126,7 +129,7 @@ def prepare(package: Package, base: Foldable | None = None, *, half: bool = Fals
     if isinstance(facts, AdapterFacts) or isinstance(model, Adapter):
         assert isinstance(facts, AdapterFacts)  # noqa: S101 - both are, or neither
         assert isinstance(model, Adapter)  # noqa: S101 - both are, or neither
-        return _prepare_adapter(facts, model, base)
+        return _prepare_adapter(facts, model, base, int8=int8_adapters)
     tensors, kernels = lay_out(model, facts.output_columns, half=half)
     wider, raw = facts.n_features is None, raw_digest(facts.digest)
     width = facts.n_features_min if facts.n_features is None else facts.n_features
@@ -140,25 +143,30 @@ def prepare(package: Package, base: Foldable | None = None, *, half: bool = Fals
     return Prepared(facts.digest, tensors, assemble)
 
 
-def _prepare_adapter(facts: AdapterFacts, adapter: Adapter, base: Foldable | None) -> Prepared:
+def _prepare_adapter(facts: AdapterFacts, adapter: Adapter, base: Foldable | None, *, int8: bool) -> Prepared:
     if base is None:
         raise HocketError(
             Reason.NOT_SERVABLE,
             f"{facts.digest} is an adapter expert: it answers text, on a base language model, and this worker has none "
             "(`hocket base add`, then worker.base)",
         )
-    folded = fold(adapter, facts, base)
+    folded = fold(adapter, facts, base, int8=int8)
     return Prepared(facts.digest, (folded.flat,), lambda moved: (folded.build(moved[0]),), facts)
 
 
 def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
-    """Move prepared experts to a device; returns when they are there.
+    """Put prepared experts where they wait for requests; returns when they are there.
+
+    Tensor experts wait on the device. Adapter experts wait in host memory, which is page-locked if the device is
+    another: so they are copied from there while the device computes.
 
     Raises:
-        HocketError: `DEVICE_MEMORY` if the device has less memory left than the budget says.
+        HocketError: `DEVICE_MEMORY` if there is less memory left than the budget says.
     """
     if device.type == "cpu":
         return prepared.assemble(move(prepared.tensors, device))
+    if prepared.facts is not None:
+        return prepared.assemble(_page_locked(prepared))
     # Its event, not the stream: what the engine starts after the copy is not waited for. The thread sleeps meanwhile.
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
     try:
@@ -172,3 +180,14 @@ def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
             retry_after_seconds=_RETRY_SECONDS,
         ) from error
     return prepared.assemble(moved)
+
+
+def _page_locked(prepared: Prepared) -> list[Tensor]:
+    try:
+        return [tensor.pin_memory() for tensor in move(prepared.tensors, torch.device("cpu"))]
+    except RuntimeError as error:
+        raise HocketError(
+            Reason.DEVICE_MEMORY,
+            f"the host can lock no {prepared.size_bytes} bytes more of its memory: set worker.host_bytes lower",
+            retry_after_seconds=_RETRY_SECONDS,
+        ) from error

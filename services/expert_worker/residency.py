@@ -1,10 +1,17 @@
 """What is in memory, under a budget of bytes.
 
 Everything here runs in the event loop, so no lock guards a state. A package is absent, loading (once, however many ask)
-or resident; while requests run on it, it is counted as in use and stays. Room is made by dropping what was used
-longest ago and is not in use; when that is not enough, loads wait until something ends, and whichever then fits goes
-on, the longest waiting first: one that is too large for now holds up nobody else. A request waits until its own
-deadline; only a load that no request waits for gives up by itself.
+or resident; while requests run on it, it is counted as in use and stays, and so does what is pinned. Room is made by
+dropping what is neither; when that is not enough, loads wait until something ends, and whichever then fits goes on, the
+longest waiting first: one that is too large for now holds up nobody else. A request waits until its own deadline; only
+a load that no request waits for gives up by itself.
+
+Who makes room is decided by GreedyDual-Size (Cao and Irani 1997): each use gives a package the worth of bringing it
+back, for each of its bytes, on top of what the last one that left was worth. So what was used longest ago leaves first
+among equals, and a large package before a small one, which takes nearly as long to bring back.
+
+Tensor experts lie where they compute. Adapter experts lie in host memory, folded, and are copied from there to where
+running experts lie side by side (`engine/arena.py`). On a CPU both are in one memory, with one budget.
 
 A request for several packages gets all of them or none. While they are loaded it holds nothing, so that no two can
 each wait for what the other has; only one at a time, in the order of their arrival, gathers what it finds and keeps it.
@@ -15,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -24,15 +31,19 @@ import structlog
 from hocket.errors import HocketError, Reason, Situation
 from hocket.telemetry import metrics
 from hocket.v1.expert_worker_pb2 import (
+    EXPERT_STATE_EVICTING,
+    EXPERT_STATE_FAILED,
+    EXPERT_STATE_VERIFYING,
     LOAD_STATE_FETCHING,
     LOAD_STATE_PLACING,
     LOAD_STATE_READY,
+    ExpertState,
     LoadExpertResponse,
     LoadState,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 
     from hocket.packages import Proof
     from hocket.packages.adapter import AdapterFacts
@@ -49,6 +60,12 @@ _REFUSALS_MAX: Final = 1024
 _RETRY_SECONDS: Final = 0.5
 _MARGIN_SHARE: Final = 0.1
 _MARGIN_SECONDS_MAX: Final = 0.1
+_RELOAD_SECONDS: Final = 0.002
+"""Of bringing back an empty package from the cache on disk: opening it and checking what vouches for it."""
+_RELOAD_BYTES_PER_SECOND: Final = 5e8
+"""Beside that: reading, hashing and decoding."""
+_PREFETCHES_MAX: Final = 2
+"""Loads that no request has asked for yet, at once."""
 
 
 def loading_seconds(left_seconds: float) -> float:
@@ -68,6 +85,7 @@ class ResidentPackage:
         proofs: What vouches for it now.
         facts: What an adapter expert says about itself, for composing it; None for tensor experts.
         in_use_count: Requests that run on it or are about to.
+        worth: For how long it stays, by GreedyDual-Size; no unit.
         last_use_time: In seconds since the epoch.
         detached: Whether it leaves memory when nothing runs on it any more.
     """
@@ -79,6 +97,7 @@ class ResidentPackage:
     proofs: tuple[Proof, ...]
     facts: AdapterFacts | None = None
     in_use_count: int = 0
+    worth: float = 0.0
     last_use_time: float = field(default_factory=time.time)
     detached: bool = False
 
@@ -88,13 +107,44 @@ class ResidentPackage:
         return all(proof.kind == "policy" for proof in self.proofs)
 
 
+@dataclass(slots=True)
+class Budget:
+    """Bytes of one memory.
+
+    Args:
+        total_bytes: What packages may take together.
+        used_bytes: What they take.
+        worth: Of what made room last.
+    """
+
+    total_bytes: int
+    used_bytes: int = 0
+    worth: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A package that is not to be had from memory now.
+
+    Args:
+        digest: Which.
+        state: On its way, on its way out, or refused.
+        reason: Why it was refused; empty otherwise.
+    """
+
+    digest: str
+    state: ExpertState.ValueType
+    reason: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class _Loading:
-    """A package on its way, the requests that wait for it, and how far it has come."""
+    """A package on its way, the requests that wait for it, whether none has asked yet, and how far it has come."""
 
     progress: LoadExpertResponse
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     waiting_count: int = 0
+    ahead: bool = False
     package: ResidentPackage | None = None
     task: asyncio.Task[ResidentPackage] | None = None
 
@@ -111,13 +161,18 @@ class Residency:
     """The packages of one device.
 
     Args:
-        budget_bytes: What they may take together.
+        budget_bytes: What they may take together, on the device and in host memory; see `divide`.
         loading_max: Packages that may be on their way at once.
         placing_seconds: How long a load that no request waits for waits for room.
         authority: What counts.
         bring: A verified package in host memory, by digest.
         place: Its experts on the device.
         on_change: Called when a package has come or gone.
+        pinned: Digests of packages that never make room for others.
+
+    Attributes:
+        device: The memory of the device.
+        host: The host's, for adapter experts; the same where the device is a CPU.
     """
 
     def __init__(
@@ -129,9 +184,10 @@ class Residency:
         bring: Callable[[str, Standing, Report], Awaitable[Supplied]],
         place: Callable[[Prepared], Awaitable[tuple[Served, ...]]],
         on_change: Callable[[], None],
+        pinned: Collection[str] = (),
     ) -> None:
-        self.budget_bytes = budget_bytes
-        self.used_bytes = 0
+        self.device = self.host = Budget(budget_bytes)
+        self._pinned = frozenset(pinned)
         self._loading_max = loading_max
         self._placing_seconds = placing_seconds
         self._authority = authority
@@ -139,11 +195,50 @@ class Residency:
         self._place = place
         self._on_change = on_change
         self._residents: OrderedDict[str, ResidentPackage] = OrderedDict()  # least recently used first
+        self._leaving: dict[str, ResidentPackage] = {}
         self._loadings: dict[str, _Loading] = {}
         self._refusals: dict[str, tuple[HocketError, Standing, float]] = {}
         self._freed = asyncio.Event()
         self._gathering = asyncio.Lock()  # lets in whoever waits longest
         self._stopping = False
+
+    def divide(self, device_bytes: int, host_bytes: int | None = None) -> None:
+        """Say what packages may take, before any is loaded.
+
+        Args:
+            device_bytes: On the device.
+            host_bytes: In host memory, where that is another; None where it is the same.
+        """
+        self.device = self.host = Budget(device_bytes)
+        if host_bytes is not None:
+            self.host = Budget(host_bytes)
+
+    @property
+    def budget_bytes(self) -> int:
+        """What packages may take in all."""
+        return self.device.total_bytes + self.host_budget_bytes
+
+    @property
+    def host_budget_bytes(self) -> int:
+        """What adapter experts may take of the host's memory; 0 where they take of the device's, which is the same."""
+        return 0 if self.host is self.device else self.host.total_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """What they take in all."""
+        return self.device.used_bytes + (self.host.used_bytes if self.host is not self.device else 0)
+
+    @property
+    def absent(self) -> list[Absent]:
+        """What is on its way, on its way out, or was refused a moment ago."""
+        coming = [Absent(digest, EXPERT_STATE_VERIFYING) for digest in self._loadings]
+        leaving = [Absent(digest, EXPERT_STATE_EVICTING) for digest in self._leaving]
+        failed = [
+            Absent(digest, EXPERT_STATE_FAILED, error.reason)
+            for digest, (error, standing, until) in self._refusals.items()
+            if standing is self._authority.standing and time.monotonic() < until
+        ]
+        return coming + leaving + failed
 
     @property
     def packages(self) -> list[ResidentPackage]:
@@ -161,6 +256,7 @@ class Residency:
         if package is not None:
             package.in_use_count += 1
             package.last_use_time = time.time()
+            package.worth = self._worth_of(package)
             self._residents.move_to_end(digest)
         return package
 
@@ -169,7 +265,7 @@ class Residency:
         package.in_use_count -= 1
         if not package.in_use_count:
             if package.detached:
-                self._free(package.size_bytes)
+                self._forget(package)
             self._freed.set()
 
     async def acquire(self, digest: str, seconds: float) -> ResidentPackage:
@@ -188,6 +284,7 @@ class Residency:
         if (package := self.get(digest)) is not None:
             return package
         loading, task = self._begin(digest)
+        loading.ahead = False
         loading.waiting_count += 1
         try:
             async with asyncio.timeout(seconds):
@@ -240,12 +337,26 @@ class Residency:
         package = self._residents.get(digest)
         if package is None:
             loading, task = self._begin(digest)
+            loading.ahead = False
             while not task.done():
                 changed = loading.changed
                 yield loading.progress
                 await changed.wait()
             package = task.result()
         yield LoadExpertResponse(state=LOAD_STATE_READY, done_bytes=package.size_bytes, total_bytes=package.size_bytes)
+
+    def prefetch(self, digests: Sequence[str]) -> None:
+        """Load packages that may be asked for soon, as far as few enough are on their way and there is room.
+
+        Nothing leaves memory for them, and nobody is told how it ends.
+        """
+        for digest in digests:
+            if len(self._loadings) >= min(_PREFETCHES_MAX, self._loading_max) or self._stopping:
+                break
+            if digest not in self._residents and digest not in self._loadings:
+                with suppress(HocketError):  # refused a moment ago
+                    loading, _ = self._begin(digest)
+                    loading.ahead = True
 
     def drop(self, digest: str) -> int | None:
         """Let a package leave memory, at once or with its last running request.
@@ -257,8 +368,9 @@ class Residency:
         if package is None:
             return None
         package.detached = True
+        self._leaving[digest] = package
         if not package.in_use_count:
-            self._free(package.size_bytes)
+            self._forget(package)
         self._on_change()
         return package.in_use_count
 
@@ -309,7 +421,7 @@ class Residency:
         async def size_bytes(digest: str) -> int:
             package = await self.acquire(digest, end_time - asyncio.get_running_loop().time())
             self.release(package)
-            return package.size_bytes
+            return package.size_bytes if self._budget(package.facts) is self.host else 0
 
         bringing = [asyncio.create_task(size_bytes(digest)) for digest in digests]
         try:
@@ -318,11 +430,12 @@ class Residency:
             for task in bringing:
                 task.cancel()
             await asyncio.gather(*bringing, return_exceptions=True)
-        if total > self.budget_bytes:
+        if total > self.host.total_bytes:
             raise HocketError(
                 Reason.DEVICE_MEMORY,
-                f"these {len(digests)} experts take {total} bytes together, the whole budget is {self.budget_bytes}: "
-                "ask for fewer, raise worker.budget_bytes, or use a device with more memory",
+                f"these {len(digests)} experts take {total} bytes together, the whole budget is "
+                f"{self.host.total_bytes}: ask for fewer, raise {self._setting(self.host)}, or use a machine with more "
+                "memory",
             )
 
     async def _gather(self, digests: Sequence[str], end_time: float) -> list[ResidentPackage]:
@@ -393,14 +506,16 @@ class Residency:
 
     async def _load(self, digest: str, loading: _Loading, standing: Standing) -> ResidentPackage:
         supplied = await self._bring(digest, standing, loading.report)
-        size_bytes = supplied.prepared.size_bytes
+        size_bytes, budget = supplied.prepared.size_bytes, self._budget(supplied.prepared.facts)
         loading.report(LOAD_STATE_PLACING, 0, size_bytes)
-        if not self._take(digest, size_bytes):
+        if loading.ahead and budget.used_bytes + size_bytes > budget.total_bytes:
+            raise _still_loading(digest)
+        if not self._take(digest, size_bytes, budget):
             del supplied  # what waits for memory must not take it: it is read again, from the cache
-            await self._wait_for_room(digest, size_bytes, loading)
+            await self._wait_for_room(digest, size_bytes, budget, loading)
             standing = self._authority.standing
-            supplied = await self._or_free(size_bytes, self._bring(digest, standing, _tell_nobody))
-        experts, proofs = await self._or_free(size_bytes, self._arrive(supplied, standing))
+            supplied = await self._or_free(size_bytes, budget, self._bring(digest, standing, _tell_nobody))
+        experts, proofs = await self._or_free(size_bytes, budget, self._arrive(supplied, standing))
         package = ResidentPackage(
             digest,
             experts,
@@ -410,6 +525,7 @@ class Residency:
             supplied.prepared.facts,
             loading.waiting_count,
         )
+        package.worth = self._worth_of(package)
         loading.package = self._residents[digest] = package
         self._on_change()
         return package
@@ -422,33 +538,33 @@ class Residency:
             proofs = await asyncio.to_thread(standing.judge, supplied.evidence)
         return experts, proofs
 
-    async def _or_free(self, size_bytes: int, work: Awaitable[T]) -> T:
+    async def _or_free(self, size_bytes: int, budget: Budget, work: Awaitable[T]) -> T:
         """Do something with memory already taken; if it fails, give the memory back."""
         try:
             return await work
         except BaseException:
-            self._free(size_bytes)
+            self._free(size_bytes, budget)
             raise
 
-    def _take(self, digest: str, size_bytes: int) -> bool:
-        """Take that much of the budget if it can be had now."""
-        if size_bytes > self.budget_bytes:
+    def _take(self, digest: str, size_bytes: int, budget: Budget) -> bool:
+        """Take that much of a budget if it can be had now."""
+        if size_bytes > budget.total_bytes:
             raise HocketError(
                 Reason.DEVICE_MEMORY,
-                f"{digest} takes {size_bytes} bytes, the whole budget is {self.budget_bytes}: "
-                "raise worker.budget_bytes, or use a device with more memory",
+                f"{digest} takes {size_bytes} bytes, the whole budget is {budget.total_bytes}: "
+                f"raise {self._setting(budget)}, or use a machine with more memory",
                 digest=digest,
             )
-        if not self._make_room(size_bytes):
+        if not self._make_room(size_bytes, budget):
             return False
-        self.used_bytes += size_bytes
+        budget.used_bytes += size_bytes
         return True
 
-    async def _wait_for_room(self, digest: str, size_bytes: int, loading: _Loading) -> None:
-        """Take that much of the budget as soon as it can be had, or give up when no request has waited for a while."""
+    async def _wait_for_room(self, digest: str, size_bytes: int, budget: Budget, loading: _Loading) -> None:
+        """Take that much of a budget as soon as it can be had, or give up when no request has waited for a while."""
         loop = asyncio.get_running_loop()
         wanted_time = loop.time()
-        while not self._take(digest, size_bytes):
+        while not self._take(digest, size_bytes, budget):
             if loading.waiting_count:
                 wanted_time = loop.time()
             elif loop.time() - wanted_time >= self._placing_seconds:
@@ -461,22 +577,45 @@ class Residency:
             finally:
                 alarm.cancel()
 
-    def _make_room(self, size_bytes: int) -> bool:
-        """Drop what is idle, the least recently used first, if that makes enough room; else drop nothing."""
-        missing = self.used_bytes + size_bytes - self.budget_bytes
-        idle = [package for package in self._residents.values() if not package.in_use_count]
+    def _make_room(self, size_bytes: int, budget: Budget) -> bool:
+        """Drop what is idle, the least worth first, if that makes enough room; else drop nothing."""
+        missing = budget.used_bytes + size_bytes - budget.total_bytes
+        idle = [
+            package
+            for package in self._residents.values()
+            if not package.in_use_count and package.digest not in self._pinned and self._budget(package.facts) is budget
+        ]
         if sum(package.size_bytes for package in idle) < missing:
             return False
-        for package in idle:
+        for package in sorted(idle, key=lambda package: package.worth):
             if missing <= 0:
                 break
             self.drop(package.digest)
+            budget.worth = package.worth
             missing -= package.size_bytes
             metrics.EXPERT_EVICTIONS.inc()
         return True
 
-    def _free(self, size_bytes: int) -> None:
-        self.used_bytes -= size_bytes
+    def _worth_of(self, package: ResidentPackage) -> float:
+        """What a package that is used now is worth: seconds that it takes to bring back, for each byte."""
+        seconds = _RELOAD_SECONDS + package.size_bytes / _RELOAD_BYTES_PER_SECOND
+        return self._budget(package.facts).worth + seconds / max(1, package.size_bytes)
+
+    def _budget(self, facts: AdapterFacts | None) -> Budget:
+        """Whose memory a package takes: adapter experts have facts."""
+        return self.device if facts is None else self.host
+
+    def _setting(self, budget: Budget) -> str:
+        return "worker.budget_bytes" if budget is self.device else "worker.host_bytes"
+
+    def _forget(self, package: ResidentPackage) -> None:
+        """Nothing runs any more on a package that has left."""
+        if self._leaving.get(package.digest) is package:
+            del self._leaving[package.digest]
+        self._free(package.size_bytes, self._budget(package.facts))
+
+    def _free(self, size_bytes: int, budget: Budget) -> None:
+        budget.used_bytes -= size_bytes
         self._freed.set()
 
     def _remember_refusal(self, digest: str, error: HocketError, standing: Standing) -> None:

@@ -65,10 +65,11 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
         self._in_flight_count = 0
         self.texts: Texts | None = None
 
-    @property
-    def tier(self) -> expert_worker_pb2.Tier.ValueType:
-        """Where resident experts are."""
-        return expert_worker_pb2.TIER_HOST if self._device == "cpu" else expert_worker_pb2.TIER_DEVICE
+    def tier(self, package: ResidentPackage) -> expert_worker_pb2.Tier.ValueType:
+        """Where a package is: adapter experts are in host memory, whatever is copied from there."""
+        if self._device == "cpu" or package.facts is not None:
+            return expert_worker_pb2.TIER_HOST
+        return expert_worker_pb2.TIER_DEVICE
 
     async def RunTensor(
         self, request: expert_worker_pb2.RunTensorRequest, context: Context
@@ -166,8 +167,17 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
             resident_bytes=self._residency.used_bytes,
             budget_bytes=self._residency.budget_bytes,
             experts=[self._resident(package) for package in self._residency.packages],
+            absent=[
+                expert_worker_pb2.AbsentExpert(digest=each.digest, state=each.state, reason=each.reason)
+                for each in self._residency.absent
+            ],
             engine=None if self.texts is None else self.texts.report(),
         )
+
+    def _state(self, package: ResidentPackage) -> expert_worker_pb2.ExpertState.ValueType:
+        if package.facts is None or self.texts is None:
+            return expert_worker_pb2.EXPERT_STATE_RESIDENT
+        return self.texts.state_of(package.digest)
 
     def _add_load(self, context: Context) -> None:
         """Say how busy the worker is, the call that ends here excluded."""
@@ -181,7 +191,8 @@ class WorkerServicer(expert_worker_pb2_grpc.ExpertWorkerServiceServicer):
     def _resident(self, package: ResidentPackage) -> expert_worker_pb2.ResidentExpert:
         message = expert_worker_pb2.ResidentExpert(
             digest=package.digest,
-            tier=self.tier,
+            tier=self.tier(package),
+            state=self._state(package),
             size_bytes=package.size_bytes,
             in_use_count=package.in_use_count,
             proofs=[_proof(proof) for proof in package.proofs if proof.kind != "policy"],

@@ -23,9 +23,10 @@ from hocket.prompts import (
 from hocket.rpc.convert import duration
 from hocket.rpc.handlers import remaining_seconds
 from hocket.telemetry import metrics
-from hocket.text_limits import WEIGHT_MAX, is_weight
+from hocket.text_limits import PRIORITY_DEFAULT, WEIGHT_MAX, check_queueing, is_weight
 from hocket.v1 import text_pb2
 from services.expert_worker.composing import check_count, check_together
+from services.expert_worker.engine.constraints import Constraint, ConstraintKind, Constraints
 from services.expert_worker.engine.defaults import Requested, complete
 from services.expert_worker.engine.expert import AdapterExpert, prompts_of
 from services.expert_worker.engine.sequence import Delta, Finished, FinishReason, Started, TextRequest
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
 
     from hocket.prompts import Input, Prompt
     from hocket.rpc.handlers import Context
+    from hocket.v1.expert_worker_pb2 import ExpertState
     from hocket.v1.expert_worker_pb2 import TextEngine as TextEngineMessage
-    from services.expert_worker.engine.engine import Answer
+    from services.expert_worker.engine.answer import Answer
+    from services.expert_worker.engine.constraints import Matcher
     from services.expert_worker.engine.expert import Mixture
     from services.expert_worker.engine.sampling import Choice
     from services.expert_worker.residency import Residency, ResidentPackage
@@ -63,6 +66,12 @@ _REASONS: Final = {
     FinishReason.STOP: text_pb2.TEXT_FINISH_REASON_STOP,
     FinishReason.LENGTH: text_pb2.TEXT_FINISH_REASON_LENGTH,
 }
+_KINDS: Final = {
+    ConstraintKind.JSON_SCHEMA: text_pb2.CONSTRAINT_KIND_JSON_SCHEMA,
+    ConstraintKind.GBNF: text_pb2.CONSTRAINT_KIND_GBNF,
+}
+_HINTS_MAX: Final = 16
+"""Of a job, that are looked at."""
 _UNSIGNED: Final = "UNSIGNED_EXPERT"
 """Degradation of an answer with an expert that only this worker's policy admits."""
 _UNSIGNED_USES: Final = metrics.UNSIGNED_USES.labels("expert_worker")
@@ -101,15 +110,21 @@ class Texts:
         self._residency = residency
         self._deadline_seconds = deadline_seconds
         self._tokenising = SmallestFirst("tokens")
+        self._constraints = Constraints(text.base.tokenizer, text.base.eos_ids)
         longest_token_bytes(text.base.tokenizer)  # now, and not when somebody waits: it looks at every token
 
     def stop(self) -> None:
-        """End its thread."""
+        """End its threads."""
         self._tokenising.stop()
+        self._constraints.stop()
 
     def report(self) -> TextEngineMessage:
         """What the engine has, and how busy it is."""
         return self._text.report()
+
+    def state_of(self, digest: str) -> ExpertState.ValueType:
+        """What an adapter expert in host memory is to the device."""
+        return self._text.state_of(digest)
 
     async def answer(self, job: text_pb2.TextJob, context: Context) -> AsyncGenerator[text_pb2.TextEvent, None]:
         """A start, deltas, then exactly one finish.
@@ -146,17 +161,21 @@ class Texts:
         """Bring a job's experts and make its text tokens; then the engine has it."""
         arrival = time.perf_counter()
         self._check_plan(job.plan)
+        check_queueing(job.session, job.tenant, job.priority)
         self._text.engine.check()
         given = _input(job.input)
         check_size(given, self._text.base.tokenizer, self._text.engine.context_length)
         packages = await self._packages(job.plan, deadline)
+        self._residency.prefetch([digest for digest in job.hints[:_HINTS_MAX] if is_digest(digest)])
         release = partial(self._release, packages)
         try:
             check_together((package.facts, package.proofs) for package in packages if package.facts is not None)
             mixture = _mixture(job.plan, packages)
             leader = _leader(packages, mixture)
             prompt = await self._prompt(given, job.input.ByteSize(), leader, deadline)
-            request = self._request(job, prompt, mixture, leader)
+            constraint, source = _constraint(job, leader)
+            matcher = await self._matcher(constraint, source, deadline)
+            request = self._request(job, prompt, mixture, leader, matcher)
             load_seconds = time.perf_counter() - arrival
             answer = self._text.engine.submit(request, partial(self._end, release))
         except BaseException:
@@ -169,8 +188,10 @@ class Texts:
             worker=self._worker,
             prompt_token_count=len(prompt.token_ids),
             soft_prompt_token_count=sum(map(len, prompts_of(mixture))),
+            variant=self._text.base.variant,
             prompt_template=prompt.template,
             sampling=_sampling(request, answer.token_count_max, ignore_eos=job.sampling.ignore_eos),
+            constraint=_applied(constraint, source),
         )
         return _Begun(answer, start, (_UNSIGNED,) if unsigned_count else (), load_seconds)
 
@@ -235,12 +256,33 @@ class Texts:
         except TimeoutError:
             raise _late() from None
 
+    async def _matcher(self, constraint: Constraint | None, expert: str, deadline: float) -> Matcher | None:
+        """A constraint, compiled."""
+        if constraint is None:
+            return None
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._constraints.matcher(constraint)
+        except TimeoutError:
+            raise _late() from None
+        except HocketError as error:
+            if error.reason not in (Reason.BAD_GRAMMAR, Reason.BAD_SCHEMA):
+                raise
+            if expert:
+                raise error.restated(
+                    f"{error.message}; it is of the expert {expert}: ask with the constraint `none`, or leave the "
+                    "expert out",
+                    digest=expert,
+                ) from error
+            raise HocketError(error.reason, error.message, field=f"constraint.{constraint.kind}") from error
+
     def _request(
         self,
         job: text_pb2.TextJob,
         prompt: Prompt,
         mixture: Mixture,
         leader: tuple[ResidentPackage, AdapterExpert] | None,
+        matcher: Matcher | None,
     ) -> TextRequest:
         """What the engine is asked for."""
         base = self._text.base
@@ -248,7 +290,18 @@ class Texts:
         sampling, max_tokens, stops = complete(_requested(job.sampling), decoding, base.defaults, job.plan.seed)
         every_stop = tuple(dict.fromkeys([*stops, *prompt.stops]))
         eos_ids = frozenset[int]() if job.sampling.ignore_eos else base.eos_ids
-        return TextRequest(prompt.token_ids, mixture, sampling, every_stop, max_tokens, eos_ids)
+        return TextRequest(
+            prompt.token_ids,
+            mixture,
+            sampling,
+            every_stop,
+            max_tokens,
+            eos_ids,
+            matcher,
+            tenant=job.tenant,
+            session=job.session,
+            priority=job.priority if job.HasField("priority") else PRIORITY_DEFAULT,
+        )
 
 
 async def _close_at(deadline: float, answer: Answer) -> None:
@@ -298,6 +351,32 @@ def _input(given: text_pb2.TextInput) -> Input:
             )
 
 
+def _constraint(
+    job: text_pb2.TextJob, leader: tuple[ResidentPackage, AdapterExpert] | None
+) -> tuple[Constraint | None, str]:
+    """What the answer must be, and the digest of the expert that says so if the request does not."""
+    constraint, expert = None, ""
+    match job.constraint.WhichOneof("kind"):
+        case "json_schema":
+            constraint = Constraint(ConstraintKind.JSON_SCHEMA, job.constraint.json_schema)
+        case "gbnf":
+            constraint = Constraint(ConstraintKind.GBNF, job.constraint.gbnf)
+        case None if leader is not None and leader[1].grammar is not None:
+            constraint, expert = Constraint(ConstraintKind.GBNF, leader[1].grammar), leader[1].digest
+    if constraint is not None and job.sampling.ignore_eos:
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            "ignore_eos is set, but a constraint decides where this answer ends: leave it out, or ask with the "
+            "constraint `none`",
+            field="sampling.ignore_eos",
+        )
+    return constraint, expert
+
+
+def _applied(constraint: Constraint | None, expert: str) -> text_pb2.AppliedConstraint | None:
+    return None if constraint is None else text_pb2.AppliedConstraint(kind=_KINDS[constraint.kind], expert=expert)
+
+
 def _requested(sampling: text_pb2.Sampling) -> Requested:
     numbers = {name: getattr(sampling, name) for name in _NUMBERS if sampling.HasField(name)}
     return Requested(**numbers, stop=tuple(sampling.stop))
@@ -345,18 +424,25 @@ def _finish(begun: _Begun, finished: Finished) -> text_pb2.TextEvent:
         finish=text_pb2.TextFinish(
             reason=_REASONS[finished.reason],
             stop=finished.stop,
-            usage=text_pb2.Usage(prompt_token_count=prompt_token_count, completion_token_count=finished.token_count),
+            usage=text_pb2.Usage(
+                prompt_token_count=prompt_token_count,
+                completion_token_count=finished.token_count,
+                cached_prompt_token_count=finished.cached_token_count,
+            ),
             timings=text_pb2.TextTimings(
                 wait=duration(wait_seconds),
                 prefill=duration(finished.prefill_seconds),
                 decode=duration(finished.decode_seconds),
             ),
             speed=text_pb2.Speed(
-                prefill_tokens_per_second=_rate(prompt_token_count, finished.prefill_seconds),
+                prefill_tokens_per_second=_rate(
+                    prompt_token_count - finished.cached_token_count, finished.prefill_seconds
+                ),
                 decode_tokens_per_second=_rate(steps, finished.decode_seconds),
                 step_count=finished.step_count,
                 step_mean=duration(finished.decode_seconds / steps if steps > 0 else 0.0),
                 step_max=duration(finished.step_seconds_max),
+                preemption_count=finished.preemption_count,
             ),
             degradations=begun.degradations,
         )

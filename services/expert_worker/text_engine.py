@@ -9,19 +9,29 @@ import structlog
 import torch
 
 from hocket.errors import HocketError, Reason
+from hocket.rpc.convert import duration
 from hocket.telemetry import metrics
+from hocket.v1.expert_worker_pb2 import (
+    EXPERT_STATE_HOST,
+    EXPERT_STATE_RESIDENT,
+    EXPERT_STATE_UPLOADING,
+)
 from hocket.v1.expert_worker_pb2 import TextEngine as TextEngineMessage
 from hocket.v1.package_pb2 import BaseModel as BaseModelMessage
 from services.expert_worker.device import available_bytes, budget_bytes, compute_threads, shares
-from services.expert_worker.engine.base import open_base
+from services.expert_worker.engine.arena import Arena
+from services.expert_worker.engine.base import Serving, open_base
 from services.expert_worker.engine.engine import Engine
+from services.expert_worker.engine.layout import RowLayout
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, Pages, default_page_positions
 from services.expert_worker.engine.runner import Runner
 from services.expert_worker.engine.scheduler import EngineLimits
+from services.expert_worker.engine.slab import ALIGNMENT_BYTES, Slab
 
 if TYPE_CHECKING:
     from hocket.known_bases import KnownBase
+    from hocket.v1.expert_worker_pb2 import ExpertState
     from services.expert_worker.device import Shares
     from services.expert_worker.engine.base import Base
     from services.expert_worker.settings import WorkerSettings
@@ -41,15 +51,15 @@ class TextEngine:
     Args:
         base: The language model.
         engine: Its thread; not started yet.
-        mixer: Where running experts lie.
+        arena: Where running experts lie.
         pool: Where keys and values lie.
-        experts_bytes: What experts in memory may take.
+        experts_bytes: What experts on the device may take.
         context_length: Most positions of a text: those of the base, or of all KV pages if they are fewer.
     """
 
     base: Base
     engine: Engine
-    mixer: Mixer
+    arena: Arena
     pool: KvPool
     experts_bytes: int
     context_length: int
@@ -59,7 +69,9 @@ class TextEngine:
         state = self.engine.state
         metrics.TEXT_RUNNING.set(state.running_count)
         metrics.TEXT_WAITING.set(state.waiting_count)
-        metrics.KV_PAGES_USED.set(state.used_page_count)
+        metrics.TEXT_WAITING_SECONDS.set(state.waiting_seconds)
+        metrics.KV_PAGES_USED.set(state.counts.used_page_count)
+        metrics.KV_PAGES_CACHED.set(state.counts.cached_page_count)
         metrics.KV_PAGES.set(state.page_count)
 
     @property
@@ -68,23 +80,38 @@ class TextEngine:
         model = self.base.model
         return BaseModelMessage(name=model.name, digest=model.digest or "", weights_sha256=model.weights_sha256 or "")
 
+    def state_of(self, digest: str) -> ExpertState.ValueType:
+        """What an adapter expert in host memory is to the device."""
+        if digest in self.arena.resident:
+            return EXPERT_STATE_RESIDENT
+        return EXPERT_STATE_UPLOADING if digest in self.arena.coming else EXPERT_STATE_HOST
+
     def report(self) -> TextEngineMessage:
         """What it has, and how busy it is."""
         state = self.engine.state
         return TextEngineMessage(
             base=self.base_message,
             vocabulary_sha256=self.base.vocabulary_sha256,
-            dtype=str(self.base.dtype).removeprefix("torch."),
+            variant=self.base.variant,
+            dtype=_name(self.base.dtype),
+            quantisation=self.base.quantisation,
+            rope=self.base.rope,
+            kv_dtype=_name(self.pool.stored_as),
             context_length=self.context_length,
             base_bytes=self.base.size_bytes,
-            kv_used_page_count=state.used_page_count,
+            kv_used_page_count=state.counts.used_page_count,
             kv_page_count=state.page_count,
             kv_page_positions=self.pool.page_positions,
-            arena_used_bytes=self.mixer.used_bytes,
-            arena_budget_bytes=self.mixer.budget_bytes,
+            arena_used_bytes=self.arena.used_bytes,
+            arena_budget_bytes=self.arena.slab.size_bytes + self.arena.size_bytes,
             running_count=state.running_count,
             waiting_count=state.waiting_count,
             tokens_per_second=state.tokens_per_second,
+            kv_cached_page_count=state.counts.cached_page_count,
+            prefix_hit_token_count=state.counts.prefix_hit_count,
+            prefix_miss_token_count=state.counts.prefix_miss_count,
+            preemption_count=state.counts.preemption_count,
+            waiting_longest=duration(state.waiting_seconds),
         )
 
 
@@ -100,36 +127,47 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         HocketError: The refusals of `open_base`; `DEVICE_MEMORY` if what is left, or was chosen, is too little to work,
             or more than there is.
     """
-    base = _base(known, _DTYPES.get(settings.base_dtype), device)
+    base = _base(known, _serving(settings), device)
     page_positions = default_page_positions(device)
-    page_bytes = page_positions * base.kv_shape.position_bytes(base.dtype)
+    kv_dtype = torch.int8 if settings.kv_dtype == "int8" else base.dtype
+    page_bytes = page_positions * base.kv_shape.position_bytes(kv_dtype)
     pages_per_text = -(-base.context_length // page_positions)
+    layout = RowLayout(base.projections, base.dtype)
     free_bytes = budget_bytes(device, settings.workers_on_machine, base.size_bytes)
     share = shares(
         free_bytes,
         (SCRATCH_PAGES + settings.sequences_max * pages_per_text) * page_bytes,
         experts_bytes=settings.budget_bytes,
-        arena_bytes=settings.arena_bytes,
-        kv_bytes=settings.kv_bytes,
+        slab_bytes=settings.slab_bytes,
+        adapters_elsewhere=device.type == "cuda",
     )
-    pages_min = SCRATCH_PAGES + min(_PAGES_MIN, pages_per_text)
-    _check_shares(share, base, pages_min * page_bytes, device)
-    page_count = share.kv_bytes // page_bytes
-    context_length = min(base.context_length, (page_count - SCRATCH_PAGES) * page_positions)
-    pool = KvPool(base.kv_shape, page_count=page_count, page_positions=page_positions, dtype=base.dtype, device=device)
-    mixer = _mixer(base, share.arena_bytes, device)
-    pages = Pages(page_count)
+    _check_shares(share, layout, (SCRATCH_PAGES + min(_PAGES_MIN, pages_per_text)) * page_bytes, device)
+    slab, arena = _memory(layout, share.slab_bytes, page_bytes // base.kv_shape.layers, device)
+    context_length = min(base.context_length, (slab.page_count - SCRATCH_PAGES) * page_positions)
+    pool = KvPool(
+        base.kv_shape,
+        page_count=slab.page_count,
+        page_positions=page_positions,
+        dtype=base.dtype,
+        device=device,
+        stored_as=kv_dtype,
+        slab=slab,
+    )
+    pages = Pages(slab.page_count, slab)
     engine = Engine(
-        Runner(base, pool, mixer),
+        Runner(base, pool, Mixer(base.causal_lm, base.projections, arena)),
         pages,
         page_positions=page_positions,
         context_length=context_length,
-        fits=mixer.fits,
+        room=arena,
         tokenizer=base.tokenizer,
+        variant=f"{base.variant} {_name(kv_dtype)}",
         limits=EngineLimits(
             settings.step_tokens,
             settings.sequences_max,
             settings.text_queue_max,
+            ageing_seconds=settings.ageing_seconds,
+            session_seconds=settings.session_seconds,
             threads=compute_threads(settings.compute_threads, settings.workers_on_machine),
         ),
     )
@@ -137,24 +175,25 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         "base opened",
         base=base.model.name,
         digest=base.model.digest,
-        dtype=str(base.dtype).removeprefix("torch."),
+        variant=base.variant,
+        dtype=_name(base.dtype),
+        quantisation=base.quantisation,
+        rope=base.rope,
         base_bytes=base.size_bytes,
         experts_bytes=share.experts_bytes,
-        arena_bytes=share.arena_bytes,
-        kv_bytes=pool.size_bytes,
+        slab_bytes=slab.size_bytes,
+        kv_dtype=_name(kv_dtype),
         context_length=context_length,
     )
-    return TextEngine(base, engine, mixer, pool, share.experts_bytes, context_length)
+    return TextEngine(base, engine, arena, pool, share.experts_bytes, context_length)
 
 
-def _check_shares(share: Shares, base: Base, kv_bytes_min: int, device: torch.device) -> None:
+def _check_shares(share: Shares, layout: RowLayout, pages_bytes_min: int, device: torch.device) -> None:
     """Return if every share is enough to work with, and all together are there."""
-    # Of one rank in every projection; experts on a float16 base are float32.
-    widths = sum(linear.in_features + linear.out_features for linear in base.projections.values())
-    rank_bytes = widths * (torch.float32 if base.dtype is torch.float16 else base.dtype).itemsize
+    rank_bytes = layout.layer_count * layout.row_bytes + layout.outside_row_bytes
+    rows_bytes_min = _ARENA_ROWS * rank_bytes + layout.layer_count * ALIGNMENT_BYTES
     for setting, size_bytes, least_bytes, what in (
-        ("kv_bytes", share.kv_bytes, kv_bytes_min, "keys and values of texts"),
-        ("arena_bytes", share.arena_bytes, _ARENA_ROWS * rank_bytes, "running experts"),
+        ("slab_bytes", share.slab_bytes, pages_bytes_min + rows_bytes_min, "texts and running experts"),
         ("budget_bytes", share.experts_bytes, rank_bytes, "experts in memory"),
     ):
         if size_bytes < least_bytes:
@@ -163,20 +202,27 @@ def _check_shares(share: Shares, base: Base, kv_bytes_min: int, device: torch.de
                 f"{size_bytes} bytes for {what} are too few for this base, which needs {least_bytes}: raise "
                 f"worker.{setting}, or use a device with more memory, or a smaller base",
             )
-    total_bytes = share.kv_bytes + share.arena_bytes + share.experts_bytes
-    if total_bytes > (left_bytes := available_bytes(device)):
+    if share.slab_bytes + share.experts_bytes > (left_bytes := available_bytes(device)):
         raise HocketError(
             Reason.DEVICE_MEMORY,
-            f"worker.budget_bytes ({share.experts_bytes}), kv_bytes ({share.kv_bytes}) and arena_bytes "
-            f"({share.arena_bytes}) are more than the {left_bytes} bytes that {device} has left beside the base: set "
-            "them lower, or use a device with more memory",
+            f"worker.budget_bytes ({share.experts_bytes}) and slab_bytes ({share.slab_bytes}) are more than the "
+            f"{left_bytes} bytes that {device} has left beside the base: set them lower, or use a device with more "
+            "memory",
         )
 
 
-def _base(known: KnownBase, dtype: torch.dtype | None, device: torch.device) -> Base:
+def _serving(settings: WorkerSettings) -> Serving:
+    return Serving(_DTYPES.get(settings.base_dtype), settings.base_quantisation, settings.rope, settings.context_length)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _base(known: KnownBase, serving: Serving, device: torch.device) -> Base:
     """The base, under the name that the operator has given it."""
     try:
-        base = open_base(known.path, expected_digest=known.digest, device=device, dtype=dtype)
+        base = open_base(known.path, expected_digest=known.digest, device=device, serving=serving)
     except HocketError as error:
         if error.reason is not Reason.BASE_MISMATCH:
             raise
@@ -187,11 +233,9 @@ def _base(known: KnownBase, dtype: torch.dtype | None, device: torch.device) -> 
     return replace(base, model=replace(base.model, name=known.name))
 
 
-def _mixer(base: Base, arena_bytes: int, device: torch.device) -> Mixer:
-    try:
-        return Mixer(base.causal_lm, base.projections, arena_bytes)
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-        raise HocketError(
-            Reason.DEVICE_MEMORY,
-            f"{device} has no room for {arena_bytes} bytes in which experts compute: set worker.arena_bytes lower",
-        ) from error
+def _memory(layout: RowLayout, slab_bytes: int, page_bytes: int, device: torch.device) -> tuple[Slab, Arena]:
+    """The slab and the arena in it; what lies outside the layers is taken off first."""
+    left_bytes = slab_bytes - _ARENA_ROWS * layout.outside_row_bytes
+    layer_bytes = left_bytes // layout.layer_count // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    slab = Slab(layout.layer_count, layer_bytes, page_bytes=page_bytes, row_bytes=layout.row_bytes, device=device)
+    return slab, Arena(layout, slab, outside_rows=_ARENA_ROWS, device=device)

@@ -101,6 +101,7 @@ def adapter_message(facts: adapter.AdapterFacts) -> AdapterFacts:
             incompatible_with=constraints.incompatible_with,
         ),
         has_grammar=facts.has_grammar,
+        uses_grammar=facts.uses_grammar,
         license=facts.license or "",
         compression=facts.compression,
         parameter_bytes=facts.parameter_bytes,

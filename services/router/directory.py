@@ -565,6 +565,7 @@ def _worker(state: WorkerState) -> Worker:
         address=state.address,
         formats=frozenset(state.formats),
         budget_bytes=state.budget_bytes,
+        host_budget_bytes=state.host_budget_bytes,
         resident=frozenset(held.digest for held in state.residency),
         draining=state.draining,
         base=Base(base.name, base.digest, base.weights_sha256) if base.digest else None,

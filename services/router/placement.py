@@ -54,6 +54,7 @@ class Worker:
         draining: Whether it takes no new requests.
         base: The base language model that it serves; None when it serves none.
         unlocks: Encrypted packages that it has a credential for: digests, and `publisher/name`.
+        host_budget_bytes: Host memory for adapter experts; 0 where they take of `budget_bytes`.
     """
 
     name: str
@@ -64,10 +65,17 @@ class Worker:
     draining: bool
     base: Base | None = None
     unlocks: frozenset[str] = frozenset()
+    host_budget_bytes: int = 0
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory it may use for adapter experts."""
+        return self.host_budget_bytes or self.budget_bytes
 
     def can_load(self, package_format: str, size_bytes: int) -> bool:
         """Whether it takes new requests for what has this format and size."""
-        return not self.draining and package_format in self.formats and size_bytes <= self.budget_bytes
+        room = self.adapter_bytes if package_format == "expert" else self.budget_bytes
+        return not self.draining and package_format in self.formats and size_bytes <= room
 
     def opens(self, package: Package) -> bool:
         """Whether it can read what is inside a package: of an encrypted one, with its credential, as it has said."""
@@ -136,12 +144,15 @@ def place(digest: str, size_bytes: int, package_format: str, workers: Sequence[W
 
 
 def place_text(
-    digests: frozenset[str], size_bytes: int, base: str, workers: Sequence[Worker], loads: Loads
+    digests: frozenset[str], size_bytes: int, base: str, workers: Sequence[Worker], loads: Loads, session: str = ""
 ) -> list[Worker]:
     """Up to three workers that can compute a text by these adapters on a base, in the order to try them.
 
     As `place`, where those hold it that hold every adapter, and of the others those come first that hold most: without
     any adapter all hold it.
+
+    Of those that hold it every router sends the turns of a session to the same one, by rendezvous hashing, as long as
+    it is not busy: what it has computed for the last turn is there.
 
     Args:
         digests: Of the adapters.
@@ -149,14 +160,17 @@ def place_text(
         base: Digest of the base.
         workers: Live ones.
         loads: What runs where.
+        session: What the text is a turn of; empty for nothing.
     """
     able = [worker for worker in workers if worker.serves(base) and worker.can_load("expert", size_bytes)]
-    return _in_order(able, digests, loads)
+    return _in_order(able, digests, loads, session)
 
 
-def _in_order(able: Sequence[Worker], digests: frozenset[str], loads: Loads) -> list[Worker]:
+def _in_order(able: Sequence[Worker], digests: frozenset[str], loads: Loads, session: str = "") -> list[Worker]:
     holders = [worker for worker in able if digests <= worker.resident]
-    if len(holders) > 1:
+    if session:
+        holders.sort(key=lambda worker: _affinity(session, worker.name), reverse=True)
+    elif len(holders) > 1:
         first, second = random.sample(holders, 2)
         if loads.of_worker(second.name) < loads.of_worker(first.name):
             first, second = second, first
@@ -176,6 +190,6 @@ def _in_order(able: Sequence[Worker], digests: frozenset[str], loads: Loads) -> 
     return holders[:REPLICAS_MAX]
 
 
-def _affinity(digest: str, worker: str) -> bytes:
-    """Rendezvous hashing: the worker with the highest value is the home of a package, or of a set of them."""
-    return hashlib.blake2b(f"{digest} {worker}".encode(), digest_size=8).digest()
+def _affinity(key: str, worker: str) -> bytes:
+    """Rendezvous hashing: the worker with the highest value is the home of a package, a set of them, or a session."""
+    return hashlib.blake2b(f"{key} {worker}".encode(), digest_size=8).digest()

@@ -9,12 +9,22 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from hocket.bases import Match, compatibility
 from hocket.errors import HocketError, Reason
 from hocket.telemetry import metrics
-from hocket.text_limits import EXPERTS_MAX, LAST_ROLES, MESSAGES_MAX, ROLES, TEXT_BYTES_MAX, WEIGHT_MAX, is_weight
+from hocket.text_limits import (
+    EXPERTS_MAX,
+    LAST_ROLES,
+    MESSAGES_MAX,
+    ROLES,
+    TEXT_BYTES_MAX,
+    WEIGHT_MAX,
+    check_queueing,
+    is_weight,
+)
 from hocket.v1 import plan_pb2, router_pb2, text_pb2
 from services.router import choosing, hivellm
 from services.router.bases import RETRY_SECONDS, choose_base, shown
@@ -35,6 +45,8 @@ if TYPE_CHECKING:
 _SEED_BITS: Final = 53
 """Seeds that are drawn: numbers that every client can repeat, those included whose numbers are all doubles."""
 _SHOWN_CHARS_MAX: Final = 256
+_HINTS_MAX: Final = 4
+"""Experts that were not chosen and that a worker is told of, in case the next text wants them."""
 NAMED_MAX: Final = 256
 """Experts that a request may allow, or deny."""
 _POLICIES: Final = frozenset(text_pb2.Policy.values())
@@ -68,7 +80,15 @@ class TextDecision:
 
     def job(self, request: GenerateRequest) -> text_pb2.TextJob:
         """What a worker is asked for: the plan's seed is the only one."""
-        job = text_pb2.TextJob(plan=self.plan, input=request.input, sampling=request.sampling)
+        missed = (each.expert.package.digest for each in self.choice.candidates if not each.weight)
+        job = text_pb2.TextJob(
+            plan=self.plan, input=request.input, sampling=request.sampling, hints=islice(missed, _HINTS_MAX)
+        )
+        if request.HasField("constraint"):
+            job.constraint.CopyFrom(request.constraint)
+        job.session, job.tenant = request.session, request.tenant
+        if request.HasField("priority"):
+            job.priority = request.priority
         job.sampling.ClearField("seed")
         return job
 
@@ -82,6 +102,7 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
     begin = time.perf_counter()
     _check_input(request.input)
     _check_routing(request)
+    check_queueing(request.session, request.tenant, request.priority)
     chosen = _experts(snapshot, request.experts)
     base, by_name = choose_base(request.base, [expert for expert, _ in chosen], snapshot)
     choice = _choice(snapshot, request, base)
@@ -91,7 +112,8 @@ def decide_text(snapshot: Snapshot, loads: Loads, request: GenerateRequest) -> T
     experts = [expert for expert, _ in chosen]
     digests = frozenset(expert.package.digest for expert in experts)
     size_bytes = sum(expert.package.adapter.parameter_bytes for expert in experts)
-    workers = place_text(digests, size_bytes, base.digest, snapshot.workers, loads)
+    session = f"{len(request.tenant)} {request.tenant} {request.session}" if request.session else ""
+    workers = place_text(digests, size_bytes, base.digest, snapshot.workers, loads, session)
     if not workers:
         raise _no_room(base, size_bytes, snapshot.workers)
     plan = text_pb2.TextPlan(
@@ -194,7 +216,7 @@ def _choice(snapshot: Snapshot, request: GenerateRequest, base: Base) -> Choice:
             "those that ride on it, say when they want to be asked, and require no others. Allow others, or name one",
             field="routing.allow",
         )
-    rooms = [worker.budget_bytes for worker in snapshot.workers if worker.serves(base.digest) and not worker.draining]
+    rooms = [worker.adapter_bytes for worker in snapshot.workers if worker.serves(base.digest) and not worker.draining]
     bounds = Bounds(
         allowed=allowed,
         denied=denied,
@@ -242,12 +264,12 @@ def _named(snapshot: Snapshot, addresses: Sequence[str], field: str) -> frozense
 
 def _no_room(base: Base, size_bytes: int, workers: Sequence[Worker]) -> HocketError:
     """Why nobody computes a text by experts of this size: never, or not now."""
-    budgets = [each.budget_bytes for each in workers if each.serves(base.digest)]
+    budgets = [each.adapter_bytes for each in workers if each.serves(base.digest)]
     if max(budgets) < size_bytes:
         return HocketError(
             Reason.DEVICE_MEMORY,
             f"these experts take {size_bytes} bytes together, and no worker that has the base {shown(base)} has more "
-            f"than {max(budgets)} for experts: ask for fewer, or give a worker a larger budget_bytes",
+            f"than {max(budgets)} for experts: ask for fewer, or give a worker a larger budget_bytes or host_bytes",
             field="experts",
         )
     return HocketError(

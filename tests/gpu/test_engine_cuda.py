@@ -27,10 +27,10 @@ pytestmark = [
 ]
 
 
-def opened(folder: Path, dtype: torch.dtype | None = None) -> Base:
-    from services.expert_worker.engine.base import open_base  # noqa: PLC0415 - imports transformers
+def opened(folder: Path, dtype: torch.dtype | None = None, **serving: Any) -> Base:
+    from services.expert_worker.engine.base import Serving, open_base  # noqa: PLC0415 - imports transformers
 
-    return open_base(folder, expected_digest=None, device=DEVICE, dtype=dtype)
+    return open_base(folder, expected_digest=None, device=DEVICE, serving=Serving(dtype, **serving))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -83,3 +83,37 @@ def test_half_precision_has_a_kernel_of_its_own(
 
 def test_weights_are_computed_with_as_they_are_stored(tmp_path: Path) -> None:
     assert opened(tiny_base(tmp_path)).dtype == torch.float32
+
+
+INT8_TOLERANCE = 0.05
+"""Most that logits may differ where keys and values are rounded to int8, beside what half precision does."""
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_keys_and_values_in_int8_move_logits_little(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, ids = opened(tiny_base(tmp_path), dtype), ids_of(ROWS)
+    whole = Passes(base, page_positions=256).logits(ids, ROWS)
+    for chunk in (16, ROWS):
+        found = Passes(base, page_positions=256, kv_dtype=torch.int8).logits(ids, chunk, scattered=True)[-1]
+        assert (found - whole[-1]).norm() < (INT8_TOLERANCE + TOLERANCE[dtype]) * whole[-1].norm()
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_quantised_base_is_that_of_transformers(tmp_path: Path, how: str) -> None:
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - seconds
+
+    folder, ids = tiny_base(tmp_path, intermediate_size=128), ids_of(ROWS)
+    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    if how == "nf4":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+    config = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]  # theirs
+    theirs = oracle(folder, quantization_config=config, device_map={"": DEVICE}, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([ids], device=DEVICE)).logits[0, -1].float()
+    found = Passes(opened(folder, torch.bfloat16, quantisation=how), page_positions=256).logits(ids, ROWS)[-1]
+    assert (found - wanted).norm() < TOLERANCE[torch.bfloat16] * wanted.norm()

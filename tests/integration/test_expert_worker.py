@@ -752,6 +752,7 @@ class TestAdministration:
         (expert,) = listed.experts
         assert (listed.worker, listed.device, listed.resident_bytes, listed.budget_bytes) == ("w", "cpu", 16, 2**20)
         assert (expert.digest, expert.tier, expert.size_bytes) == (digest, expert_worker_pb2.TIER_HOST, 16)
+        assert expert.state == expert_worker_pb2.EXPERT_STATE_RESIDENT
         assert (list(expert.proofs), expert.unsigned_by_policy) == (["acme/iris@1.0.0"], False)
         assert expert.last_use_time.seconds > 0
         assert await worker.client.unload(digest) == 0

@@ -12,7 +12,7 @@ import threading
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from hocket import known_bases
 from hocket.base_folder import base_digest
 from hocket.client.expert_worker import ExpertWorkerClient
-from hocket.client.router import TextPlanned
+from hocket.client.router import Constraint, TextPlanned
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.rpc.convert import matrix_to_tensor
@@ -364,6 +364,36 @@ async def test_an_answer_says_how_it_was_made_and_what_it_took(setting: Setting)
     assert counted("hocket_text_first_token_seconds_count") - first == 2
 
 
+async def test_what_was_computed_before_is_found_and_changes_nothing(setting: Setting) -> None:
+    prompt = "what was said before goes with every turn: " * 3
+    hits, before = counted("hocket_text_prefix_hit_tokens_total"), await setting.engine()
+    options = {"prompt": prompt, "session": "s", "tenant": "t", "priority": 9}
+    first = await setting.answer({"lora": 1.0}, 8, **options)
+    again = await setting.answer({"lora": 1.0}, 8, **options)
+    others = [
+        await setting.answer({"lora": 0.5}, 8, **options),
+        await setting.answer({"lora": 1.0}, 8, **options | {"tenant": "u"}),
+    ]
+    assert [each.finish.usage.cached_prompt_token_count for each in (first, *others)] == [0, 0, 0]
+    count = again.finish.usage.cached_prompt_token_count
+    engine = await setting.engine()
+    size = engine.kv_page_positions
+    assert count == (again.start.prompt_token_count - 1) // size * size > size
+    assert again.ids == first.ids == others[1].ids == setting.lab.greedy({"lora": 1.0}, 8, prompt)
+    assert engine.prefix_hit_token_count - before.prefix_hit_token_count == count
+    assert engine.prefix_miss_token_count - before.prefix_miss_token_count == 4 * first.start.prompt_token_count - count
+    assert engine.kv_cached_page_count >= count // size
+    assert counted("hocket_text_prefix_hit_tokens_total") - hits == count
+
+
+async def test_a_worker_checks_whose_turn_of_what_it_is_for_itself(setting: Setting) -> None:
+    for name, wrong in (("session", "s" * 129), ("tenant", "t" * 65), ("priority", 10)):
+        job = setting.job()
+        setattr(job, name, wrong)
+        refusal = await setting.run_refused(job)
+        assert (refusal.reason, refusal.field) == (Reason.BAD_REQUEST, name)
+
+
 async def test_a_conversation_and_raw_text_are_read_as_the_contract_says(setting: Setting) -> None:
     said = await setting.answer(prompt=None, messages=[{"role": "user", "content": PROMPT}])
     assert said.ids == (await setting.answer()).ids
@@ -409,6 +439,72 @@ def training(**more: Any) -> dict[str, Any]:
     return {**written, **more}
 
 
+class TestConstraints:
+    """What an answer must be: by the request, or by the package of the heaviest expert."""
+
+    YES_OR_NO = 'root ::= "yes" | "no"'
+    SCHEMA: ClassVar[dict[str, Any]] = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+
+    def with_grammar(self, lab: Lab, name: str, grammar: str = YES_OR_NO, *, use: bool = True) -> bytes:
+        decoding = {"use_grammar": use, "stop_sequences": ["never"]}
+        manifest = {"training": training(decoding=decoding)}
+        return packaged(lab, name, "ia3", manifest=manifest, files={"grammar.gbnf": grammar.encode()})
+
+    async def test_the_heaviest_experts_grammar_holds_where_it_is_used(self, setting: Setting) -> None:
+        for name, use in (("terse", True), ("free", False)):
+            await setting.publish_data(self.with_grammar(setting.lab, name, use=use), name)
+        digest = digest_of(self.with_grammar(setting.lab, "terse"))
+        alone, leading, led, free = await asyncio.gather(
+            setting.answer({"terse": 1.0}, temperature=2.0),
+            setting.answer({"lora": 0.4, "terse": -0.6}),
+            setting.answer({"lora": 0.6, "terse": 0.4}),
+            setting.answer({"free": 1.0}),
+        )
+        for text in (alone, leading):
+            assert text.text in ("yes", "no")
+            assert text.finish.reason == text_pb2.TEXT_FINISH_REASON_END
+            assert text.start.constraint == text_pb2.AppliedConstraint(
+                kind=text_pb2.CONSTRAINT_KIND_GBNF, expert=digest
+            )
+        for text in (led, free):
+            assert not text.start.HasField("constraint")
+            assert text.text not in ("yes", "no")
+
+    async def test_a_request_goes_before_packages(self, setting: Setting) -> None:
+        await setting.publish_data(self.with_grammar(setting.lab, "terse"), "terse")
+        both = {"terse": 0.7, "lora": 0.3}
+        schema, grammar, none = await asyncio.gather(
+            setting.answer(both, 80, constraint=Constraint(json_schema=self.SCHEMA)),
+            setting.answer(both, 80, constraint=Constraint(gbnf='root ::= "perhaps"')),
+            setting.answer(both, 80, constraint=Constraint(none=True)),
+        )
+        assert schema.start.constraint == text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_JSON_SCHEMA)
+        if schema.finish.reason == text_pb2.TEXT_FINISH_REASON_END:
+            assert json.loads(schema.text)["n"] in (1, 2)
+        assert grammar.text == "perhaps"
+        assert grammar.start.constraint == text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_GBNF)
+        assert not none.start.HasField("constraint")
+        assert none.ids != grammar.ids
+
+    async def test_a_constraint_that_cannot_be_enforced_is_refused(self, setting: Setting) -> None:
+        broken = await setting.publish_data(self.with_grammar(setting.lab, "broken", "root ::="), "broken")
+        grammar = await setting.refused(constraint=Constraint(gbnf="root ::= ("))
+        assert (grammar.reason, grammar.field) == (Reason.BAD_GRAMMAR, "constraint.gbnf")
+        schema = await setting.refused(constraint=Constraint(json_schema={"not": {}}))
+        assert (schema.reason, schema.field) == (Reason.BAD_SCHEMA, "constraint.json_schema")
+        package = await setting.refused({"broken": 1.0})
+        assert (package.reason, package.metadata["digest"]) == (Reason.BAD_GRAMMAR, broken)
+        await setting.answer({"broken": 1.0}, 4, constraint=Constraint(none=True))
+        await setting.answer({"broken": 0.1, "lora": 1.0}, 4)
+
+    async def test_an_answer_ends_by_the_model_or_by_its_constraint(self, setting: Setting) -> None:
+        wanted = Constraint(gbnf=self.YES_OR_NO)
+        refusal = await setting.refused(constraint=wanted, ignore_eos=True)
+        assert (refusal.reason, refusal.field) == (Reason.BAD_REQUEST, "sampling.ignore_eos")
+        assert (await setting.answer(constraint=wanted)).text in ("yes", "no")
+        await setting.answer(ignore_eos=True, constraint=Constraint(none=True))
+
+
 class TestExperts:
     async def test_one_that_does_not_fit_the_base_fails_only_itself(self, setting: Setting) -> None:
         tensors = dict(setting.lab.tensors["lora"])
@@ -452,6 +548,22 @@ class TestExperts:
         await setting.until_idle()
         assert setting.lab.digest("lora") not in setting.app.residency.digests
         assert (await setting.refused({"lora": 1.0})).reason in {Reason.YANKED, Reason.KEY_REVOKED}
+
+    async def test_it_is_told_where_each_is(self, setting: Setting) -> None:
+        digest = setting.lab.digest("lora")
+        async for _ in setting.worker.load(digest):
+            pass
+        (expert,) = (await setting.worker.list_experts()).experts
+        assert (expert.tier, expert.state) == (expert_worker_pb2.TIER_HOST, expert_worker_pb2.EXPERT_STATE_HOST)
+        await setting.answer({"lora": 1.0}, 2)
+        (expert,) = (await setting.worker.list_experts()).experts
+        assert expert.state == expert_worker_pb2.EXPERT_STATE_RESIDENT
+
+    async def test_what_scored_next_is_brought_while_there_is_room(self, setting: Setting) -> None:
+        job = setting.job((setting.lab.digest("lora"), 1.0))
+        job.hints.extend([setting.lab.digest("ia3"), "no digest"])
+        await setting.run(job)
+        await until(lambda: setting.lab.digest("ia3") in setting.app.residency.digests)
 
     async def test_those_that_do_not_go_together_are_refused(self, setting: Setting) -> None:
         friend = await setting.publish_data(constrained(setting.lab, "friend", incompatible_with=["lora"]), "friend")
@@ -622,11 +734,11 @@ class TestRefusals:
             assert (refusal.reason, refusal.field) == (reason, where), refusal
         await setting.run(setting.job((digest, 100.0)))
 
-    async def test_a_set_that_exceeds_the_budget_and_a_text_that_exceeds_the_pages(
+    async def test_a_set_that_exceeds_the_budget_and_a_text_that_exceeds_the_context(
         self, lab: Lab, tmp_path: Path
     ) -> None:
         sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in lab.tensors.items()}
-        small = {"budget_bytes": sizes["lora"] + sizes["ia3"] // 2, "kv_bytes": 5 * 16 * 512, "arena_bytes": 2**20}
+        small = {"budget_bytes": sizes["lora"] + sizes["ia3"] // 2, "slab_bytes": 2**20, "context_length": 64}
         async with serving(lab, tmp_path, worker=small) as setting:
             await setting.publish("lora", "ia3")
             lora, ia3 = lab.digest("lora"), lab.digest("ia3")
@@ -634,7 +746,7 @@ class TestRefusals:
             assert refusal.reason is Reason.DEVICE_MEMORY
             assert "together" in refusal.message
             text = await setting.run(setting.job(max_tokens=100, ignore_eos=True))
-            room = 64 - text.start.prompt_token_count  # positions of the pages
+            room = 64 - text.start.prompt_token_count
             assert text.start.sampling.max_tokens == len(text.ids) == room > 0
             long = setting.job()
             long.input.prompt = "7#" * 40
@@ -693,8 +805,10 @@ class TestWorker:
         engine = await setting.engine()
         assert (engine.base.name, engine.base.digest) == (BASE, base_digest(setting.lab.folder))
         assert (engine.dtype, engine.context_length, engine.kv_page_positions) == ("float32", CONTEXT, 16)
-        assert engine.kv_page_count == 2**20 // (16 * 512) - 1
-        assert (engine.arena_budget_bytes, engine.base_bytes > 0) == (2**20, True)
+        outside_bytes = 72 * 4 * 448  # for experts of `lm_head`
+        assert engine.kv_page_count == (2**21 - outside_bytes) // (16 * 512) - 1
+        assert 2**21 - 4 * 64 < engine.arena_budget_bytes <= 2**21
+        assert engine.base_bytes > 0
         state = setting.app._state()
         assert list(state.formats) == ["apr", "expert"]
         assert state.base == engine.base
@@ -711,7 +825,7 @@ class TestWorker:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
         assert setting.app._text is not None
-        monkeypatch.setattr(setting.app._text.engine, "_runner", type("Broken", (), {"run": staticmethod(broken)}))
+        monkeypatch.setattr(setting.app._text.engine._passes, "_runner", type("Broken", (), {"run": staticmethod(broken)}))
         assert (await setting.run_refused(setting.job())).reason is Reason.NOT_READY
         await asyncio.wait_for(setting.app.failed.wait(), SECONDS)
 
@@ -725,8 +839,8 @@ class TestWorker:
         refusal = await refused_start(tmp_path / "data")
         assert (refusal.reason, "changing" in refusal.message) == (Reason.BAD_REQUEST, True)
         assert (await refused_start(tmp_path / "data", base="nobody")).reason is Reason.UNKNOWN_BASE
-        refusal = await refused_start(tmp_path / "data", base=BASE, kv_bytes=100)
-        assert (refusal.reason, "worker.kv_bytes" in refusal.message) == (Reason.DEVICE_MEMORY, True)
+        refusal = await refused_start(tmp_path / "data", base=BASE, slab_bytes=100)
+        assert (refusal.reason, "worker.slab_bytes" in refusal.message) == (Reason.DEVICE_MEMORY, True)
 
 
 def text_module() -> Any:

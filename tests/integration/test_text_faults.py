@@ -57,7 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     trust_in(folder)
     base = tiny_base(folder / NAME, max_position_embeddings=CONTEXT)
     known_bases.add(folder / "bases", base)
-    memory = {"kv_bytes": 2**25, "arena_bytes": 2**20, "budget_bytes": 2**22}
+    memory = {"slab_bytes": 2**25, "budget_bytes": 2**22}
     cluster = Cluster.of(folder, workers=2, worker={"bases_dir": folder / "bases", **memory})
     try:
         cluster.start()

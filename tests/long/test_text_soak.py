@@ -248,8 +248,7 @@ async def test_texts_are_right_while_everything_around_them_changes(
     row_bytes = 4 * sum(linear.in_features + linear.out_features for linear in base.projections.values())
     worker = {
         "budget_bytes": sum(sorted(sizes)[-5:]) + 1024,  # so that experts push each other out all the time
-        "arena_bytes": 80 * row_bytes,
-        "kv_bytes": 60 * 16 * base.kv_shape.position_bytes(base.dtype),
+        "slab_bytes": 80 * row_bytes + 60 * 16 * base.kv_shape.position_bytes(base.dtype),
         "sequences_max": 6,
         "step_tokens": 32,
     }

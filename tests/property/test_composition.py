@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.expert_worker.engine.mixing import Method, Mixer
-from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, assert_close, dense, toy_expert
+from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, arena_of, assert_close, dense, toy_expert
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,9 +30,6 @@ EXPERTS = [
     toy_expert(BASE, "lora", [HEAD, "block.1.up"], rank=2, seed=7),
     toy_expert(BASE, "dora", rank=5, ranks={"block.0.up": 1, "block.1.down": 3}, seed=8),
 ]
-ROW_BYTES = 4 * (sum(map(sum, SHAPES.values())) + 74)
-"""Of the arena."""
-
 Mixture = list[tuple[Known, float]]
 methods = st.sampled_from([Method.CONCATENATED, Method.SEGMENTS, None])
 weights = st.floats(-1.5, 1.5, width=32)
@@ -61,7 +58,7 @@ def computed(
     mixer: Mixer | None = None,
 ) -> Tensor:
     """`[n, 50]` of rows that depend on n alone."""
-    mixer = mixer or Mixer(BASE.causal_lm, BASE.projections, 1 << 19, method=method)
+    mixer = mixer or Mixer(BASE.causal_lm, BASE.projections, arena_of(BASE, 200), method=method)
     mixer.begin([(rows, tuple(mixture)) for rows, mixture in parts])
     answer: Tensor = BASE.causal_lm(inputs(sum(rows for rows, _ in parts))[None])[0]
     mixer.end()
@@ -112,7 +109,7 @@ def test_what_low_rank_experts_add_to_one_projection_is_linear_in_their_weight(
     [name, piece] = next(iter(known.expert.pieces.items()))
     alone = replace(known.expert, pieces={name: piece})
     x = inputs(3)[None] if name != "block.0.down" else torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(3))
-    mixer = Mixer(BASE.causal_lm, BASE.projections, 1 << 19, method=method)
+    mixer = Mixer(BASE.causal_lm, BASE.projections, arena_of(BASE, 200), method=method)
 
     def added(w: float) -> Tensor:
         mixer.begin([(3, ((alone, w),))])
@@ -146,15 +143,15 @@ def test_scaling_a_and_unscaling_b_changes_nothing(mixture: Mixture, factor: flo
 def test_the_arena_never_takes_more_than_its_budget_and_its_places_are_reused_without_a_trace(
     rows: int, steps: list[list[Mixture]], method: Method | None
 ) -> None:
-    mixer = Mixer(BASE.causal_lm, BASE.projections, rows * ROW_BYTES + 5, method=method)
-    allocated = sum(strips.inputs.nbytes + strips.outputs.nbytes for strips in mixer._strips.values())
-    assert allocated == rows * ROW_BYTES <= mixer.budget_bytes
+    arena = arena_of(BASE, rows, outside_rows=9)
+    mixer = Mixer(BASE.causal_lm, BASE.projections, arena, method=method)
     for step in steps:
-        if not mixer.fits([known.expert for mixture in step for known, _ in mixture]):
+        if not arena.fits([known.expert for mixture in step for known, _ in mixture]):
             continue
         answer = computed([(2, experts_in(mixture)) for mixture in step], None, mixer)
         parts = torch.split(inputs(len(answer)), 2)
         assert_close(answer, torch.cat([dense(BASE, x, mixture) for x, mixture in zip(parts, step, strict=True)]))
-        taken = mixer._taken()
-        assert all(first[1] <= second[0] for first, second in itertools.pairwise(taken))
-        assert 0 <= mixer.used_bytes <= mixer.budget_bytes
+        for outside in (False, True):
+            taken = arena._taken(outside=outside)
+            assert all(first[1] <= second[0] for first, second in itertools.pairwise(taken))
+        assert 0 <= arena.used_bytes <= arena.slab.size_bytes + arena.size_bytes

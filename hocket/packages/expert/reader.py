@@ -115,6 +115,7 @@ def decode_archive(
         routing=manifest.routing,
         soft_prompt_tokens=prompts.tokens,
         has_grammar=adapter.grammar is not None,
+        uses_grammar=adapter.grammar is not None and adapter.decoding.use_grammar,
         license=manifest.license,
         parameter_bytes=sum(map(_size_bytes, adapter.tensors.values()))
         + sum(_size_bytes(prompt.embeddings) for prompt in adapter.soft_prompts),

@@ -6,7 +6,8 @@ layer's window if it has one. What a pass has to know about that is made once, a
 as a keyword of the model's call.
 
 On a CUDA device in half precision this is one kernel for all sequences, which reads the pages in place. Elsewhere it
-is PyTorch's attention for one sequence after another: in place where the pages are consecutive, else on a copy.
+is PyTorch's attention for one sequence after another: in place where the pages are consecutive, else on a copy. Of a
+pool in int8 both read a copy of the pages that they need, in the base's dtype.
 """
 
 from __future__ import annotations
@@ -123,14 +124,13 @@ def attend(  # noqa: PLR0913 - transformers' interface
     if step.kernel is not None:
         return step.kernel(layer, query[0].transpose(0, 1), scaling, sliding_window)[None], None
     queries = query.view(step.pool.shape.heads, -1, *query.shape[2:])  # those that share keys, side by side
-    keys = _Positions(step.pool.keys[layer], queries.shape[1])
-    values = _Positions(step.pool.values[layer], queries.shape[1])
-    answers = [
-        scaled_dot_product_attention(
-            rows, keys.of(read), values.of(read), attn_mask=read.mask, is_causal=read.causal, scale=scaling
+    positions = _Positions(step.pool, layer, queries.shape[1])
+    answers = []
+    for rows, read in zip(torch.split(queries, step.row_counts, dim=2), step.reads(sliding_window), strict=True):
+        keys, values = positions.of(read)
+        answers.append(
+            scaled_dot_product_attention(rows, keys, values, attn_mask=read.mask, is_causal=read.causal, scale=scaling)
         )
-        for rows, read in zip(torch.split(queries, step.row_counts, dim=2), step.reads(sliding_window), strict=True)
-    ]
     return torch.cat(answers, dim=2).flatten(0, 1).transpose(0, 1)[None], None
 
 
@@ -139,7 +139,7 @@ class _Read:
     """What one part attends to.
 
     Attributes:
-        pages: `[n]`, the pages to copy side by side first; None where they lie so in the pool.
+        pages: `[n]`, the pages to copy side by side first; None where they lie so in the pool, and can be read there.
         span: The positions to read, counted from the first of those pages, or of the pool.
         mask: `[rows, span]`, added to the scores: 0 for positions a row sees, else minus infinity. None for no mask.
         causal: Whether each row sees the positions up to its own, and the first row stands at the first position.
@@ -157,7 +157,7 @@ def _read(pool: KvPool, part: Part, window: int | None) -> _Read:
     first = 0 if window is None else max(0, part.start + 1 - window)
     first_page, size = first // pool.page_positions, pool.page_positions
     pages = list(part.pages[first_page : (end - 1) // size + 1])
-    in_place = pages == list(range(pages[0], pages[0] + len(pages)))
+    in_place = pool.in_place and pages == list(range(pages[0], pages[0] + len(pages)))
     offset = ((pages[0] if in_place else 0) - first_page) * size
     causal = part.start == 0 and (window is None or end <= window) and count > 1
     mask = None
@@ -175,24 +175,31 @@ def _read(pool: KvPool, part: Part, window: int | None) -> _Read:
 
 
 class _Positions:
-    """Keys or values of one layer, as `[heads, group, positions, head_dim]`: each once for every query that shares it.
+    """Keys and values of one layer, as `[heads, group, positions, head_dim]`: each once for every query that shares it.
 
     All are views, except what `of` has to copy.
     """
 
-    def __init__(self, pages: Tensor, group: int) -> None:
-        self._pages = pages
+    def __init__(self, pool: KvPool, layer: int, group: int) -> None:
+        self._pool = pool
+        self._layer = layer
         self._group = group
-        self._in_place = self._shared(pages)
+        self._whole: tuple[Tensor, Tensor] | None = None
 
-    def of(self, read: _Read) -> Tensor:
+    def of(self, read: _Read) -> tuple[Tensor, Tensor]:
         """Those that one part reads."""
         if read.pages is None:
-            return self._in_place[:, :, read.span]
-        return self._shared(self._pages.index_select(0, read.pages))[:, :, read.span]
+            keys, values = self._whole = self._whole or self._shared(None)
+        else:
+            keys, values = self._shared(read.pages)
+        return keys[:, :, read.span], values[:, :, read.span]
 
-    def _shared(self, pages: Tensor) -> Tensor:
-        return pages.flatten(0, 1).transpose(0, 1)[:, None].expand(-1, self._group, -1, -1)
+    def _shared(self, pages: Tensor | None) -> tuple[Tensor, Tensor]:
+        keys, values = (
+            each.flatten(0, 1).transpose(0, 1)[:, None].expand(-1, self._group, -1, -1)
+            for each in self._pool.read(self._layer, pages)
+        )
+        return keys, values
 
 
 def _has_kernel(pool: KvPool) -> bool:
@@ -225,6 +232,12 @@ class _Kernel:
             list(part.pages[: (length - 1) // pool.page_positions + 1])
             for part, length in zip(parts, lengths, strict=True)
         ]
+        self._pages = None
+        if not pool.in_place:  # they are copied side by side, and found there by their new places
+            every = [page for table in tables for page in table]
+            self._pages = torch.tensor(every, device=pool.device)
+            places = iter(range(len(every)))
+            tables = [[next(places) for _ in table] for table in tables]
         widest = max(map(len, tables))
         self._row_max, self._length_max = max(rows), max(lengths)
         self._lengths = self._int32(lengths)
@@ -236,8 +249,7 @@ class _Kernel:
         """Attention of one layer; `query` and answer are `[T, heads, head_dim]`."""
         return self._attend(  # type: ignore[return-value]  # a tuple only with return_aux
             query.contiguous(),
-            self._pool.keys[layer],
-            self._pool.values[layer],
+            *self._pool.read(layer, self._pages),
             self._row_ends,
             self._length_ends,
             self._row_max,

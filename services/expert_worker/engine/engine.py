@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import queue
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol, Self, TypeAlias
+from itertools import islice
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import structlog
 import torch
 
 from hocket.errors import HocketError, Reason
 from hocket.telemetry import metrics
+from services.expert_worker.engine.answer import Answer, Dropped
 from services.expert_worker.engine.detokenizer import Detokenizer
-from services.expert_worker.engine.part import Part
-from services.expert_worker.engine.sampling import choose
-from services.expert_worker.engine.scheduler import Scheduler
+from services.expert_worker.engine.passes import DeviceError, Passes, bare, exhausted, is_exhausted
+from services.expert_worker.engine.scheduler import Counts, Scheduler
 from services.expert_worker.engine.sequence import Delta, Sequence, Started
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from services.expert_worker.engine.expert import AdapterExpert
     from services.expert_worker.engine.pages import Pages
+    from services.expert_worker.engine.passes import RunnerLike
     from services.expert_worker.engine.sampling import Choice
     from services.expert_worker.engine.scheduler import EngineLimits, Share
     from services.expert_worker.engine.sequence import Event, TextRequest
@@ -47,17 +48,44 @@ if TYPE_CHECKING:
 _log: Final = structlog.get_logger("worker")
 _RATE_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.5
+_AHEAD_MAX: Final = 8
+"""Texts that wait and whose experts are brought ahead."""
 _LOOK_SECONDS: Final = 1.0
 """How often the thread looks, while nothing can be computed, whether those who wait have waited long enough."""
-_PROBE: Final = Part(start=0, embeddings=None, token_ids=(0,), pages=(0,), mixture=(), sampled=True)
-"""One token for the base alone, into the scratch page: a device that fails at this is of no use to anybody."""
 
 
-class RunnerLike(Protocol):
-    """Who computes a step."""
+class Room(Protocol):
+    """Where experts lie side by side for computing. The engine's thread alone calls it, except `fits`.
 
-    def run(self, parts: list[Part]) -> torch.Tensor:
-        """Logits, float32 `[sampled parts, vocabulary]`, in the order of the parts."""
+    Attributes:
+        arrived: Called from another thread whenever an expert has come, or could not.
+        coming: Digests of experts on their way.
+    """
+
+    arrived: Callable[[], None]
+    coming: frozenset[str]
+
+    def fits(self, experts: Collection[AdapterExpert], page_count: int = 0) -> bool:
+        """Whether these could compute together beside so many KV pages; a function of these alone."""
+
+    def hold(self, experts: Collection[AdapterExpert], soon: Collection[AdapterExpert] = ()) -> None:
+        """Have these stay, from now on and in place of those held before.
+
+        Args:
+            experts: They compute.
+            soon: They will. They make room for those who compute, and for KV pages.
+        """
+
+    def bring(self, expert: AdapterExpert, *, ahead: bool = False) -> bool:
+        """Have an expert come, if it has to and can; whether it is there.
+
+        Args:
+            expert: One of those held.
+            ahead: Whether it is not needed yet.
+
+        Raises:
+            Exception: Why it did not come; it can be brought once more.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,95 +95,21 @@ class EngineState:
     Attributes:
         running_count: Answers that run.
         waiting_count: Answers that wait for memory.
-        used_page_count: KV pages in use, by those that run.
+        waiting_seconds: How long the one that waits for longest has waited, of those that have not run yet.
         page_count: KV pages in all.
+        counts: What the scheduler has come to.
         tokens_per_second: Tokens chosen per second, over the last ten seconds.
     """
 
     running_count: int
     waiting_count: int
-    used_page_count: int
+    waiting_seconds: float
     page_count: int
+    counts: Counts
     tokens_per_second: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Dropped:
-    """The thread has let go of a sequence: because it is whole or nobody reads it, or because of this error."""
-
-    error: Exception | None
-
-
-_News: TypeAlias = "tuple[Sequence, Event | _Dropped]"
-_Result: TypeAlias = "tuple[Sequence, int, Choice | HocketError | None]"
-"""Whose so many rows were computed, and its next token if they were the last before it, or why there is none."""
-
-
-class Answer:
-    """The events of one answer, as they come: a start, deltas, a finish. Belongs to the event loop.
-
-    Whoever has it reads it to its end or closes it. Cancelling whoever waits for the next event closes it, too.
-
-    Attributes:
-        token_count_max: Most tokens that it may have: what was asked for, or as many as the context has room for.
-    """
-
-    def __init__(
-        self, token_count_max: int, batch: int, read: Callable[[int], None], cancel: Callable[[], None]
-    ) -> None:
-        self.token_count_max = token_count_max
-        self._batch = batch
-        self._calls: tuple[Callable[[int], None], Callable[[], None]] | None = read, cancel
-        """How to tell the engine what has been read, and that the rest is not wanted. None once the engine has let go
-        of the answer: what is left to read of it then holds none of its experts in memory."""
-        self._items: asyncio.Queue[Event | _Dropped] = asyncio.Queue()
-        self._read_count = 0
-        self._over = False
-
-    def put(self, item: Event | _Dropped) -> None:
-        """Have an item read after those that are there. For the engine."""
-        self._items.put_nowait(item)
-        if isinstance(item, _Dropped):
-            self._calls = None
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        """The next event.
-
-        Raises:
-            HocketError: Why there will be no more: `DRAINING`, `DEVICE_MEMORY`, `BAD_ANSWER`, `NOT_READY`;
-                `DEADLINE` if it was not read for too long while others waited for its memory.
-            StopAsyncIteration: The last one was the finish, or the answer is closed.
-        """
-        if self._over:
-            raise StopAsyncIteration
-        try:
-            item = await self._items.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if isinstance(item, _Dropped):
-            self._over = True
-            if item.error is not None:
-                raise item.error
-            raise StopAsyncIteration
-        # Said in batches: whoever has read everything has fewer left to say than let a sequence pause.
-        self._read_count += 1
-        if self._read_count == self._batch:
-            self._read_count = 0
-            if self._calls is not None:
-                self._calls[0](self._batch)
-        return item
-
-    async def aclose(self) -> None:
-        """End the answer here: within one step the engine drops it and gives back what it holds."""
-        if not self._over:
-            if self._calls is not None:
-                self._calls[1]()
-            self._items.put_nowait(_Dropped(None))  # whoever waits wakes up
-            self._over = True
+_News: TypeAlias = "tuple[Sequence, Event | Dropped]"
 
 
 class Engine:
@@ -166,9 +120,10 @@ class Engine:
         pages: Where KV pages are had. The engine's alone.
         page_positions: Positions of one.
         context_length: Positions of the base; of more than the pages hold, as many as they hold count.
-        fits: Whether these experts have room side by side in the memory for computing; a function of them alone.
+        room: Where experts compute.
         tokenizer: The base's.
         limits: What it keeps to.
+        variant: Of the base, as it is served.
         clock: In seconds; of any beginning.
 
     Attributes:
@@ -176,28 +131,30 @@ class Engine:
         context_length: Positions that one answer may take with its prompt.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it consists of
         self,
         runner: RunnerLike,
         pages: Pages,
         *,
         page_positions: int,
         context_length: int,
-        fits: Callable[[Collection[AdapterExpert]], bool],
+        room: Room,
         tokenizer: PreTrainedTokenizerFast,
         limits: EngineLimits,
+        variant: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.failed = asyncio.Event()
-        self._runner = runner
-        self._pages = pages
+        self._page_count = pages.count
         self._page_positions = page_positions
         self.context_length = min(context_length, pages.count * page_positions)
         self._tokenizer = tokenizer
-        self._token_count = 1 + max(tokenizer.get_vocab().values())
+        self._variant = variant
         self._limits = limits
         self._clock = clock
-        self._scheduler = Scheduler(pages, fits, limits)
+        self._room = room
+        self._scheduler = Scheduler(pages, room.fits, limits)
+        self._passes = Passes(runner, self._scheduler, 1 + max(tokenizer.get_vocab().values()))
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -205,13 +162,15 @@ class Engine:
         self._answers: dict[Sequence, tuple[Answer, Callable[[], None]]] = {}
         self._running: set[Sequence] = set()
         self._chosen: deque[tuple[float, int]] = deque()
-        # The thread's.
+        # The thread's. The loop reads the counts, which are replaced as a whole.
+        self._counts = Counts()
         self._news: list[_News] = []
         self._going_on = True
 
     def start(self) -> None:
         """Start the thread. Call it in the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
+        self._room.arrived = partial(self._calls.put, _look)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -236,7 +195,9 @@ class Engine:
         """
         self.check()
         detokenizer = Detokenizer(self._tokenizer, request.stops)
-        sequence = Sequence(request, detokenizer, self._page_positions, self.context_length, self._clock())
+        sequence = Sequence(
+            request, detokenizer, self._page_positions, self.context_length, self._clock(), self._variant
+        )
         self._scheduler.check(sequence)
         answer = Answer(
             sequence.token_count_max,
@@ -268,12 +229,15 @@ class Engine:
     @property
     def state(self) -> EngineState:
         """How busy it is, as far as the event loop has heard."""
-        self._forget_chosen(self._clock())
+        now = self._clock()
+        self._forget_chosen(now)
+        oldest = next((sequence for sequence in self._answers if sequence not in self._running), None)
         return EngineState(
             running_count=len(self._running),
             waiting_count=len(self._answers) - len(self._running),
-            used_page_count=sum(sequence.page_count for sequence in self._running),
-            page_count=self._pages.count,
+            waiting_seconds=0.0 if oldest is None else now - oldest.arrival_time,
+            page_count=self._page_count,
+            counts=self._counts,
             tokens_per_second=sum(count for _, count in self._chosen) / _RATE_SECONDS,
         )
 
@@ -294,7 +258,7 @@ class Engine:
                 self._running.add(sequence)
             elif isinstance(item, Delta):
                 count += len(item.choices)
-            elif isinstance(item, _Dropped):
+            elif isinstance(item, Dropped):
                 self._running.discard(sequence)
                 del self._answers[sequence]
                 done()
@@ -311,7 +275,7 @@ class Engine:
         """The thread is over, and with it every answer."""
         if why is _broken:
             self.failed.set()
-        self._tell([(sequence, _Dropped(why())) for sequence in self._answers], self._clock())
+        self._tell([(sequence, Dropped(why())) for sequence in self._answers], self._clock())
 
     # What follows runs in the engine's thread.
 
@@ -328,17 +292,18 @@ class Engine:
 
     def _serve(self) -> None:
         """Step by step, until `stop`."""
-        computed = False
+        busy = False
         while self._going_on:
             try:
-                self._obey(wait=not computed)
-                computed = self._step()
-            except _DeviceError:
+                self._obey(wait=not busy)
+                busy = self._step()
+            except DeviceError:
                 raise
             except Exception:  # noqa: BLE001 - whatever it is, those who come after are answered again
                 _log.exception("bug")
                 self._drop_all(_bug)
-                computed = False
+                busy = False
+            busy |= self._count()
             if self._news:
                 # Kept nowhere here: while the thread sleeps it would keep the experts of those that have ended.
                 self._wake(partial(self._tell, self._news, self._clock()))
@@ -362,85 +327,76 @@ class Engine:
 
     def _acknowledge(self, sequence: Sequence, count: int) -> None:
         sequence.unread_count -= count
-        sequence.paused_time = math.inf
 
     def _emit(self, sequence: Sequence, event: Event) -> None:
         sequence.unread_count += 1
         self._news.append((sequence, event))
 
     def _drop(self, sequence: Sequence, error: Exception | None) -> None:
-        if self._scheduler.drop(sequence):
-            self._news.append((sequence, _Dropped(error)))
+        if self._scheduler.drop(sequence, self._clock()):
+            self._news.append((sequence, Dropped(error)))
 
     def _drop_all(self, why: Callable[[], Exception]) -> None:
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             self._drop(sequence, why())  # its own each: raising one changes it
 
     def _step(self) -> bool:
-        """Admit, compute, choose; whether there was anything to do."""
+        """Admit, compute, choose; whether anything was computed."""
         now = self._clock()
+        self._room.hold(self._scheduler.experts)  # and not those of answers that have ended
         for sequence in self._scheduler.admit(now):
-            self._emit(sequence, Started(sequence.start_time - sequence.arrival_time))
-        overdue = self._scheduler.overdue(now)
-        if overdue is not None:
-            self._drop(overdue, _unread(self._limits.unread_seconds))
-        plan = self._scheduler.plan()
-        for sequence, row_count, choice in self._compute(plan) if plan else ():
-            sequence.computed_count += row_count
-            sequence.step_count += 1
-            if isinstance(choice, HocketError):
-                self._drop(sequence, choice)
-            elif choice is not None:
-                self._grow(sequence, choice)
-        return bool(plan) or overdue is not None
+            if not sequence.preemption_count:
+                self._emit(sequence, Started(sequence.start_time - sequence.arrival_time))
+        plan = self._present(self._scheduler.plan())
+        for share, choice in self._passes.compute(plan) if plan else ():
+            if isinstance(choice, Exception):
+                self._drop(share.sequence, choice)
+                continue
+            self._scheduler.advance(share)
+            share.sequence.step_count += 1
+            if choice is not None:
+                self._grow(share.sequence, choice)
+        return bool(plan)
 
-    def _compute(self, shares: list[Share]) -> list[_Result]:
-        """One pass for all of them; if it fails, each alone, so that only the guilty one's answer ends.
+    def _count(self) -> bool:
+        """Publish the scheduler's counts; whether somebody had to make way since it was done last."""
+        before, self._counts = self._counts, self._scheduler.counts
+        metrics.TEXT_PREFIX_HIT_TOKENS.inc(self._counts.prefix_hit_count - before.prefix_hit_count)
+        metrics.TEXT_PREFIX_MISS_TOKENS.inc(self._counts.prefix_miss_count - before.prefix_miss_count)
+        metrics.TEXT_PREEMPTIONS.inc(self._counts.preemption_count - before.preemption_count)
+        return self._counts.preemption_count > before.preemption_count
 
-        If it fails for memory nothing is computed, and the next step is smaller: down to one row of one answer, which
-        ends if there is no memory even for that.
+    def _present(self, plan: list[Share]) -> list[Share]:
+        """Those whose experts are there. The experts of the others come, and of those who wait as far as there is room.
 
-        A pass may be repeated: it writes keys and values of the same rows to the same places before it reads them, and
-        does not touch those of earlier rows. Rows count as computed, and tokens as chosen, only when it has succeeded.
+        An answer whose expert cannot be brought ends. Where nothing is on its way, and nobody or not the first in rank
+        has all of its experts, pages stand in their way: everybody makes way then.
         """
-        try:
-            return self._pass(shares)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to one of them
-            exhausted = _is_exhausted(error)
-            _log.warning("a step has failed", sequence_count=len(shares), exhausted=exhausted, exc_info=not exhausted)
-            failure = _bare(error)
-        row_count = sum(share.row_count for share in shares)
-        if exhausted:
-            if row_count > 1:
-                self._scheduler.narrow(row_count)
-                return []
-            self._scheduler.widen()
-            failure = _exhausted()
-        else:
-            self._probe()
-            if len(shares) > 1:
-                return [result for share in shares for result in self._compute([share])]
-        self._drop(shares[0].sequence, failure)
-        return []
-
-    def _pass(self, shares: list[Share]) -> list[_Result]:
-        parts = [share.sequence.part(share.row_count) for share in shares]
-        metrics.EXECUTIONS.inc()
-        logits = self._runner.run(parts)
-        metrics.BATCH_ROWS.observe(sum(share.row_count for share in shares))
-        rows = [share.sequence.row for share, part in zip(shares, parts, strict=True) if part.sampled]
-        choices = iter(choose(logits, rows, self._token_count) if rows else ())
-        return [
-            (share.sequence, share.row_count, next(choices) if part.sampled else None)
-            for share, part in zip(shares, parts, strict=True)
-        ]
-
-    def _probe(self) -> None:
-        """Return if the device still works."""
-        try:
-            self._runner.run([_PROBE])
-        except Exception as error:
-            raise _DeviceError from error
+        held = {expert for share in plan for expert in share.sequence.experts}
+        soon: set[AdapterExpert] = set()
+        for sequence in islice(self._scheduler.in_turn(), _AHEAD_MAX):
+            if self._room.fits(held | soon | sequence.experts):
+                soon |= sequence.experts
+        self._room.hold(held, soon)
+        present: list[Share] = []
+        absent: list[Sequence] = []
+        for share in plan:
+            try:
+                # Not `all` of a generator: each is to come, whatever holds for those before it.
+                if all([self._room.bring(expert) for expert in share.sequence.experts]):  # noqa: C419
+                    present.append(share)
+                else:
+                    absent.append(share.sequence)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this answer's
+                _log.warning("an expert could not be brought to where it computes", exc_info=True)
+                self._drop(share.sequence, exhausted() if is_exhausted(error) else bare(error))
+        if absent and not self._room.coming and (not present or any(map(self._scheduler.is_first, absent))):
+            self._scheduler.restart()
+            return []
+        for expert in soon - held:
+            with contextlib.suppress(Exception):  # the answer that it is for hears of it once it runs
+                self._room.bring(expert, ahead=True)
+        return present
 
     def _grow(self, sequence: Sequence, choice: Choice) -> None:
         """Put a token to an answer, and end it if it is the last."""
@@ -448,7 +404,7 @@ class Engine:
             text, reason = sequence.append(choice.token_id, self._clock())
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this answer's
             _log.exception("bug")
-            self._drop(sequence, _bare(error))
+            self._drop(sequence, bare(error))
             return
         self._emit(sequence, Delta(text, (choice,)))
         if reason is not None:
@@ -456,8 +412,8 @@ class Engine:
             self._drop(sequence, None)
 
 
-class _DeviceError(Exception):
-    """The device does not compute any more."""
+def _look() -> None:
+    """A call that wakes the thread, and no more."""
 
 
 def _draining() -> HocketError:
@@ -470,29 +426,3 @@ def _broken() -> HocketError:
 
 def _bug() -> Exception:
     return RuntimeError("a step of the engine has failed; why stands in the log before this")
-
-
-def _unread(seconds: float) -> HocketError:
-    return HocketError(
-        Reason.DEADLINE,
-        f"this answer was not read for {seconds:g} seconds while others waited for its memory: read it as it comes",
-    )
-
-
-def _exhausted() -> HocketError:
-    return HocketError(
-        Reason.DEVICE_MEMORY,
-        "the device has no memory left for this text: try another worker, or again later",
-        retry_after_seconds=_RETRY_SECONDS,
-    )
-
-
-def _is_exhausted(error: Exception) -> bool:
-    """Whether a pass has failed for memory. torch has a type of error for a GPU's, and none for a CPU's."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _bare(error: Exception) -> Exception:
-    """An error without what led to it, which would keep tensors and experts in memory."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)

@@ -32,6 +32,8 @@ class Piece:
         c: `[out]`, what is added to the bias, or stands in its place: trained biases.
         a: `[r, in]`.
         b: `[r, out]`: B transposed, its scale and DoRA's factor within.
+        a_scales: float32 `[r]`, of the rows of `a` if they are int8 (see `int8`); None if they are floats.
+        b_scales: The same of `b`.
         gates_bias: Whether `o` scales the bias as well: IA3 does, DoRA does not.
     """
 
@@ -40,6 +42,8 @@ class Piece:
     c: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
+    a_scales: Tensor | None = None
+    b_scales: Tensor | None = None
     gates_bias: bool = False
 
     @property
@@ -60,6 +64,7 @@ class AdapterExpert:
         decoding: How it wants to be sampled.
         constraints: How it goes together with others.
         size_bytes: What its tensors take.
+        grammar: GBNF that its answers follow where nobody says otherwise; None for none.
     """
 
     digest: str
@@ -69,6 +74,7 @@ class AdapterExpert:
     decoding: Decoding
     constraints: Constraints
     size_bytes: int
+    grammar: str | None = None
 
     @property
     def load_order(self) -> int:

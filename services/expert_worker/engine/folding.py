@@ -10,7 +10,7 @@ With rank r, s = alpha / r (rank-stabilised: alpha / sqrt(r)), and the base's W:
 Formulas: Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732), Liu et al. 2024 (arXiv:2402.09353),
 Liu et al. 2022 (arXiv:2205.05638). Everything is computed in float32. What is kept is float32 for u, o and c, and the
 base's dtype for a, b and soft prompts, except that a and b stay float32 on a float16 base: that range is too small for
-what lies between them.
+what lies between them. W is what serves: on a quantised base, what its few bits stand for.
 
 An expert with a part missing still answers, only wrongly. So every tensor has to land on a projection of the base, and
 every projection that the configuration chooses has to get its tensors. That no others do, the reader has seen to.
@@ -42,6 +42,8 @@ from hocket.packages.expert.tensors import (
     values_for,
 )
 from services.expert_worker.engine.expert import AdapterExpert, Piece
+from services.expert_worker.engine.int8 import quantise
+from services.expert_worker.engine.quantised import weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -91,13 +93,15 @@ class Folded:
     build: Callable[[Tensor], AdapterExpert]
 
 
-def fold(adapter: Adapter, facts: AdapterFacts, base: Foldable) -> Folded:
+def fold(adapter: Adapter, facts: AdapterFacts, base: Foldable, *, int8: bool = False) -> Folded:
     """Reduce an adapter to what the engine computes with. The result shares no memory with the package.
 
     Args:
         adapter: Its tensors, as read from a package.
         facts: About the package.
         base: Which it shall ride on.
+        int8: Whether a and b are kept as int8, each row with its scale: they move by 1 / 254 of their row's largest
+            number at most (see `int8`).
 
     Raises:
         HocketError: `NOT_SERVABLE` if the package says so; `BASE_MISMATCH` if it was made for another base;
@@ -126,15 +130,16 @@ def fold(adapter: Adapter, facts: AdapterFacts, base: Foldable) -> Folded:
             piece = replace(_low_rank(module, parts, base, scale), c=_bias(module, parts, base, scale))
         else:
             piece = Piece(c=_bias(module, parts, base, 0))
-        spans = [flat.add(tensor) for tensor in (piece.u, piece.o, piece.c, piece.a, piece.b)]
+        a, b, *scales = _in_int8(piece) if int8 else (piece.a, piece.b, None, None)
+        spans = [flat.add(tensor) for tensor in (piece.u, piece.o, piece.c, a, b, *scales)]
         laid_out[module] = spans, piece.gates_bias
     prompt = flat.add(_prompt(adapter.soft_prompts, base))
 
     def build(moved: Tensor) -> AdapterExpert:
         pieces = {}
         for module, (spans, gates_bias) in laid_out.items():
-            u, o, c, a, b = (None if span is None else span.of(moved) for span in spans)
-            pieces[module] = Piece(u, o, c, a, b, gates_bias)
+            u, o, c, a, b, a_scales, b_scales = (None if span is None else span.of(moved) for span in spans)
+            pieces[module] = Piece(u, o, c, a, b, a_scales, b_scales, gates_bias)
         return AdapterExpert(
             digest=facts.digest,
             pieces=pieces,
@@ -143,6 +148,7 @@ def fold(adapter: Adapter, facts: AdapterFacts, base: Foldable) -> Folded:
             decoding=adapter.decoding,
             constraints=facts.constraints,
             size_bytes=moved.nbytes,
+            grammar=adapter.grammar if facts.uses_grammar else None,
         )
 
     return Folded(flat.joined(), build)
@@ -198,7 +204,7 @@ def _low_rank(module: str, parts: _Parts, base: Foldable, scale: float) -> Piece
     b = _read(module, LORA_B, parts, (projection.out_features, rank)) * scale
     o = None
     if MAGNITUDE in parts:
-        o = _read(module, MAGNITUDE, parts, (projection.out_features,)) / _row_lengths(projection.weight, a, b)
+        o = _read(module, MAGNITUDE, parts, (projection.out_features,)) / _row_lengths(weight_of(projection), a, b)
         b *= o.unsqueeze(1)
         _check_finite(o, _named(module, MAGNITUDE))
     dtype = torch.float32 if base.dtype is torch.float16 else base.dtype
@@ -206,6 +212,14 @@ def _low_rank(module: str, parts: _Parts, base: Foldable, scale: float) -> Piece
     _check_finite(a, _named(module, LORA_A))
     _check_finite(b, _named(module, LORA_B))
     return Piece(o=o, a=a, b=b)
+
+
+def _in_int8(piece: Piece) -> tuple[Tensor | None, ...]:
+    """Its a and b, and their scales."""
+    if piece.a is None or piece.b is None:
+        return None, None, None, None
+    (a, a_scales), (b, b_scales) = quantise(piece.a), quantise(piece.b)
+    return a, b, a_scales, b_scales
 
 
 def _bias(module: str, parts: _Parts, base: Foldable, scale: float) -> Tensor | None:

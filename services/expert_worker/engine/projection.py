@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Strips:
-    """Where experts lie side by side, for one projection. Both are float32.
+    """Where experts lie side by side, for one projection, in the dtype of the arena: float32 or bfloat16.
 
     Attributes:
         inputs: `[rows, in]`: rows of A, and factors of the input, less 1.
@@ -43,7 +43,7 @@ class Vectors:
 
     Attributes:
         weights: float32 `[T, S]`.
-        rows: int64 `[S]`: where they lie.
+        rows: int64 `[S]`: where they lie; several add up to a vector in bfloat16.
     """
 
     weights: Tensor
@@ -51,7 +51,7 @@ class Vectors:
 
     def sum_of(self, strip: Tensor) -> Tensor:
         """`[T, n]`, of `[rows, n]`."""
-        return self.weights @ strip.index_select(0, self.rows)
+        return self.weights @ strip.index_select(0, self.rows).to(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,14 +74,14 @@ class Update:
 
     def add_to(self, y: Tensor, x: Tensor, strips: Strips) -> None:
         """Add to `y [T, out]` what `x [T, in]` gives; both float32."""
-        b = strips.outputs[self.start : self.stop]
+        b = strips.outputs[self.start : self.stop].to(torch.float32)
         if isinstance(self.tokens, slice):
             y[self.tokens].addmm_(self._shrunk(x[self.tokens], strips), b)
         else:
             y.index_add_(0, self.tokens, self._shrunk(x.index_select(0, self.tokens), strips) @ b)
 
     def _shrunk(self, x: Tensor, strips: Strips) -> Tensor:
-        shrunk = (x @ strips.inputs[self.start : self.stop].T).mul_(self.weights)
+        shrunk = (x @ strips.inputs[self.start : self.stop].to(torch.float32).T).mul_(self.weights)
         if self.absent is not None:
             # Not left to a weight of 0: where an expert of another request overflows, 0 times infinity is not 0.
             shrunk.masked_fill_(self.absent, 0)

@@ -19,6 +19,8 @@ from hocket.errors import HocketError, Reason
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from services.expert_worker.engine.constraints import Matcher
+
 _ROWS_MAX: Final = 32
 """Rows that are drawn together: each takes a few float64 numbers per token of the vocabulary."""
 _CANDIDATES: Final = 1024
@@ -79,12 +81,20 @@ class SamplingRow:
         sampling: How its tokens are chosen.
         prompt_ids: The prompt, without rows of soft prompts.
         answer_ids: What has been answered already, here or by another worker.
+        matcher: How far the answer has come in what it must be, before `answer_ids`; None if it may be anything.
     """
 
-    __slots__ = ("_counts", "_ids", "_slots", "position", "sampling")
+    __slots__ = ("_counts", "_ids", "_slots", "matcher", "position", "sampling")
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], answer_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        answer_ids: Sequence[int] = (),
+        matcher: Matcher | None = None,
+    ) -> None:
         self.sampling = sampling
+        self.matcher = matcher
         self.position = len(prompt_ids)
         """Place of the next token among those of prompt and answer, rows of soft prompts not counted. With the seed it
         decides the noise, so that whoever goes on with prompt and answer draws what would have been drawn here."""
@@ -101,6 +111,8 @@ class SamplingRow:
     def append(self, token_id: int) -> None:
         """The next token of the answer has been chosen."""
         self.position += 1
+        if self.matcher is not None:
+            self.matcher.advance(token_id)
         if not self.sampling.penalises:
             return
         slot = self._slots.setdefault(token_id, len(self._slots))
@@ -138,9 +150,10 @@ def choose(
 ) -> list[Choice | HocketError]:
     """The next token of each row. The rows are not appended to.
 
-    Penalties, temperature, top_k, top_p and min_p apply in this order, as transformers' processors of these names do;
-    where equals stand at the limit of top_p, those with the lowest ids stay. Then a token is drawn by the inverse of
-    the cumulative distribution over ascending ids, in float64.
+    Tokens that would break a row's constraint do not count. Then penalties, temperature, top_k, top_p and min_p apply
+    in this order, as transformers' processors of these names do; where equals stand at the limit of top_p, those with
+    the lowest ids stay. Then a token is drawn by the inverse of the cumulative distribution over ascending ids, in
+    float64.
 
     Args:
         logits: `[n, vocabulary]`, float32, on any device; -inf for tokens that must not be chosen. Not changed.
@@ -149,11 +162,13 @@ def choose(
             probability. None for all.
 
     Returns:
-        For each row its choice, or why there is none: BAD_ANSWER if its logits hold a NaN or +inf, or nothing but -inf.
+        For each row its choice, or why there is none: BAD_ANSWER if its logits hold a NaN or +inf, or of what may come
+        nothing but -inf; as `Matcher.allowed`.
     """
     logits = logits[:, :token_count]
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
-    penalised = _penalised(logits, rows)
+    constrained, failures = _constrained(logits, rows)
+    penalised = _penalised(constrained, rows)
     chosen = penalised.argmax(-1)  # of equals the first
     for begin in range(0, len(drawn), _ROWS_MAX):
         some = drawn[begin : begin + _ROWS_MAX]
@@ -162,11 +177,15 @@ def choose(
     mass = logits.logsumexp(-1)
     logprobs = logits.gather(-1, chosen[:, None])[:, 0] - mass
     # one transfer; ids are exact in float64, and a NaN or +inf anywhere in a row is its largest value
-    found = torch.stack([chosen.double(), logprobs.double(), logits.amax(-1).double()], -1).tolist()
+    best = logits.amax(-1).double()
+    best_allowed = best if constrained is logits else constrained.amax(-1).double()
+    found = torch.stack([chosen.double(), logprobs.double(), best, best_allowed], -1).tolist()
     choices: list[Choice | HocketError] = []
-    for index, (row, (token_id, logprob, best)) in enumerate(zip(rows, found, strict=True)):
+    for index, (row, (token_id, logprob, *largest)) in enumerate(zip(rows, found, strict=True)):
         count = row.sampling.top_logprobs
-        if math.isfinite(best):
+        if index in failures:
+            choices.append(failures[index])
+        elif all(map(math.isfinite, largest)):
             choices.append(Choice(int(token_id), logprob, _top(logits[index], mass[index], count) if count else ()))
         else:
             choices.append(
@@ -177,6 +196,24 @@ def choose(
                 )
             )
     return choices
+
+
+def _constrained(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, dict[int, HocketError]]:
+    """The logits with -inf for what constraints do not allow, themselves if there are none; and who cannot go on."""
+    masks: dict[int, np.ndarray[Any, Any]] = {}
+    failures: dict[int, HocketError] = {}
+    for index, row in enumerate(rows):
+        if row.matcher is not None:
+            try:
+                masks[index] = row.matcher.allowed()
+            except HocketError as error:
+                failures[index] = error
+    if not masks:
+        return logits, failures
+    forbidden = np.unpackbits(~np.stack([*masks.values()]), axis=-1, count=logits.shape[-1], bitorder="little")
+    where = torch.tensor([*masks], device=logits.device)
+    rest = logits[where].masked_fill_(torch.from_numpy(forbidden).to(logits.device).bool(), -math.inf)
+    return logits.index_copy(0, where, rest), failures
 
 
 def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

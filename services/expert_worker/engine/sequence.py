@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import TYPE_CHECKING, TypeAlias
@@ -10,11 +9,14 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from hocket.errors import HocketError, Reason
+from hocket.text_limits import PRIORITY_DEFAULT
 from services.expert_worker.engine.expert import prompts_of
 from services.expert_worker.engine.part import Part
+from services.expert_worker.engine.prefixes import page_key, salt_of
 from services.expert_worker.engine.sampling import SamplingRow
 
 if TYPE_CHECKING:
+    from services.expert_worker.engine.constraints import Matcher
     from services.expert_worker.engine.detokenizer import Detokenizer
     from services.expert_worker.engine.expert import AdapterExpert, Mixture
     from services.expert_worker.engine.sampling import Choice, Sampling
@@ -31,6 +33,10 @@ class TextRequest:
         stops: Texts that end the answer and are no part of it.
         max_tokens: Most tokens of the answer, at least 1; fewer if the context has no room for them.
         eos_ids: Tokens by which the model says that it has ended; empty to go on whatever it says.
+        matcher: What the answer must be, at its beginning, for this answer alone; None if it may be anything.
+        tenant: Who asks: tenants share the engine fairly, and find nothing of each other.
+        session: What the request is a turn of: what it leaves is kept for the next one. Empty for nothing.
+        priority: How urgent it is among those of its tenant, 0 to 9; 9 is the most urgent.
     """
 
     token_ids: tuple[int, ...]
@@ -39,6 +45,10 @@ class TextRequest:
     stops: tuple[str, ...]
     max_tokens: int
     eos_ids: frozenset[int]
+    matcher: Matcher | None = None
+    tenant: str = ""
+    session: str = ""
+    priority: int = PRIORITY_DEFAULT
 
 
 class FinishReason(StrEnum):
@@ -89,6 +99,8 @@ class Finished:
         decode_seconds: From its first token to its last.
         step_count: Steps of the engine that it took part in.
         step_seconds_max: Longest time from one of its tokens to the next; 0 if there is one token.
+        cached_token_count: Tokens of the prompt whose keys and values were there when it ran first.
+        preemption_count: How often it had to make way, and went on later.
     """
 
     reason: FinishReason
@@ -99,6 +111,8 @@ class Finished:
     decode_seconds: float
     step_count: int
     step_seconds_max: float
+    cached_token_count: int
+    preemption_count: int
 
 
 Event: TypeAlias = "Started | Delta | Finished"
@@ -118,6 +132,7 @@ class Sequence:
         page_positions: Positions of a KV page.
         context_length: Positions that one answer may take with its prompt.
         arrival_time: When it was submitted.
+        variant: Of the base, as it is served.
 
     Raises:
         HocketError: `BAD_REQUEST` for no prompt at all; `TOO_LARGE` if the context has no room for an answer.
@@ -128,6 +143,7 @@ class Sequence:
     page_positions: int
     context_length: int
     arrival_time: float
+    variant: str = ""
     soft_prompts: list[torch.Tensor] = field(init=False)
     """`[n, hidden]` each, in the order in which they stand."""
     soft_row_count: int = field(init=False)
@@ -135,21 +151,30 @@ class Sequence:
     """Rows of soft prompts and prompt."""
     token_count_max: int = field(init=False)
     """Most tokens of its answer, the context considered."""
-    page_count: int = field(init=False)
-    """KV pages that it takes while it runs: enough for its longest answer."""
+    page_count_max: int = field(init=False)
+    """KV pages that its longest answer takes."""
+    _keys: list[bytes] = field(init=False)
+    """The salt, then the keys of its whole pages, as far as they were asked for."""
     row: SamplingRow = field(init=False)
     """What its next token depends on besides logits."""
     answer_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    """Its block table; empty while it waits."""
+    """Its block table: pages for all of its rows, once it runs; empty while it waits."""
     computed_count: int = 0
     """Rows whose keys and values are in its pages."""
+    kept_page_count: int = 0
+    """Its first pages that are in the prefix cache, as far as it has said."""
+    charged_row_count: int = 0
+    """Rows that its tenant has been charged for."""
+    cached_token_count: int = 0
+    """Tokens of its prompt that were found when it ran first."""
+    preemption_count: int = 0
     unread_count: int = 0
     """Events that its reader has not said to have read."""
-    paused_time: float = math.inf
-    """When it was first seen paused since its reader last read."""
     turn: int = 0
     """Number of the last step that it took part in."""
+    number: int = 0
+    """Its place among all that have come."""
     start_time: float = 0.0
     first_token_time: float = 0.0
     last_token_time: float = 0.0
@@ -161,8 +186,9 @@ class Sequence:
         self.soft_row_count = sum(map(len, self.soft_prompts))
         self.prompt_row_count = self.soft_row_count + len(self.request.token_ids)
         self.token_count_max = min(self.request.max_tokens, self._room())
-        self.row = SamplingRow(self.request.sampling, self.request.token_ids)
-        self.page_count = -(-(self.prompt_row_count + self.token_count_max) // self.page_positions)
+        self.row = SamplingRow(self.request.sampling, self.request.token_ids, matcher=self.request.matcher)
+        self.page_count_max = self.pages_for(self.prompt_row_count + self.token_count_max)
+        self._keys = [salt_of(self.variant, self.request.mixture, self.request.tenant)]
 
     def _room(self) -> int:
         """Positions that prompt and soft prompts leave to the answer."""
@@ -179,14 +205,33 @@ class Sequence:
         return room
 
     @property
+    def row_count(self) -> int:
+        """Rows to compute for its next token, those that are computed included."""
+        return self.prompt_row_count + len(self.answer_ids)
+
+    @property
     def rows_left(self) -> int:
         """Rows to compute until the next token can be chosen."""
-        return self.prompt_row_count + len(self.answer_ids) - self.computed_count
+        return self.row_count - self.computed_count
 
     @property
     def experts(self) -> frozenset[AdapterExpert]:
         """Who computes it."""
         return frozenset(expert for expert, _ in self.request.mixture)
+
+    def pages_for(self, row_count: int) -> int:
+        """KV pages that so many rows take."""
+        return -(-row_count // self.page_positions)
+
+    def page_keys(self, count: int) -> list[bytes]:
+        """The keys of its first pages, as many as that; all of their tokens must be known."""
+        while len(self._keys) <= count:
+            end = len(self._keys) * self.page_positions
+            begin = end - self.page_positions
+            soft = range(begin, min(end, self.soft_row_count))
+            row_ids = [*(-1 - place for place in soft), *self._tokens(begin + len(soft), end)]
+            self._keys.append(page_key(self._keys[-1], row_ids))
+        return self._keys[1 : count + 1]
 
     def part(self, row_count: int) -> Part:
         """Its next so many rows."""
@@ -244,6 +289,8 @@ class Sequence:
             decode_seconds=self.last_token_time - self.first_token_time,
             step_count=self.step_count,
             step_seconds_max=self.step_seconds_max,
+            cached_token_count=self.cached_token_count,
+            preemption_count=self.preemption_count,
         )
 
 

@@ -74,6 +74,13 @@ class TestScripting:
             [("user", "first"), ("assistant", ANSWER), ("user", "second")],
         ]
 
+    def test_the_turns_of_a_conversation_are_a_session_of_their_own(self, hocket: Any, router: Router) -> None:
+        hocket("chat", stdin="first\nsecond")
+        hocket("chat", stdin="third")
+
+        first, second, third = (request.session for request in router.requests)
+        assert first == second != third != ""
+
     def test_a_backslash_continues_a_line(self, hocket: Any, router: Router) -> None:
         hocket("chat", stdin="one\\\ntwo\\\n\\\nfour\nnext\\\n")
 

@@ -18,6 +18,7 @@ from hocket.cli import answer, files, serve
 from hocket.cli.colours import Colours
 from hocket.cli.sampling import read_experts, written
 from hocket.errors import HocketError, Reason
+from hocket.text_limits import CONSTRAINT_BYTES_MAX
 from hocket.v1 import router_pb2, text_pb2
 from tests.bases import hollow_base
 from tests.fakes import BASE, HIGH, LOW, ScriptedRouter
@@ -40,6 +41,7 @@ class Router(ScriptedRouter):
         token: The token of every such delta.
         finish: What is merged into the finish of such an answer; None for an answer without one.
         broken: What such an answer fails with, in place of its finish.
+        constraint: What its start says that the answer must be.
     """
 
     def __init__(self) -> None:
@@ -48,11 +50,14 @@ class Router(ScriptedRouter):
         self.token = text_pb2.Token(id=1)
         self.finish: text_pb2.TextFinish | None = text_pb2.TextFinish()
         self.broken: HocketError | None = None
+        self.constraint: text_pb2.AppliedConstraint | None = None
 
     async def Generate(
         self, request: router_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         async for response in super().Generate(request, context):
+            if response.HasField("start") and self.constraint is not None:
+                response.start.constraint.CopyFrom(self.constraint)
             if self.texts is None or response.HasField("plan") or response.HasField("start"):
                 yield response
             elif response.HasField("finish"):
@@ -129,6 +134,7 @@ def test_options_reach_the_request(hocket: Any, router: Router) -> None:
         "--system", "be short", "--temperature", 0.8, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.05,
         "--max-tokens", 100, "--seed", 2**64 - 1, "--stop", ";", "--stop", "\n\n", "--repetition-penalty", 1.1,
         "--presence-penalty", -1, "--frequency-penalty", 0.5, "--logprobs", 3, "--json",
+        "--session", "s", "--priority", 0, "--tenant", "t",
     )  # fmt: skip
     [request] = router.requests
 
@@ -137,6 +143,7 @@ def test_options_reach_the_request(hocket: Any, router: Router) -> None:
         ("user", "hi"),
     ]
     assert request.base == "qwen3-0.6b"
+    assert (request.session, request.HasField("priority"), request.priority, request.tenant) == ("s", True, 0, "t")
     chosen = [(each.expert, each.weight if each.HasField("weight") else None) for each in request.experts]
     assert chosen == [("sql", None), ("acme/json@1.2.0", -0.5), (LOW, 2.0), (HIGH, None)]
     assert request.sampling == text_pb2.Sampling(
@@ -164,9 +171,32 @@ def test_how_experts_are_chosen_is_sent(hocket: Any, router: Router) -> None:
     )
 
 
+def test_what_the_answer_must_be_is_read_from_files(hocket: Any, router: Router, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"type": "string"}')
+    (tmp_path / "a.gbnf").write_text('root ::= "ä"')
+    hocket("generate", "hi", "--json-schema", tmp_path / "a.json")
+    hocket("generate", "hi", "--grammar", tmp_path / "a.gbnf")
+    hocket("generate", "hi", "--no-grammar")
+    schema, grammar, none = (request.constraint for request in router.requests)
+    assert schema == text_pb2.Constraint(json_schema='{"type": "string"}')
+    assert grammar == text_pb2.Constraint(gbnf='root ::= "ä"')
+    assert none.WhichOneof("kind") == "none"
+
+
+def test_a_file_that_is_no_text_constrains_nothing(hocket: Any, router: Router, tmp_path: Path) -> None:
+    (tmp_path / "a.gbnf").write_bytes(b"\xff")
+    assert "not text in UTF-8" in hocket("generate", "hi", "--grammar", tmp_path / "a.gbnf").err
+    (tmp_path / "a.gbnf").write_bytes(b"a" * (CONSTRAINT_BYTES_MAX + 1))
+    assert hocket("generate", "hi", "--grammar", tmp_path / "a.gbnf").code == 2
+    assert router.requests == []
+    (tmp_path / "a.gbnf").write_bytes(b"a" * CONSTRAINT_BYTES_MAX)
+    assert hocket("generate", "hi", "--grammar", tmp_path / "a.gbnf").code == 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        ("--json-schema", __file__, "--no-grammar"),
         ("--experts", "sql", "--base-only"),
         ("--experts", "sql", "--max-experts", 2),
         ("--experts", "sql", "--policy", "rules"),
@@ -201,6 +231,9 @@ def test_raw_text_is_sent_as_it_is(hocket: Any, router: Router) -> None:
         (("hi", "--system", "\udcff"), "", "the input is text"),
         (("\udcff",), "", "the input is text"),
         (("hi", "--top-k", -1), "", "--top-k"),
+        (("hi", "--session", "s" * 129), "", "--session has 129 characters"),
+        (("hi", "--tenant", "t" * 65), "", "--tenant has 65 characters"),
+        (("hi", "--priority", 10), "", "--priority"),
         (("hi", "--experts", "sql:0.7,sql"), "", "'sql' is named twice"),
         (("hi", "--device", "cpu", "--router", "127.0.0.1:1"), "", "leave out --router"),
         (("hi", "--device", "cpu"), "", "`hocket base add PATH`"),
@@ -244,6 +277,8 @@ def test_without_standard_input_a_prompt_is_asked_for(hocket: Any, monkeypatch: 
         ("experts[0].weight", "it is too much", "--experts: it is too much"),
         ("sampling.top_p", "sampling.top_p must be 0 to 1", "--top-p must be 0 to 1"),
         ("sampling.top_logprobs", "top_logprobs must be 0 to 20", "--logprobs must be 0 to 20"),
+        ("constraint.json_schema", "it is none", "--json-schema: it is none"),
+        ("constraint.gbnf", "it is none", "--grammar: it is none"),
         ("input", "it is too long", "it is too long"),
         (None, "it is busy", "it is busy"),
     ],
@@ -356,6 +391,23 @@ def test_debug_shows_everything_on_standard_error(hocket: Any, router: Router) -
     assert lines[10] == "finish: STOP at ';', 12 tokens of prompt, 3 of answer"
     assert lines[11] == "route 0.2 ms, wait 3.0 ms, prefill 20.0 ms, decode 40.0 ms"
     assert lines[12].startswith("prefill 600.0 tokens per second, decode 50.0; 4 steps, from token to token 20.0 ms")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_JSON_SCHEMA), "constraint: a JSON schema, as asked"),
+        (
+            text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_GBNF, expert=LOW),
+            f"constraint: a grammar, of the expert {LOW}",
+        ),
+    ],
+)
+def test_debug_tells_what_the_answer_had_to_be(
+    hocket: Any, router: Router, given: text_pb2.AppliedConstraint, told: str
+) -> None:
+    router.constraint = given
+    assert told in [line.strip() for line in hocket("generate", "hi", "--debug").err.splitlines()]
 
 
 class TestExperts:

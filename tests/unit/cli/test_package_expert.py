@@ -57,6 +57,7 @@ def test_inspect_prints_one_object(hocket: Any, package: Path) -> None:
         "target_modules": ["down_proj", "q_proj"],
         "soft_prompt_tokens": 0,
         "has_grammar": False,
+        "uses_grammar": False,
         "capabilities": ["task:text2sql", "language:en"],
         "tags": ["sql"],
         "routing": {
@@ -94,7 +95,7 @@ def test_inspect_prints_a_card_for_people(hocket: Any, tmp_path: Path) -> None:
         "LoRA of rank 2 on down_proj, q_proj",
         f"Qwen3-0.6B, exactly sha256:{'ab' * 32}",
         "3 tokens",
-        "grammar      inside",
+        "grammar      inside, not used: the manifest does not say use_grammar",
         "task:text2sql, language:en",
         "word7 and 4 more (priority 0.5)",
         "expert-json@>=1",

@@ -188,6 +188,7 @@ def test_an_adapter_is_shown_whole(hocket: Any, registry: ScriptedRegistry) -> N
         tags=["database"],
         routing={"keywords": ["select"], "exclude_keywords": ["cypher"]},
         has_grammar=True,
+        uses_grammar=True,
         license="Apache-2.0",
         soft_prompt_tokens=48,
         upstream_signature={"outcome": "UPSTREAM_OUTCOME_WEIGHTS_ONLY", "key_id": "ef" * 32, "publisher": "hive"},

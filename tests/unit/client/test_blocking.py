@@ -94,11 +94,19 @@ def test_a_text_is_a_plan_a_start_deltas_and_a_finish(router: RouterClient, scri
 
 
 def test_a_whole_text_comes_at_once(router: RouterClient, scripted: ScriptedRouter) -> None:
-    answer = router.answer_text(messages=[{"role": "user", "content": "hi"}], timeout_seconds=50.0, temperature=0.5)
+    answer = router.answer_text(
+        messages=[{"role": "user", "content": "hi"}],
+        timeout_seconds=50.0,
+        temperature=0.5,
+        session="s",
+        tenant="t",
+        priority=9,
+    )
 
     assert answer.text == "Sure: one, two."
     [request] = scripted.requests
     assert request.input.conversation.messages[0].content == "hi"
+    assert (request.session, request.tenant, request.priority) == ("s", "t", 9)
     [left] = scripted.seconds_left
     assert left == pytest.approx(50.0, abs=5)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.empty_pb2 import Empty
 
-from hocket.client.router import Answer, RouterClient, Routing, TextPlanned
+from hocket.client.router import Answer, Constraint, RouterClient, Routing, TextPlanned
 from hocket.errors import HocketError, Reason
 from hocket.rpc.handlers import Handlers
 from hocket.rpc.local import LocalChannel
@@ -128,6 +129,41 @@ async def test_a_whole_text_has_its_tokens_plan_start_and_finish(router: RouterC
     assert (answer.start.sampling.seed, answer.start.worker) == (5, "worker-a")
     assert answer.finish.reason == text_pb2.TEXT_FINISH_REASON_END
     assert answer.request_id == "request-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (None, None),
+        (Constraint(), None),
+        (Constraint(json_schema={"type": "string"}), text_pb2.Constraint(json_schema='{"type": "string"}')),
+        (Constraint(json_schema='{"a":1}'), text_pb2.Constraint(json_schema='{"a":1}')),
+        (Constraint(json_schema=True), text_pb2.Constraint(json_schema="true")),
+        (Constraint(gbnf='root ::= "a"'), text_pb2.Constraint(gbnf='root ::= "a"')),
+        (Constraint(none=True), text_pb2.Constraint(none=Empty())),
+    ],
+)
+async def test_what_an_answer_must_be_is_sent(
+    router: RouterClient, scripted: ScriptedRouter, given: Constraint | None, sent: text_pb2.Constraint | None
+) -> None:
+    await router.answer_text("hi", constraint=given)
+    assert (scripted.requests[0].constraint if scripted.requests[0].HasField("constraint") else None) == sent
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (Constraint(json_schema={}, gbnf='root ::= "a"'), Reason.BAD_REQUEST),
+        (Constraint(json_schema=False, none=True), Reason.BAD_REQUEST),
+        (Constraint(json_schema={"enum": [float("nan")]}), Reason.BAD_SCHEMA),
+        (Constraint(json_schema={"enum": [object()]}), Reason.BAD_SCHEMA),
+        (Constraint(gbnf="\ud800"), Reason.BAD_REQUEST),
+    ],
+)
+async def test_what_no_answer_can_be_is_refused(router: RouterClient, given: Constraint, reason: Reason) -> None:
+    with pytest.raises(HocketError) as refused:
+        await router.answer_text("hi", constraint=given)
+    assert refused.value.reason is reason
 
 
 async def test_everything_about_a_text_is_sent_as_it_was_given(router: RouterClient, scripted: ScriptedRouter) -> None:

@@ -14,7 +14,14 @@ from prometheus_client import REGISTRY
 from hocket.errors import HocketError, Reason
 from hocket.packages import Policy, Proof, Purpose, Subject
 from hocket.trust_folder import TrustFolder
-from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_PLACING, LOAD_STATE_READY
+from hocket.v1.expert_worker_pb2 import (
+    EXPERT_STATE_EVICTING,
+    EXPERT_STATE_FAILED,
+    EXPERT_STATE_VERIFYING,
+    LOAD_STATE_FETCHING,
+    LOAD_STATE_PLACING,
+    LOAD_STATE_READY,
+)
 from services.expert_worker.authority import Authority, Evidence
 from services.expert_worker.loader import Prepared, Served
 from services.expert_worker.parameters import move
@@ -637,3 +644,85 @@ class TestSets:
         await asyncio.sleep(SOON)
         shelf.residency.release(held)
         assert [package.in_use_count for package in await second] == [1, 1]
+
+
+class TestPinsAndHints:
+    async def test_what_is_pinned_never_makes_room(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path)
+        shelf.residency._pinned = frozenset({A})
+        await shelf.load(A, B, C)
+        assert shelf.resident == [C, A]
+        refusal = await refused(shelf.use_all(B, C, D, seconds=SOON))
+        assert refusal.reason is Reason.DEVICE_MEMORY
+
+    async def test_a_large_one_leaves_before_a_small_one_that_takes_nearly_as_long_to_bring_back(
+        self, tmp_path: Path
+    ) -> None:
+        shelf = Shelf(tmp_path, sizes={A: 10, B: 60, C: 30, D: 50})
+        await shelf.load(A, B, C, D)
+        assert shelf.resident == [D, C, A]
+
+    async def test_what_is_large_does_not_keep_out_what_is_small_for_ever_nor_the_other_way_round(
+        self, tmp_path: Path
+    ) -> None:
+        shelf = Shelf(tmp_path, sizes={A: 10, B: 60, C: 60, D: 60})
+        await shelf.load(A)
+        for _ in range(8):
+            await shelf.load(B, C, D)
+        assert A not in shelf.resident
+
+    async def test_hints_are_loaded_while_there_is_room_and_push_nothing_out(self, shelf: Shelf) -> None:
+        await shelf.load(A)
+        shelf.residency.prefetch([A, B])
+        await until_loaded(shelf)
+        assert shelf.resident == [B, A]
+        shelf.residency.prefetch([C])
+        await until_loaded(shelf)
+        assert shelf.resident == [B, A]
+        await shelf.load(C)
+        assert shelf.resident == [C, B]
+
+    async def test_only_a_few_hints_are_followed_at_once_and_a_request_takes_over(self, shelf: Shelf) -> None:
+        shelf.hold = asyncio.Event()
+        shelf.residency.prefetch([A, B, C])
+        assert shelf.residency.digests == {A, B}
+        waiting = asyncio.create_task(shelf.use(A))
+        await asyncio.sleep(0)
+        shelf.residency.prefetch([A])
+        shelf.hold.set()
+        assert (await waiting).digest == A
+
+    async def test_a_hint_that_fails_fails_nobody(self, shelf: Shelf) -> None:
+        shelf.failures[A] = HocketError(Reason.BAD_ADAPTER, "scripted")
+        shelf.residency.prefetch([A])
+        await until_loaded(shelf)
+        shelf.residency.prefetch([A])
+        assert shelf.brought == [A]
+        (absent,) = shelf.residency.absent
+        assert (absent.digest, absent.state, absent.reason) == (A, EXPERT_STATE_FAILED, Reason.BAD_ADAPTER)
+
+    async def test_it_says_what_comes_and_what_goes(self, shelf: Shelf) -> None:
+        package = await shelf.use(A)
+        shelf.residency.drop(A)
+        shelf.hold = asyncio.Event()
+        shelf.residency.prefetch([B])
+        assert {each.digest: each.state for each in shelf.residency.absent} == {
+            A: EXPERT_STATE_EVICTING,
+            B: EXPERT_STATE_VERIFYING,
+        }
+        shelf.hold.set()
+        shelf.residency.release(package)
+        await until_loaded(shelf)
+        assert shelf.residency.absent == []
+
+    async def test_host_memory_has_a_budget_of_its_own_where_it_is_another(self, shelf: Shelf) -> None:
+        shelf.residency.divide(100, 50)
+        assert (shelf.residency.budget_bytes, shelf.residency.device.total_bytes) == (150, 100)
+        await shelf.load(A, B)
+        assert (shelf.residency.device.used_bytes, shelf.residency.host.used_bytes) == (80, 0)
+
+
+async def until_loaded(shelf: Shelf) -> None:
+    async with asyncio.timeout(LATER):
+        while shelf.residency._loadings:  # noqa: ASYNC110 - a prefetch tells nobody
+            await asyncio.sleep(0)

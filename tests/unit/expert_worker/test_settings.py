@@ -58,11 +58,18 @@ def test_everything_may_come_as_text_from_the_environment() -> None:
         ("default_deadline_seconds", 0.0, 0.1),
         ("text_deadline_seconds", float("inf"), 0.1),
         ("base_dtype", "int4", "bfloat16"),
-        ("kv_bytes", -1, 0),
-        ("arena_bytes", -1, 1),
+        ("base_quantisation", "int4", "nf4"),
+        ("rope", "yarn", "yarn-128k"),
+        ("context_length", -1, 100),
+        ("kv_dtype", "float16", "int8"),
+        ("adapters", "nf4", "int8"),
+        ("host_bytes", -1, 0),
+        ("slab_bytes", -1, 1),
         ("step_tokens", 0, 1),
         ("sequences_max", 0, 1),
         ("text_queue_max", 0, 1),
+        ("ageing_seconds", 0.0, 0.1),
+        ("session_seconds", -1.0, 0.0),
         ("preload", ["acme/iris@1.0.0"], [DIGEST]),
     ],
 )
@@ -137,18 +144,22 @@ class TestCredentials:
 
 
 class TestShares:
+    def divided(self, free: int, useful: int, *, experts: int = 0, slab: int = 0, elsewhere: bool = False) -> Shares:
+        return shares(free, useful, experts_bytes=experts, slab_bytes=slab, adapters_elsewhere=elsewhere)
+
     def test_what_was_not_chosen_is_divided(self) -> None:
-        divided = shares(1000, 10_000, experts_bytes=0, arena_bytes=0, kv_bytes=0)
-        assert (divided.kv_bytes, divided.experts_bytes, divided.arena_bytes) == (500, 400, 100)
+        assert self.divided(1000, 10_000) == Shares(experts_bytes=400, slab_bytes=600)
+
+    def test_adapter_experts_that_wait_elsewhere_leave_their_share_to_those_that_run(self) -> None:
+        assert self.divided(1000, 10_000, elsewhere=True) == Shares(experts_bytes=100, slab_bytes=900)
 
     def test_keys_and_values_take_no_more_than_they_can_use(self) -> None:
-        divided = shares(1000, 200, experts_bytes=0, arena_bytes=0, kv_bytes=0)
-        assert (divided.kv_bytes, divided.experts_bytes, divided.arena_bytes) == (200, 640, 160)
+        assert self.divided(1000, 200) == Shares(experts_bytes=640, slab_bytes=360)
 
     def test_what_was_chosen_stands(self) -> None:
-        assert shares(0, 200, experts_bytes=9, arena_bytes=8, kv_bytes=7) == Shares(9, 8, 7)
-        assert shares(1000, 200, experts_bytes=100, arena_bytes=0, kv_bytes=0) == Shares(100, 25, 200)
-        assert shares(100, 0, experts_bytes=0, arena_bytes=0, kv_bytes=700) == Shares(0, 0, 700)
+        assert self.divided(0, 200, experts=9, slab=15) == Shares(9, 15)
+        assert self.divided(1000, 200, experts=100) == Shares(100, 360)
+        assert self.divided(100, 0, slab=700) == Shares(0, 700)
 
 
 class TestDevice:

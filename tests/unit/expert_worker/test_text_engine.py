@@ -11,7 +11,7 @@ from hocket import known_bases
 from hocket.errors import HocketError, Reason
 from services.expert_worker import device as devices
 from services.expert_worker.settings import WorkerSettings
-from tests.bases import CONTEXT, tiny_base
+from tests.bases import tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,9 @@ PAGE_BYTES = 16 * 512
 """Of the tiny base: 16 positions of 2 layers with 2 heads of 16 float32, keys and values."""
 ROW_BYTES = 4 * (2 * (2 * 128 + 2 * 96 + 3 * 160) + 64 + 384)
 """Of one rank in all its projections."""
-SMALL = {"kv_bytes": 5 * PAGE_BYTES, "arena_bytes": 72 * ROW_BYTES, "budget_bytes": ROW_BYTES}
+ROWS_BYTES = 72 * ROW_BYTES + 2 * 64
+"""For one expert of rank 64, and what rounding takes in each layer."""
+SMALL = {"slab_bytes": 5 * PAGE_BYTES + ROWS_BYTES, "budget_bytes": ROW_BYTES}
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +58,23 @@ def test_a_share_that_is_too_small_to_work_with_is_refused_by_its_name(setting: 
 
 def test_a_base_with_a_short_context_needs_as_few_pages_as_it_has(tmp_path: Path) -> None:
     short = known_bases.add(tmp_path / "known", tiny_base(tmp_path / "short", max_position_embeddings=24))
-    text = opened(short, **{**SMALL, "kv_bytes": 3 * PAGE_BYTES})
+    text = opened(short, **{**SMALL, "slab_bytes": 3 * PAGE_BYTES + ROWS_BYTES})
     assert text.context_length == 24
-    assert "kv_bytes" in refused(short, **{**SMALL, "kv_bytes": 3 * PAGE_BYTES - 1})
+    assert "slab_bytes" in refused(short, **{**SMALL, "slab_bytes": 3 * PAGE_BYTES + ROWS_BYTES - 1})
 
 
-def test_an_arena_of_the_least_size_has_room_for_an_expert_of_rank_64(known: KnownBase) -> None:
+def test_memory_of_the_least_size_has_room_for_an_expert_of_rank_64_beside_four_pages(known: KnownBase) -> None:
     from tests.engines import expert_of, random_package  # noqa: PLC0415 - imports the engine
 
     text = opened(known, **SMALL)
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-    assert text.mixer.fits([expert_of(random_package("dora", projections, rank=64), text.base)])
-    assert not text.mixer.fits([expert_of(random_package("dora", projections, rank=73), text.base)])
+    assert text.arena.fits([expert_of(random_package("dora", projections, rank=64), text.base)], 5)
+    assert not text.arena.fits([expert_of(random_package("dora", projections, rank=73), text.base)])
 
 
 def test_a_device_without_free_memory_is_refused(known: KnownBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "available_host_bytes", lambda: 100)
-    assert "worker.kv_bytes" in refused(known)
+    assert "worker.slab_bytes" in refused(known)
 
 
 def test_more_than_the_device_has_left_is_refused(known: KnownBase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,25 +89,29 @@ def test_what_is_divided_by_the_worker_itself_is_there(known: KnownBase, monkeyp
     opened(known)
 
 
-@pytest.mark.parametrize(("pages", "length"), [(4, 64), (31, 496), (32, CONTEXT), (40, CONTEXT)])
-def test_the_context_is_as_long_as_the_pages_allow(pages: int, length: int, known: KnownBase) -> None:
-    text = opened(known, **{**SMALL, "kv_bytes": (pages + 1) * PAGE_BYTES})
-    assert text.context_length == text.report().context_length == length
-    assert text.report().kv_page_count == pages
+@pytest.mark.parametrize("max_length", [64, 2048, 100_000])
+def test_the_context_is_as_long_as_the_pages_allow(max_length: int, tmp_path: Path) -> None:
+    long = known_bases.add(tmp_path / "known", tiny_base(tmp_path / "long", max_position_embeddings=max_length))
+    text = opened(long, **SMALL)
+    pages = text.report().kv_page_count
+    assert pages == text.arena.slab.page_count - 1
+    assert text.context_length == text.report().context_length == min(max_length, 16 * pages)
 
 
-async def test_an_answer_is_no_longer_than_the_pages_allow(known: KnownBase) -> None:
+async def test_an_answer_is_no_longer_than_the_pages_allow(tmp_path: Path) -> None:
     from services.expert_worker.engine.sequence import FinishReason  # noqa: PLC0415 - imports the engine
     from tests.engines import Told, asking, prompt_ids  # noqa: PLC0415 - as above
 
-    text = opened(known, **SMALL)
+    long = known_bases.add(tmp_path / "known", tiny_base(tmp_path / "long", max_position_embeddings=100_000))
+    text = opened(long, **SMALL)
     text.engine.start()
     try:
         told = Told()
-        async for event in text.engine.submit(asking(prompt_ids(60), max_tokens=100), lambda: None):
+        request = asking(prompt_ids(text.context_length - 4), max_tokens=100)
+        async for event in text.engine.submit(request, lambda: None):
             told.take(event)
     finally:
         await text.engine.stop()
     assert told.finish is not None
     assert told.finish.reason is FinishReason.LENGTH
-    assert len(told.ids) in {64 - 60, 64 - 60 + 1}  # the last token need not be kept
+    assert len(told.ids) in {4, 5}  # the last token need not be kept

@@ -310,6 +310,13 @@ class TestGrammar:
         facts, adapter = read(expert_package(files={"grammar.gbnf": "root ::= [ä]".encode()}))
         assert (adapter.grammar, facts.has_grammar) == ("root ::= [ä]", True)
 
+    @pytest.mark.parametrize(("use", "inside"), [(True, True), (True, False), (False, True), (None, True)])
+    def test_it_is_used_where_the_manifest_says_so(self, use: bool | None, inside: bool) -> None:  # noqa: FBT001
+        decoding = {} if use is None else {"use_grammar": use}
+        files = {"grammar.gbnf": b"root ::= [a-z]"} if inside else {}
+        facts = facts_of(manifest={"training": {"decoding": decoding}}, files=files)
+        assert (facts.has_grammar, facts.uses_grammar) == (inside, bool(use) and inside)
+
     def test_the_manifest_may_name_another(self) -> None:
         manifest = {"training": {"decoding": {"grammar_file": "sql.gbnf"}}}
         files = {"grammar.gbnf": b"general", "sql.gbnf": b"special"}

@@ -165,3 +165,34 @@ def test_an_idle_worker_takes_a_set_over_from_a_busy_one() -> None:
     workers = [able("old", "d", "e"), able("new")]
     assert order(workers, loads_of(old=BUSY_COUNT - 1)) == ["old", "new"]
     assert order(workers, loads_of(old=BUSY_COUNT)) == ["new", "old"]
+
+
+def in_session(
+    session: str, workers: list[Worker], loads: Loads | None = None, digests: frozenset[str] = SET
+) -> list[str]:
+    return [found.name for found in place_text(digests, 20, QWEN.digest, workers, loads or Loads(), session)]
+
+
+def test_the_turns_of_a_session_go_to_the_same_of_those_that_hold_the_set() -> None:
+    workers = [able(name, "d", "e") for name in "abcdef"] + [able("none"), able("some", "d")]
+    sessions = [f"session {place}" for place in range(300)]
+    homes = {session: in_session(session, workers) for session in sessions}
+    assert max(Counter(names[0] for names in homes.values()).values()) < 100
+    assert all(len(names) == REPLICAS_MAX and {*names} <= {*"abcdef"} for names in homes.values())
+    for session in sessions[:50]:
+        assert in_session(session, workers[::-1], loads_of(a=5, b=2)) == homes[session]
+
+
+def test_a_worker_that_is_lost_moves_its_own_sessions_alone() -> None:
+    workers = [able(name) for name in "abcdef"]
+    sessions = [f"session {place}" for place in range(100)]
+    for session in sessions:
+        before = in_session(session, workers, digests=frozenset())
+        after = in_session(session, [each for each in workers if each.name != "a"], digests=frozenset())
+        assert after[0] == (before[1] if before[0] == "a" else before[0])
+
+
+def test_a_busy_worker_gives_a_session_away_as_well() -> None:
+    workers = [able("old", "d", "e"), able("new")]
+    assert in_session("s", workers, loads_of(old=BUSY_COUNT - 1)) == ["old", "new"]
+    assert in_session("s", workers, loads_of(old=BUSY_COUNT)) == ["new", "old"]

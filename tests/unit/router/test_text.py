@@ -452,6 +452,16 @@ def test_a_job_has_one_seed() -> None:
     assert request.sampling.seed == 2**64 - 1
 
 
+def test_a_job_tells_the_worker_who_scored_next() -> None:
+    decision = routed("graph")
+    job = decision.job(asking())
+    missed = [each.expert.package.digest for each in decision.choice.candidates if not each.weight]
+    assert len(missed) == 1
+    assert [*job.hints] == missed
+    assert not {*job.hints} & {expert.digest for expert in job.plan.experts}
+    assert not decided(snapshot(SQL, JSON), asking("sql")).job(asking("sql")).hints, "nothing was scored"
+
+
 def test_what_only_the_policy_admits_is_flagged() -> None:
     unsigned = adapter(3, "loose")
     unsigned.unsigned_by_policy = True
@@ -474,6 +484,14 @@ def test_what_fits_no_worker_of_the_base_is_refused_for_good() -> None:
     leaving = worker("c", budget_bytes=200, draining=True)
     assert refusal(snapshot(SQL, JSON, workers=[small, leaving]), asking("sql", "json")).reason is Reason.NO_REPLICA
     assert len(planned(snapshot(SQL, JSON, workers=[worker(budget_bytes=200)]), "sql", "json")) == 2
+
+
+def test_adapter_experts_wait_in_host_memory_where_a_worker_has_some_of_its_own() -> None:
+    roomy = worker(budget_bytes=1, host_budget_bytes=200)
+    assert len(planned(snapshot(SQL, JSON, workers=[roomy]), "sql", "json")) == 2
+    assert not roomy.can_load("apr", 2)
+    tight = worker(budget_bytes=10_000, host_budget_bytes=199)
+    assert refusal(snapshot(SQL, JSON, workers=[tight]), asking("sql", "json")).reason is Reason.DEVICE_MEMORY
 
 
 # Who is chosen where nobody is named.
@@ -700,3 +718,36 @@ def test_bases_whose_workers_have_gone_are_remembered_for_a_while_and_so_many() 
 def test_a_base_of_which_only_draining_workers_are_left_is_not_chosen_where_another_serves() -> None:
     here = snapshot(workers=[worker("a", QWEN, draining=True), worker("b", GEMMA)])
     assert base_of(here) == GEMMA.digest
+
+
+def test_whose_turn_of_what_it_is_reaches_the_worker() -> None:
+    request = asking(session="s", tenant="t", priority=0)
+    job = decided(snapshot(), request).job(request)
+    assert (job.session, job.tenant, job.priority, job.HasField("priority")) == ("s", "t", 0, True)
+    request = asking()
+    assert not decided(snapshot(), request).job(request).HasField("priority")
+
+
+def test_sessions_of_the_same_name_are_spread_over_workers_by_tenant() -> None:
+    here = snapshot(workers=[worker(name) for name in "abcd"])
+    homes = {
+        tenant: decided(here, asking(session="1", tenant=tenant)).plan.replicas[0].worker
+        for tenant in map(str, range(40))
+    }
+    assert {*homes.values()} == {*"abcd"}
+    for tenant, home in homes.items():
+        assert decided(here, asking(session="1", tenant=tenant)).plan.replicas[0].worker == home
+
+
+@pytest.mark.parametrize(
+    ("sound", "wrong", "field"),
+    [
+        ({"session": "s" * 128}, {"session": "s" * 129}, "session"),
+        ({"tenant": "t" * 64}, {"tenant": "t" * 65}, "tenant"),
+        ({"priority": 9}, {"priority": 10}, "priority"),
+    ],
+)
+def test_what_cannot_be_queued_is_refused(sound: dict[str, Any], wrong: dict[str, Any], field: str) -> None:
+    decided(snapshot(), asking(**sound))
+    error = refusal(snapshot(), asking(**wrong))
+    assert (error.reason, error.field) == (Reason.BAD_REQUEST, field)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hocket.errors import HocketError, Reason
+from services.expert_worker.engine.int8 import dequantise, quantise
 from services.expert_worker.engine.pages import KvPool, KvShape
 from tests.passes import part
 
@@ -21,9 +22,14 @@ SHAPE = KvShape(layers=2, heads=KV_HEADS, head_dim=DIM)
 LAYER: Any = SimpleNamespace(layer_idx=1)
 
 
-def new_pool(page_positions: int = 4, page_count: int = 20) -> KvPool:
+def new_pool(page_positions: int = 4, page_count: int = 20, stored_as: torch.dtype | None = None) -> KvPool:
     return KvPool(
-        SHAPE, page_count=page_count, page_positions=page_positions, dtype=torch.float32, device=torch.device("cpu")
+        SHAPE,
+        page_count=page_count,
+        page_positions=page_positions,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        stored_as=stored_as,
     )
 
 
@@ -65,6 +71,21 @@ def test_each_row_sees_what_stands_before_it_within_the_window(
     torch.testing.assert_close(torch.cat(found, dim=1), by_hand(rows, window), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("pages", [[2, 3, 4], [9, 1, 5]])
+@pytest.mark.parametrize("chunk", [1, 5, 11])
+def test_in_int8_each_row_sees_keys_and_values_as_they_are_rounded(
+    window: int | None, pages: list[int], chunk: int
+) -> None:
+    rows, pool = numbers(11), new_pool(stored_as=torch.int8)
+    found = []
+    for start in range(0, 11, chunk):
+        piece: Any = tuple(each[:, :, start : start + chunk] for each in rows)
+        found.append(attended(pool, [part(start, [0] * piece[0].shape[2], pages)], piece, sliding_window=window))
+    rounded = rows[0], dequantise(*quantise(rows[1])), dequantise(*quantise(rows[2]))
+    torch.testing.assert_close(torch.cat(found, dim=1), by_hand(rounded, window), atol=1e-6, rtol=0)
+
+
 def test_sequences_in_one_pass_do_not_see_each_other() -> None:
     rows = [numbers(7, seed=1), numbers(3, seed=2)]
     packed: Any = tuple(torch.cat(each, dim=2) for each in zip(*rows, strict=True))
@@ -75,9 +96,8 @@ def test_sequences_in_one_pass_do_not_see_each_other() -> None:
 def test_other_layers_and_other_pages_are_left_alone() -> None:
     pool = new_pool()
     attended(pool, [part(2, [0] * 3, [5, 7])], numbers(3))
-    assert not pool.keys[0].any()
-    assert not pool.values[0].any()
-    assert pool.keys[1].flatten(0, 1).any(-1).any(-1).nonzero().flatten().tolist() == [22, 23, 28]
+    assert not any(tensor.any() for tensor in pool.read(0, None))
+    assert pool.read(1, None)[0].flatten(0, 1).any(-1).any(-1).nonzero().flatten().tolist() == [22, 23, 28]
 
 
 @pytest.mark.parametrize(
@@ -129,18 +149,21 @@ def varlen_by_hand(query: Tensor, key: Tensor, value: Tensor, row_ends: Tensor, 
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("stored_as", [None, torch.int8])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_kernel_is_told_the_same_as_the_loop_does(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+def test_the_kernel_is_told_the_same_as_the_loop_does(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, stored_as: torch.dtype | None
+) -> None:
     from services.expert_worker.engine import attention  # noqa: PLC0415 - imports transformers
 
     parts = [part(0, [0] * 9, [5, 2, 9]), part(0, [0] * 2, [1])]
     later = [part(9, [0], [5, 2, 9]), part(2, [0] * 5, [1, 7])]
     first, second = numbers(11, seed=4), numbers(6, seed=5)
-    pool = new_pool()
+    pool = new_pool(stored_as=stored_as)
     wanted = [attended(pool, parts, first, sliding_window=window), attended(pool, later, second, sliding_window=window)]
     monkeypatch.setattr(attention, "_has_kernel", lambda _: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    pool = new_pool()
+    pool = new_pool(stored_as=stored_as)
     found = [attended(pool, parts, first, sliding_window=window), attended(pool, later, second, sliding_window=window)]
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 

@@ -42,10 +42,10 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return shutil.copytree(original, tmp_path / "tiny")
 
 
-def opened(folder: Path, expected_digest: str | None = None, dtype: torch.dtype | None = None) -> Base:
-    from services.expert_worker.engine.base import open_base  # noqa: PLC0415 - imports transformers
+def opened(folder: Path, expected_digest: str | None = None, **serving: Any) -> Base:
+    from services.expert_worker.engine.base import Serving, open_base  # noqa: PLC0415 - imports transformers
 
-    return open_base(folder, expected_digest=expected_digest, device=CPU, dtype=dtype)
+    return open_base(folder, expected_digest=expected_digest, device=CPU, serving=Serving(**serving))
 
 
 def refused(folder: Path, word: str, reason: Reason = Reason.NOT_SERVABLE, **arguments: Any) -> HocketError:
@@ -135,14 +135,14 @@ def test_files_that_change_while_they_are_read_are_refused(
 ) -> None:
     from services.expert_worker.engine import base  # noqa: PLC0415 - imports transformers
 
-    inner = base._move
+    inner = base._own
     happens: list[Callable[[Path], None]] = [_uncounted]
 
     def moved(*arguments: Any) -> None:
         inner(*arguments)
         happens[0](folder)
 
-    monkeypatch.setattr(base, "_move", moved)
+    monkeypatch.setattr(base, "_own", moved)
     opened(folder)
     happens[0] = change
     assert "start again" in refused(folder, word).message
@@ -319,8 +319,8 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "strange", "twin", "word"),
     [
-        ("llama", _rope("dynamic"), _rope("linear"), "dynamic"),
-        ("llama", _rope("longrope", long_factor=[1.0] * 8, short_factor=[1.0] * 8), _rope("yarn"), "longrope"),
+        ("llama", _rope("proportional"), _rope("yarn"), "proportional"),
+        ("llama", _rope("dynamic", alpha=1000.0), _rope("dynamic"), "alpha"),
         ("gemma2", {}, {"attn_logit_softcapping": None}, "softcap"),
         ("gemma3_text", {"use_bidirectional_attention": True}, {}, "ahead"),
         ("qwen3", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, {}, "quantised"),
@@ -402,7 +402,7 @@ def test_models_that_do_are_not(tmp_path: Path, kind: str, settings: dict[str, A
 def test_what_a_model_answers_beyond_a_page_is_compared(
     folder: Path, page_positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.expert_worker.engine import base  # noqa: PLC0415 - imports transformers
+    from services.expert_worker.engine import self_check  # noqa: PLC0415 - imports transformers
     from services.expert_worker.engine.runner import Runner  # noqa: PLC0415 - as above
 
     ends: list[int] = []
@@ -412,7 +412,7 @@ def test_what_a_model_answers_beyond_a_page_is_compared(
         ends.extend(part.start + part.row_count for part in parts)
         return inner(runner, parts)
 
-    monkeypatch.setattr(base, "default_page_positions", lambda _: page_positions)
+    monkeypatch.setattr(self_check, "default_page_positions", lambda _: page_positions)
     monkeypatch.setattr(Runner, "run", watched)
     opened(folder)
     assert max(ends) > page_positions
@@ -440,12 +440,14 @@ def test_a_base_that_does_not_fit_on_the_device_is_refused_as_that(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    from services.expert_worker.engine import base  # noqa: PLC0415 - imports transformers
+    from services.expert_worker.engine import base, self_check  # noqa: PLC0415 - imports transformers
 
-    monkeypatch.setattr(base, "_move", full)
+    monkeypatch.setattr(base, "_own", full)
     refused(folder, "no room", Reason.DEVICE_MEMORY)
     monkeypatch.undo()
-    monkeypatch.setattr(base, "KvPool", lambda *_, **__: _raise(HocketError(Reason.DEVICE_MEMORY, "no room for pages")))
+    monkeypatch.setattr(
+        self_check, "KvPool", lambda *_, **__: _raise(HocketError(Reason.DEVICE_MEMORY, "no room for pages"))
+    )
     refused(folder, "no room for pages", Reason.DEVICE_MEMORY)
 
 

@@ -16,7 +16,7 @@ from hocket.errors import HocketError, Reason
 from services.expert_worker.engine import engine as engine_module
 from services.expert_worker.engine.detokenizer import Detokenizer
 from services.expert_worker.engine.engine import Engine, EngineState
-from services.expert_worker.engine.scheduler import EngineLimits
+from services.expert_worker.engine.scheduler import Counts, EngineLimits
 from services.expert_worker.engine.sequence import Delta, Finished, FinishReason, Started
 from tests.scripted_engine import (
     CONTEXT,
@@ -38,7 +38,7 @@ from tests.scripted_engine import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from services.expert_worker.engine.engine import Answer
+    from services.expert_worker.engine.answer import Answer
     from services.expert_worker.engine.part import Part
     from services.expert_worker.engine.sequence import TextRequest
 
@@ -185,7 +185,7 @@ class TestAnswers:
         async with running_engine(ScriptedRunner(work), clock=clock) as engine:
             started, *_, finished = await read(engine.submit(lasting(range(9), 4), nothing))
         assert started == Started(0.0)
-        assert finished == Finished(FinishReason.LENGTH, "", 4, 0.0, 3.5, 7.0, 5, 4.0)
+        assert finished == Finished(FinishReason.LENGTH, "", 4, 0.0, 3.5, 7.0, 5, 4.0, 0, 0)
 
     async def test_waiting_is_told_as_such(self) -> None:
         clock, gate = Clock(), Gate()
@@ -306,7 +306,7 @@ class TestRefusals:
 class TestMemory:
     async def test_an_answer_that_has_ended_keeps_no_experts_whether_it_is_read_or_not(self) -> None:
         async with running_engine(ScriptedRunner()) as engine:
-            runner = engine._runner
+            runner = engine._passes._runner
             assert isinstance(runner, ScriptedRunner)
             lone = expert("lone")
             known = weakref.ref(lone)
@@ -336,7 +336,7 @@ class TestMemory:
             answer = engine.submit(asking([1], mixture=((lone, 1.0),)), done)
             del lone
             await done.arrival()
-            runner: Any = engine._runner
+            runner: Any = engine._passes._runner
             runner.passes.clear()
             await asyncio.sleep(0.02)
             gc.collect()
@@ -375,10 +375,11 @@ class TestCancellation:
                 gate.leave.release()
             await gate.arrival()
             await answer.aclose()
-            assert (done.count, engine._pages.free_count < PAGES) == (0, True)  # its step still writes there
+            used = engine._scheduler.counts.used_page_count
+            assert (done.count, used > 0) == (0, True)  # its step still writes there
             gate.leave.release()
             await done.arrival()
-            assert engine._pages.free_count == PAGES
+            assert engine._scheduler.counts.used_page_count == 0
             assert len(runner.passes) == steps
             await answer.aclose()
             assert await read(answer) == []
@@ -393,7 +394,7 @@ class TestCancellation:
             await anext(answer)
             await answer.aclose()
             await done.arrival()
-            assert engine._pages.free_count == PAGES
+            assert engine._scheduler.counts.used_page_count == 0
 
     async def test_one_that_is_whole_already_costs_nothing(self) -> None:
         async with running_engine(ScriptedRunner()) as engine:
@@ -477,32 +478,20 @@ class TestSlowReaders:
             results = await asyncio.gather(*map(read, slow))
             assert [told(events) for events in results] == [alone(lasting([place, 2], 20)) for place in (1, 2, 3, 4)]
 
-    @pytest.mark.parametrize("seconds", [59.0, 61.0])
-    async def test_one_that_nobody_reads_ends_after_a_while_if_somebody_waits_for_its_pages(
-        self, seconds: float, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(engine_module, "_LOOK_SECONDS", 0.01)
-        clock = Clock()
-        async with running_engine(
-            ScriptedRunner(), page_count=6, limits=replace(LIMITS, unread_max=2), clock=clock
-        ) as engine:
-            done = Ending()
-            slow = engine.submit(lasting([1], 20), done)
+    async def test_one_that_nobody_reads_makes_way_for_those_who_need_its_pages_and_goes_on_where_it_was(self) -> None:
+        limits = replace(LIMITS, unread_max=2)
+        async with running_engine(ScriptedRunner(), page_count=6, limits=limits) as engine:
+            slow_request, request = lasting([1], 20), lasting(range(1, 17), 8)
+            slow = engine.submit(slow_request, nothing)
             await until(lambda: slow._items.qsize() == 2)
-            waits = engine.submit(lasting([2], 3), nothing)
-            await asyncio.sleep(0.03)
-            clock.now += seconds
-            await asyncio.sleep(0.05)
-            assert done.count == (seconds > 60)
-            if seconds < 60:
-                assert told(await read(slow)) == alone(lasting([1], 20))
-            else:
-                await anext(slow)
-                await anext(slow)
-                refusal = await refused(slow)
-                assert refusal.reason is Reason.DEADLINE
-                assert "60 seconds" in refusal.message
-            assert told(await read(waits)) == alone(lasting([2], 3))
+            assert told(await read(engine.submit(request, nothing))) == alone(request)
+            assert engine.state.counts.preemption_count == 1
+            assert engine.state.running_count == 1  # for whoever asks: it has begun, and has not ended
+            events = await read(slow)
+        assert told(events) == alone(slow_request)
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert finished.preemption_count == 1
 
 
 class TestFailures:
@@ -532,7 +521,7 @@ class TestFailures:
                 assert not isinstance(events, BaseException)
                 assert told(events) == alone(requests[place])
             assert [ending.count for ending in endings] == [1] * 4
-            assert engine._pages.free_count == PAGES
+            assert engine._scheduler.counts.used_page_count == 0
             assert not engine.failed.is_set()
 
     async def test_a_nan_fails_alone(self) -> None:
@@ -655,7 +644,7 @@ class TestFailures:
                 with pytest.raises(RuntimeError, match="a step of the engine has failed") as bug:
                     await read(answer)
                 assert bug.value.__cause__ is bug.value.__context__ is None
-                assert (done.count, engine._pages.free_count) == (1, PAGES)
+                assert (done.count, engine._scheduler.counts.used_page_count) == (1, 0)
                 await asyncio.sleep(0.02)
             assert [entry["event"] for entry in logs] == ["bug"]  # it waits for others then
             assert told(await read(engine.submit(asking([1]), nothing))) == alone(asking([1]))
@@ -736,19 +725,20 @@ class TestState:
         clock, gate = Clock(), Gate()
         limits = EngineLimits(step_tokens=8, sequences_max=2, queue_max=9)
         async with running_engine(ScriptedRunner(gate), page_count=10, limits=limits, clock=clock) as engine:
-            assert engine.state == EngineState(0, 0, 0, 10, 0.0)
+            assert engine.state == EngineState(0, 0, 0.0, 10, Counts(), 0.0)
             answers = [engine.submit(lasting([1, 2], 6), nothing) for _ in range(3)]
-            assert engine.state.waiting_count == 3
+            clock.now += 1.5
+            assert (engine.state.waiting_count, engine.state.waiting_seconds) == (3, 1.5)
             await gate.arrival()
             gate.leave.release()
             await asyncio.gather(anext(answers[0]), gate.arrival())
             gate.leave.release()
             await gate.arrival()
             await until(lambda: engine.state.running_count == 2)
-            assert engine.state == EngineState(2, 1, 4, 10, engine.state.tokens_per_second)
+            assert engine.state == EngineState(2, 1, 1.5, 10, Counts(2, 0, 0, 4), engine.state.tokens_per_second)
             gate.open()
             await asyncio.gather(*map(read, answers))
-            assert engine.state == EngineState(0, 0, 0, 10, 1.8)
+            assert engine.state == EngineState(0, 0, 0.0, 10, Counts(0, 1, 0, 6), 1.8)
             clock.now += 9.9
             assert engine.state.tokens_per_second == 1.8
             await read(engine.submit(lasting([1], 1), nothing))

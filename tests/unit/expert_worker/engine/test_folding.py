@@ -20,7 +20,7 @@ from hocket.packages.expert.reader import decode
 from hocket.packages.expert.tensors import chosen
 from services.expert_worker.engine.folding import Folded, fold
 from services.expert_worker.engine.mixing import Mixer
-from tests.adapters import HEAD, SHAPES, ToyBase, assert_close, tensors_for, toy_package
+from tests.adapters import HEAD, SHAPES, ToyBase, arena_of, assert_close, tensors_for, toy_package
 from tests.bases import HIDDEN, tiny_base
 from tests.experts import adapter_config, expert_package, soft_prompt
 
@@ -150,7 +150,7 @@ def test_an_expert_at_weight_1_computes_what_peft_does(
     base = Around.of(causal_lm)
     made = fold(adapter, facts, base)
     expert = made.build(made.flat)
-    mixer = Mixer(causal_lm, base.projections, 4 << 20)
+    mixer = Mixer(causal_lm, base.projections, arena_of(base, 64))
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         expected = adapted(input_ids=ids).logits

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from hocket.errors import HocketError, Reason
+from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.expert import AdapterExpert, Piece
 from services.expert_worker.engine.mixing import Method, Mixer
 from services.expert_worker.engine.projection import Projection
-from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, assert_close, dense, toy_expert
+from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, arena_of, assert_close, dense, toy_expert
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = [Method.CONCATENATED, Method.SEGMENTS, None]
-ARENA = 1 << 20
-ROW_BYTES = 4 * (sum(map(sum, SHAPES.values())) + 74)
+ROW_BYTES = 4 * sum(map(sum, SHAPES.values()))
 """Of one rank in float32."""
 
 Request = tuple[int, "Sequence[tuple[Known, float]]"]
@@ -49,8 +49,8 @@ def experts_of_every_kind(base: ToyBase) -> list[Known]:
     ]
 
 
-def mixed(base: ToyBase, arena_bytes: int = ARENA, method: Method | None = None) -> Mixer:
-    return Mixer(base.causal_lm, base.projections, arena_bytes, method=method)
+def mixed(base: ToyBase, arena: Arena | None = None, method: Method | None = None) -> Mixer:
+    return Mixer(base.causal_lm, base.projections, arena or arena_of(base, 200), method=method)
 
 
 def run(base: ToyBase, mixer: Mixer, x: Tensor, requests: Sequence[Request], kept: Tensor | None = None) -> Tensor:
@@ -149,10 +149,11 @@ def test_a_step_without_weights_is_the_bare_base() -> None:
     [known, *_] = experts_of_every_kind(base)
     x = torch.randn(5, 24)
     plain = base.causal_lm(x[None])[0]
-    mixer = mixed(base)
+    arena = arena_of(base, 20)
+    mixer = mixed(base, arena)
     for mixture in ([], [(known, 0.0)]):
         assert torch.equal(run(base, mixer, x, [(5, mixture)]), plain)
-    assert mixer.used_bytes == 0
+    assert arena.used_bytes == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,10 +189,10 @@ def test_after_a_step_nothing_of_it_is_left() -> None:
 def test_an_expert_that_is_a_soft_prompt_takes_no_room() -> None:
     base = ToyBase()
     known = toy_expert(base, "soft_prompt", [])
-    mixer = mixed(base, 0)
-    assert mixer.fits([known.expert])
-    run(base, mixer, torch.randn(5, 24), [(5, [(known, 1.0)])])
-    assert mixer.used_bytes == 0
+    arena = arena_of(base, 1)
+    assert arena.fits([known.expert])
+    run(base, mixed(base, arena), torch.randn(5, 24), [(5, [(known, 1.0)])])
+    assert arena.used_bytes == 0
 
 
 def test_what_others_ask_of_a_linear_layer_a_projection_answers() -> None:
@@ -249,8 +250,9 @@ def test_an_expert_in_the_place_of_another_sees_nothing_of_it(kinds: tuple[str, 
     base = ToyBase()
     first = toy_expert(base, kinds[0], rank=4, seed=1)
     second = toy_expert(base, kinds[1], rank=4, seed=2, ranks={"block.0.up": 1, "block.1.down": 2})
-    mixer = mixed(base, 5 * ROW_BYTES)
-    assert not mixer.fits([first.expert, second.expert])
+    arena = arena_of(base, 5)
+    mixer = mixed(base, arena)
+    assert not arena.fits([first.expert, second.expert])
     for known in (first, second, first):
         requests: list[Request] = [(3, [(known, 0.8)])]
         x = rows_for(requests)
@@ -262,37 +264,39 @@ def test_experts_that_fit_only_laid_out_anew_are() -> None:
     base = ToyBase()
     small = [toy_expert(base, "lora", rank=2, seed=seed) for seed in range(4)]
     large = toy_expert(base, "dora", rank=4, seed=9)
-    mixer = mixed(base, 9 * ROW_BYTES)
+    arena = arena_of(base, 9)
+    mixer = mixed(base, arena)
     x = torch.randn(4, 24)
     run(base, mixer, x, [(1, [(known, 1.0)]) for known in small])
     requests: list[Request] = [(1, [(small[1], 1.0)]), (1, [(small[3], 0.5)]), (2, [(large, 1.0)])]
     answer = run(base, mixer, x, requests)  # the free rows were 2 + 2 + 1, the last for factors
     assert_close(answer, expected(base, x, requests))
-    assert mixer.used_bytes == 9 * ROW_BYTES
+    assert arena.used_bytes == 9 * ROW_BYTES
 
 
 def test_experts_beyond_the_arena_do_not_fit_and_are_refused() -> None:
     base = ToyBase()
     one, other = (toy_expert(base, "lora", rank=4, seed=seed) for seed in (1, 2))
     gated = toy_expert(base, "dora", rank=4, seed=3)
-    mixer = mixed(base, 8 * ROW_BYTES)
-    assert mixer.fits([one.expert, other.expert, one.expert])
-    assert not mixer.fits([one.expert, gated.expert])
-    assert mixer.fits([gated.expert])
-    assert not mixer.fits([toy_expert(base, "biased_dora", rank=7, seed=4).expert])
-    assert mixer.fits([toy_expert(base, "biased_dora", rank=6, seed=4).expert])
+    arena = arena_of(base, 8)
+    mixer = mixed(base, arena)
+    assert arena.fits([one.expert, other.expert, one.expert])
+    assert not arena.fits([one.expert, gated.expert])
+    assert arena.fits([gated.expert])
+    assert not arena.fits([toy_expert(base, "biased_dora", rank=7, seed=4).expert])
+    assert arena.fits([toy_expert(base, "biased_dora", rank=6, seed=4).expert])
     with pytest.raises(HocketError) as refusal:
         run(base, mixer, torch.randn(2, 24), [(2, [(one, 1.0), (gated, 1.0)])])
     assert refusal.value.reason is Reason.DEVICE_MEMORY
     run(base, mixer, torch.randn(2, 24), [(2, [(one, 1.0), (other, 1.0)])])
-    assert mixer.used_bytes == mixer.budget_bytes
+    assert arena.used_bytes == arena.slab.size_bytes
 
 
 def test_an_expert_that_is_still_there_is_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     base = ToyBase()
     known = toy_expert(base, "dora")
     copied: list[Any] = []
-    monkeypatch.setattr(Mixer, "_copy_in", lambda _, expert, place: copied.append((expert, place)))
+    monkeypatch.setattr(Arena, "_copy_in", lambda _, expert, seat: copied.append((expert, seat)))
     mixer = mixed(base)
     for _ in range(3):
         run(base, mixer, torch.randn(2, 24), [(2, [(known, 1.0)])])
@@ -303,8 +307,8 @@ def test_the_expert_that_was_used_longest_ago_leaves_first(monkeypatch: pytest.M
     base = ToyBase()
     one, other, third = (toy_expert(base, "lora", rank=4, seed=seed) for seed in (1, 2, 3))
     copied: list[Any] = []
-    monkeypatch.setattr(Mixer, "_copy_in", lambda _, expert, place: copied.append((expert, place)))
-    mixer = mixed(base, 8 * ROW_BYTES)
+    monkeypatch.setattr(Arena, "_copy_in", lambda _, expert, seat: copied.append((expert, seat)))
+    mixer = mixed(base, arena_of(base, 8))
     for known in (one, other, one, third, one, other):
         run(base, mixer, torch.randn(2, 24), [(2, [(known, 1.0)])])
     assert [expert for expert, _ in copied] == [known.expert for known in (one, other, third, other)]
@@ -327,7 +331,7 @@ def test_few_rows_are_computed_for_all_experts_at_once_and_many_by_segments(monk
     base = ToyBase()
     experts = [toy_expert(base, "lora", rank=64, seed=seed) for seed in range(8)]
     updates: dict[str, Any] = {}
-    mixer = mixed(base, 64 << 20)
+    mixer = mixed(base, arena_of(base, 512))
     monkeypatch.setattr(mixer, "end", lambda: None)
 
     def count(rows: int) -> int:

@@ -167,9 +167,9 @@ def test_only_sampled_parts_have_logits_in_their_order(base: Base) -> None:
 def test_half_precision_answers_in_float32_close_to_the_whole(
     dtype: torch.dtype, base: Base, folder_of: Callable[[str], Path]
 ) -> None:
-    from services.expert_worker.engine.base import open_base  # noqa: PLC0415 - imports transformers
+    from services.expert_worker.engine.base import Serving, open_base  # noqa: PLC0415 - imports transformers
 
-    half = open_base(folder_of("qwen3"), expected_digest=None, device=CPU, dtype=dtype)
+    half = open_base(folder_of("qwen3"), expected_digest=None, device=CPU, serving=Serving(dtype=dtype))
     found = Passes(half).logits(ids_of(20), 8)
     wanted = Passes(base).logits(ids_of(20), 8)
     assert half.dtype == dtype

@@ -1,0 +1,449 @@
+"""The experts that compute, side by side on the device: who lies where, who comes, who goes.
+
+An expert takes consecutive rows, the same in every layer: as many as its largest rank, then those of its factors, if it
+has any, and those of its biases. Where it adapts something outside the layers it takes rows there as well, which are
+apart (see `layout`). What it does not have is not written, with zeros where a projection needs fewer rows.
+
+An expert is absent, on its way, or resident. It is brought ahead of the step that needs it, by a thread of its own and,
+on a CUDA device, on a stream of its own, while other experts compute. Those who are held stay; the others stay as long
+as nobody needs their room, and the one that was held longest ago leaves first: a byte is as dear to bring back as any
+other. Room is, in this order: what is free, what is left when others have left, what the pages of the slab give up, and
+what there is once those that stay have been pushed together.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from services.expert_worker.engine.int8 import dequantise
+from services.expert_worker.engine.layout import put_vector
+from services.expert_worker.engine.projection import Strips
+from services.expert_worker.engine.slab import zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from concurrent.futures import Future
+
+    from torch import Tensor
+
+    from services.expert_worker.engine.expert import AdapterExpert, Piece
+    from services.expert_worker.engine.layout import RowLayout
+    from services.expert_worker.engine.slab import Slab
+
+_CUDA_ROW_MULTIPLE: Final = 8
+"""What matrix units like."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of an expert.
+
+    Attributes:
+        start: First row of A and B.
+        stop: After the last.
+        factors: The rows that add up to its factors; empty if it has none.
+        biases: The same of its biases.
+        end: After the last of all.
+    """
+
+    start: int
+    stop: int
+    factors: range
+    biases: range
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Rows that an expert takes: of A and B, of factors, of biases, and in all."""
+
+    rank: int
+    factors: int
+    biases: int
+    rows: int
+
+    def at(self, start: int) -> Place:
+        stop = start + self.rank
+        middle = stop + self.factors
+        return Place(start, stop, range(stop, middle), range(middle, middle + self.biases), start + self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What an expert takes in the layers, and outside of them."""
+
+    layers: _Need
+    outside: _Need
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """An expert in the arena.
+
+    Attributes:
+        layers: Where in the layers.
+        outside: Where outside of them.
+        arrival: Done when it is there; holds why, if it did not come.
+    """
+
+    layers: Place
+    outside: Place
+    arrival: Future[None] | None
+
+
+class Arena:
+    """Rows of experts in a slab. For one thread, except `fits` and the attributes. It keeps no expert alive.
+
+    Args:
+        layout: Of the base's projections.
+        slab: Where the layers are; rows of `layout.row_bytes`. Its pages are asked to retreat from here, and it asks
+            here for rows to retreat.
+        outside_rows: Rows outside the layers.
+        device: Of the base.
+
+    Attributes:
+        layout: As given.
+        slab: As given.
+        used_bytes: What experts take, those included that stay in case they are needed again.
+        resident: Digests of those that are there.
+        coming: Of those on their way.
+        arrived: Called from another thread whenever an expert has come, or could not.
+    """
+
+    def __init__(self, layout: RowLayout, slab: Slab, *, outside_rows: int, device: torch.device) -> None:
+        self.layout = layout
+        self.slab = slab
+        self.used_bytes = 0
+        self.resident: frozenset[str] = frozenset()
+        self.coming: frozenset[str] = frozenset()
+        self.arrived: Callable[[], None] = lambda: None
+        self._device = device
+        self._multiple = _CUDA_ROW_MULTIPLE if device.type == "cuda" else 1
+        self._layers = [slab.rows(layer, layout.dtype) for layer in range(layout.layer_count)]
+        self._outside_count = outside_rows if layout.outside_width else 0
+        self._outside = zeros((self._outside_count, layout.outside_width), layout.dtype, device)
+        self._strips: dict[str, Strips] = {}
+        for name, columns in layout.columns.items():
+            rows = self._outside if columns.layer is None else self._layers[columns.layer]
+            self._strips[name] = Strips(rows[:, columns.inputs], rows[:, columns.outputs])
+        self._seats: OrderedDict[str, _Seat] = OrderedDict()  # by digest, held longest ago first
+        self._held: frozenset[str] = frozenset()
+        self._soon: frozenset[str] = frozenset()
+        self._needs: weakref.WeakKeyDictionary[AdapterExpert, _Needs] = weakref.WeakKeyDictionary()
+        self._uploading = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+        slab.rows_retreat = self._retreat
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes outside the layers: what is not the slab's."""
+        return self._outside.nbytes
+
+    def strips(self, name: str) -> Strips:
+        """Where experts lie side by side, for one projection."""
+        return self._strips[name]
+
+    def place(self, digest: str, *, outside: bool) -> Place:
+        """The rows of an expert that is resident, in the layers or outside of them."""
+        seat = self._seats[digest]
+        return seat.outside if outside else seat.layers
+
+    def fits(self, experts: Collection[AdapterExpert], page_count: int = 0) -> bool:
+        """Whether these experts could compute together beside so many pages; a function of these alone.
+
+        Any thread may ask.
+        """
+        needs = [self._need(expert) for expert in {expert.digest: expert for expert in experts}.values()]
+        return (
+            self.slab.has_room(page_count, sum(need.layers.rows for need in needs))
+            and sum(need.outside.rows for need in needs) <= self._outside_count
+        )
+
+    def hold(self, experts: Collection[AdapterExpert], soon: Collection[AdapterExpert] = ()) -> None:
+        """Have these stay, from now on and in place of those held before. They need not be there yet.
+
+        Args:
+            experts: They compute.
+            soon: They will. They make room for those who compute, and for pages.
+        """
+        self._held = frozenset(expert.digest for expert in experts)
+        self._soon = frozenset(expert.digest for expert in soon)
+        for digest, seat in tuple(self._seats.items()):
+            if seat.arrival is not None and seat.arrival.done():
+                if seat.arrival.exception() is None:
+                    seat.arrival = None
+                elif digest not in self._held | self._soon:  # who is waited for is heard of where it is waited for
+                    del self._seats[digest]
+        self._count()
+        for expert in (*soon, *experts):
+            if expert.digest in self._seats:
+                self._seats.move_to_end(expert.digest)
+
+    def bring(self, expert: AdapterExpert, *, ahead: bool = False) -> bool:
+        """Have an expert come, if it has to and can; whether it is there.
+
+        Held experts make no room for it. One that is not held itself may leave again at once.
+
+        Args:
+            expert: Which.
+            ahead: Whether it is not needed yet: then nothing is done for it that the pages would feel.
+
+        Raises:
+            Exception: Why it did not come. It is absent again then, and can be brought once more.
+        """
+        seat = self._seats.get(expert.digest)
+        if seat is None:
+            seat = self._seat(expert, ahead=ahead)
+        if seat is None or (seat.arrival is not None and not seat.arrival.done()):
+            return False
+        return self._settle(expert.digest, seat)
+
+    def bring_now(self, experts: Collection[AdapterExpert]) -> bool:
+        """Hold these and wait until they are there; False if there is no room for all of them.
+
+        Raises:
+            Exception: As `bring`.
+        """
+        self.hold(experts)
+        for expert in experts:
+            while (seat := self._seats.get(expert.digest) or self._seat(expert)) is None:
+                coming = [other.arrival for other in self._seats.values() if other.arrival is not None]
+                if not coming:
+                    return False
+                wait(coming)
+                for digest, other in tuple(self._seats.items()):
+                    self._settle(digest, other)
+            if seat.arrival is not None:
+                wait([seat.arrival])
+            self._settle(expert.digest, seat)
+        return True
+
+    def close(self) -> None:
+        """End its thread, once nothing is brought any more."""
+        self._uploading.shutdown()
+
+    def _settle(self, digest: str, seat: _Seat) -> bool:
+        """Take note that an expert has come; let its rows go if it could not."""
+        if seat.arrival is not None:
+            if (error := seat.arrival.exception()) is not None:
+                self._leave(digest)
+                raise error
+            seat.arrival = None
+            self._count()
+        return True
+
+    def _need(self, expert: AdapterExpert) -> _Needs:
+        needs = self._needs.get(expert)
+        if needs is None:
+            inner: list[Piece] = []
+            outer: list[Piece] = []
+            for name, piece in expert.pieces.items():
+                (outer if self.layout.columns[name].layer is None else inner).append(piece)
+            needs = self._needs[expert] = _Needs(self._rows_of(inner), self._rows_of(outer))
+        return needs
+
+    def _rows_of(self, pieces: list[Piece]) -> _Need:
+        rank = self._rounded(max((piece.rank for piece in pieces), default=0))
+        factors = self.layout.vector_rows * any(piece.u is not None or piece.o is not None for piece in pieces)
+        biases = self.layout.vector_rows * any(piece.c is not None for piece in pieces)
+        return _Need(rank, factors, biases, self._rounded(rank + factors + biases))
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self._multiple) * self._multiple
+
+    def _seat(self, expert: AdapterExpert, *, ahead: bool = False) -> _Seat | None:
+        """Begin to bring an expert; None if there is no room."""
+        needs = self._need(expert)
+        inner = self._make_room(needs.layers.rows, outside=False, ahead=ahead)
+        outer = None if inner is None else self._make_room(needs.outside.rows, outside=True, ahead=ahead)
+        if inner is None or outer is None:
+            return None
+        seat = _Seat(needs.layers.at(inner), needs.outside.at(outer), None)
+        before = None
+        if self._stream is not None:  # steps may still be computing with what lay here
+            before = torch.cuda.current_stream(self._device).record_event()
+        seat.arrival = self._uploading.submit(self._upload, expert, seat, before)
+        seat.arrival.add_done_callback(lambda _: self.arrived())
+        self._seats[expert.digest] = seat
+        self._count()
+        return seat
+
+    def _make_room(self, count: int, *, outside: bool, ahead: bool) -> int | None:
+        """The first of so many free rows; None if there are none, not even once everybody has left who may."""
+        if not count:
+            return 0
+        while (start := self._free(count, outside=outside)) is None:
+            idle = self._idle(self._held | self._soon, outside=outside)
+            if idle is None and not ahead:
+                idle = self._idle(self._held, outside=outside)
+            if idle is None:
+                break
+            self._leave(idle)
+        if start is None and not ahead:
+            start = self._free(count, outside=outside, kept_pages=True)
+        if start is None and not ahead:
+            self._push_together(outside=outside)
+            start = self._free(count, outside=outside, kept_pages=True)
+        return start
+
+    def _free(self, count: int, *, outside: bool, kept_pages: bool = False) -> int | None:
+        """The first of so many free rows, the last that there are; None if there are none."""
+        taken = self._taken(outside=outside)
+        end = self._outside_count if outside else self.slab.row_count
+        for first, stop in (*reversed(taken), (0, 0)):
+            if end - stop >= count:
+                if outside or self.slab.claim_rows(end - count, kept_pages=kept_pages):
+                    return end - count
+                return None
+            end = first
+        return None
+
+    def _taken(self, *, outside: bool) -> list[tuple[int, int]]:
+        """Rows in use: first, and after the last, in order."""
+        places = [seat.outside if outside else seat.layers for seat in self._seats.values()]
+        return sorted((place.start, place.end) for place in places if place.start < place.end)
+
+    def _idle(self, staying: frozenset[str], *, outside: bool) -> str | None:
+        """Who was held longest ago of those who are there, need not stay, and leave rows; None if nobody is."""
+        for digest, seat in self._seats.items():
+            place = seat.outside if outside else seat.layers
+            arrived = seat.arrival is None or seat.arrival.done()
+            if digest not in staying and arrived and place.start < place.end:
+                return digest
+        return None
+
+    def _leave(self, digest: str) -> None:
+        del self._seats[digest]
+        self._count()
+
+    def _count(self) -> None:
+        """Say who is there, and what they take."""
+        self.coming = frozenset(
+            digest for digest, seat in self._seats.items() if seat.arrival is not None and not seat.arrival.done()
+        )
+        self.resident = frozenset(self._seats) - self.coming
+        inner = sum(stop - first for first, stop in self._taken(outside=False))
+        outer = sum(stop - first for first, stop in self._taken(outside=True))
+        self.used_bytes = (
+            inner * self.layout.row_bytes * self.layout.layer_count + outer * self.layout.outside_row_bytes
+        )
+
+    def _retreat(self, first: int) -> bool:
+        """Free the rows before one, as far as they are not held. What is on its way stays where it is."""
+        while True:
+            taken = self._taken(outside=False)
+            if not taken or taken[0][0] >= first:
+                return True
+            idle = self._idle(self._held, outside=False)
+            if idle is None:
+                break
+            self._leave(idle)
+        self._push_together(outside=False)
+        taken = self._taken(outside=False)
+        return taken[0][0] >= first
+
+    def _push_together(self, *, outside: bool) -> None:
+        """Move those that are there to the end, as far as what is on its way lets them."""
+        end = self._outside_count if outside else self.slab.row_count
+        layers = [self._outside] if outside else self._layers
+        seats = sorted(
+            self._seats.values(), key=lambda seat: (seat.outside if outside else seat.layers).start, reverse=True
+        )
+        for seat in seats:
+            place = seat.outside if outside else seat.layers
+            count = place.end - place.start
+            if count and place.end != end and seat.arrival is None:
+                by = end - place.end
+                for rows in layers:
+                    rows[place.start + by : end] = rows[place.start : place.end].clone()
+                place = _moved(place, by)
+                if outside:
+                    seat.outside = place
+                else:
+                    seat.layers = place
+            if count:
+                end = place.start
+
+    def _upload(self, expert: AdapterExpert, seat: _Seat, before: torch.cuda.Event | None) -> None:
+        """Copy an expert to its rows; returns when it is there. In the thread for that."""
+        if self._stream is None or before is None:
+            self._copy_in(expert, seat)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(before)
+            self._copy_in(expert, seat)
+            # Its event: what the engine computes meanwhile is not waited for. The thread sleeps.
+            there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
+            self._stream.record_event(there).synchronize()
+
+    def _copy_in(self, expert: AdapterExpert, seat: _Seat) -> None:
+        for place, every in ((seat.layers, self._layers), (seat.outside, [self._outside])):
+            for memory in every if place.stop < place.end else ():
+                memory[place.stop : place.end].zero_()  # products run over them, with weights of 0
+        staging = _Staging(self._device)
+        for name, piece in expert.pieces.items():
+            strips = self.strips(name)
+            place = seat.outside if self.layout.columns[name].layer is None else seat.layers
+            if piece.a is not None and piece.b is not None:
+                _put_rows(strips.inputs, place, staging.of(piece.a), staging.of_any(piece.a_scales))
+                _put_rows(strips.outputs, place, staging.of(piece.b), staging.of_any(piece.b_scales))
+            for strip, factors in ((strips.inputs, piece.u), (strips.outputs, piece.o)):
+                if factors is not None:
+                    put_vector(_of(strip, place.factors), staging.of(factors) - 1)
+            if piece.c is not None:
+                put_vector(_of(strips.outputs, place.biases), staging.of(piece.c))
+
+
+class _Staging:
+    """The memory of an expert on the device, moved there as a whole: one copy, and not one for each tensor.
+
+    On a CPU it is where it was.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._moved: dict[int, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A tensor's counterpart there; contiguous, as it is."""
+        storage = tensor.untyped_storage()
+        moved = self._moved.get(storage.data_ptr())
+        if moved is None:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            moved = self._moved[storage.data_ptr()] = whole.to(self._device, non_blocking=True)
+        start = tensor.storage_offset() * tensor.itemsize
+        return moved[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def of_any(self, tensor: Tensor | None) -> Tensor | None:
+        """The same of one that need not be there."""
+        return None if tensor is None else self.of(tensor)
+
+
+def _put_rows(strip: Tensor, place: Place, rows: Tensor, scales: Tensor | None) -> None:
+    """Write rows of A or B, and zeros where there are fewer than in other projections."""
+    end = place.start + len(rows)
+    strip[place.start : end].copy_(rows if scales is None else dequantise(rows, scales))
+    if end < place.stop:
+        strip[end : place.stop].zero_()
+
+
+def _of(strip: Tensor, rows: range) -> Tensor:
+    return strip[rows.start : rows.stop]
+
+
+def _moved(place: Place, by: int) -> Place:
+    return Place(
+        place.start + by,
+        place.stop + by,
+        range(place.factors.start + by, place.factors.stop + by),
+        range(place.biases.start + by, place.biases.stop + by),
+        place.end + by,
+    )
