@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 BASE: Final = "base"
 """Name of the base's own chat template."""
+SINGLE_TURN: Final = "single_turn"
+"""Name of the same around the last turn alone: for experts that were trained on single questions."""
 NONE: Final = "none"
 """Name of no template at all."""
 _WORDS_MAX: Final = 200
@@ -137,8 +139,8 @@ def render(
         given: What a request says.
         tokenizer: The base's, a fast one.
         template: What the heaviest expert's package names, in any case: `qwen3`; `chatml` or `qwen`; `llama` or
-            `llama2`; `alpaca`. Others, and None, leave it to the base's chat template; without that, a prompt stays as
-            it is.
+            `llama2`; `alpaca`; `single_turn` for the base's chat template around the last turn, and the system's,
+            alone. Others, and None, leave it to the base's chat template; without that, a prompt stays as it is.
         capabilities: That package's: they decide on the dialect in a system text.
 
     Raises:
@@ -157,7 +159,7 @@ def render(
         guard = _Guard(tokenizer, form)
         said = [Turn(turn.role, guard.mark(turn.content)) for turn in turns]
         written = form.write(said)
-        if form.name == BASE:  # the others put nothing said beside anything else said, and leave nothing out
+        if form.name in (BASE, SINGLE_TURN):  # others put nothing said beside anything else said, and leave none out
             guard.check(written, form.write([Turn(turn.role, _neutral(turn.content)) for turn in said]), field)
         ids = guard.encode(written, field)
     if begin is not None and not form.has_begin and ids[:1] != [begin]:
@@ -264,6 +266,8 @@ def _form(
     source = tokenizer.chat_template
     if isinstance(source, dict):  # several, by purpose
         source = source.get("default")
+    if source and name == SINGLE_TURN:
+        return _Form(name, lambda turns: _base(_single(turns), tokenizer, source), source, has_begin=True)
     if source:
         return _Form(BASE, lambda turns: _base(turns, tokenizer, source), source, has_begin=True)
     if isinstance(given, Conversation):
@@ -274,6 +278,11 @@ def _form(
             field="input.conversation",
         )
     return _Form(NONE, lambda turns: turns[0].content)
+
+
+def _single(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The last turn, after the system's if there is one."""
+    return turns[-1:] if len(turns) == 1 or turns[0].role != "system" else (turns[0], turns[-1])
 
 
 def _base(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerFast, source: str) -> str:
