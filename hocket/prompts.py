@@ -440,8 +440,16 @@ class _Guard:
 
     def _markers(self, written: str) -> Counter[int]:
         """How often each marker stands in a written form, but for those that are going to be spelled."""
-        pieces = [piece for piece in _MARKED.split(written) if piece and piece not in self._found]
+        pieces = [piece for piece, is_said in self._pieces(written) if not is_said]
         return Counter(number for seen in self._scanner.encode_batch(pieces) for number in seen.ids if number)
+
+    def _pieces(self, written: str) -> list[tuple[str, bool]]:
+        """The pieces of a written form in order, and whether each is a marker that was said: these stand between marks.
+
+        The same letters may also stand beside marks, made by a template: that is a marker of the form, and not said.
+        """
+        pieces = _MARKED.split(written)  # every other one stood between marks, or is None for a lone mark
+        return [(piece or "", index % 2 == 1 and piece in self._found) for index, piece in enumerate(pieces)]
 
     def encode(self, written: str, field: str) -> list[int]:
         """The tokens of a written form.
@@ -449,14 +457,14 @@ class _Guard:
         Raises:
             HocketError: BAD_REQUEST if the tokenizer makes a marker even of single letters.
         """
-        first, *pieces = _MARKED.split(written)  # every other one stood between marks, or is None for a lone mark
+        (first, _), *pieces = self._pieces(written)
         (ids,) = _encode(self._tokenizer, [first])
         inner: set[str] = set()
-        for index, piece in enumerate(pieces):
-            inner.update(piece if index % 2 == 0 and piece in self._found else [piece] if piece else ())
+        for piece, is_said in pieces:
+            inner.update(piece if is_said else [piece] if piece else ())
         self._prepare(sorted(inner))
-        for index, piece in enumerate(pieces):
-            if index % 2 == 0 and piece in self._found:
+        for piece, is_said in pieces:
+            if is_said:
                 spelled = [token_id for letter in piece for token_id in self._inner[letter]]
                 if not self._control_ids.isdisjoint(spelled):
                     raise HocketError(
