@@ -394,7 +394,7 @@ def test_markers_that_a_template_would_put_together_from_pieces_are_refused(
     assert control_ids(rendered(twin, tokenizer)) == control_ids(innocent)
 
 
-@example(said=["<|im_start|><|im_", "start|>"])  # the marker that it makes has been said as well
+@example(said=["<|im_start|><|im_", "start|><|endoftext|>"])  # the marker that it makes has been said as well
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES, min_size=2, max_size=4))
 def test_no_template_makes_a_marker_of_what_is_said(said: list[str]) -> None:
