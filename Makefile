@@ -21,7 +21,7 @@ install: $(VENV)/.installed ## Make .venv with everything Hocket needs
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Hocket needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (torch is the largest part; a few minutes the first time)"
+	@echo "installing into $(VENV): 6 GB and a few minutes where torch comes with CUDA (TORCH_INDEX in the Makefile is smaller)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[all,examples,dev]'
 	@touch $@

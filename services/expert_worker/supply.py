@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from hocket.errors import HocketError, Reason, Situation
 from hocket.packages import DEFAULT_LIMITS
 from hocket.v1 import expert_worker_pb2
+from services.expert_worker.mapping import is_intact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +28,21 @@ Report: TypeAlias = "Callable[[expert_worker_pb2.LoadState.ValueType, int, int],
 
 _FETCHING: Final = expert_worker_pb2.LOAD_STATE_FETCHING
 _VERIFYING: Final = expert_worker_pb2.LOAD_STATE_VERIFYING
+_ANOTHER_RELEASE_HELPS: Final = frozenset(
+    {
+        Reason.BAD_RELEASE,
+        Reason.DIGEST_MISMATCH,
+        Reason.KEY_EXPIRED,
+        Reason.KEY_REVOKED,
+        Reason.NAME_NOT_ALLOWED,
+        Reason.SIGNATURE_INVALID,
+        Reason.SIGNER_NOT_TRUSTED,
+        Reason.UNSIGNED,
+        Reason.ENCRYPTED,
+    }
+)
+"""Nobody vouches for a package, or not by a name whose credential is here. For any other reason it is kept, and refused
+without being fetched again."""
 _NO_ANSWER: Final = frozenset({Situation.UNAVAILABLE, Situation.TIMED_OUT, Situation.OVERLOADED, Situation.BUG})
 
 
@@ -82,7 +98,8 @@ class Supply:
         """A package, verified by what counts in `standing`.
 
         Releases in the cache may have lost their worth while the registry has newer ones, so a cached package that
-        nobody vouches for is asked for again.
+        nobody vouches for, or by no name whose credential is here, is asked for again. What somebody vouches for and
+        yet cannot serve is kept: to fetch it again would bring the same.
 
         Raises:
             HocketError: `YANKED`; `QUARANTINED`; `UNREACHABLE` if the registry is needed and does not answer;
@@ -102,29 +119,55 @@ class Supply:
                 if cached is not None:
                     raise cached from None
                 raise
-            supplied = await self._open(digest, standing, data, releases, report)
+            report(_VERIFYING, 0, len(data))
+            try:
+                supplied = await self._in_thread(self._open, digest, standing, data, releases)
+            except HocketError as error:
+                if error.reason not in _ANOTHER_RELEASE_HELPS:  # then another download would bring the same
+                    await self._in_thread(self._cache.write, digest, data, releases, self._in_use())
+                raise
+            report(_VERIFYING, len(data), len(data))
             await self._in_thread(self._cache.write, digest, data, releases, self._in_use())
         return supplied
 
     async def _from_cache(self, digest: str, standing: Standing, report: Report) -> Supplied | HocketError | None:
-        """What the cache has: a package, why nobody vouches for it, or nothing.
+        """What the cache has: a package, why nobody vouches for it or it stays closed, or nothing.
 
         Raises:
             HocketError: Why the package cannot serve, whoever vouches for it.
         """
-        cached = await self._in_thread(self._cache.read, digest)
-        if cached is None:
-            return None
+        loop = asyncio.get_running_loop()
+
+        def found(size_bytes: int) -> None:
+            loop.call_soon_threadsafe(report, _VERIFYING, 0, size_bytes)
+
         try:
-            return await self._open(digest, standing, cached.data, cached.releases, report)
+            return await self._in_thread(self._open_cached, digest, standing, found)
         except HocketError as error:
             if error.reason is Reason.DIGEST_MISMATCH:
                 await self._in_thread(self._cache.drop, digest)
                 return None
-            if error.situation is Situation.REFUSED or error.reason is Reason.BAD_RELEASE:
-                # Without its traceback, which would keep the bytes in memory.
-                return error.with_traceback(None)
+            if error.reason in _ANOTHER_RELEASE_HELPS:
+                return error.restated(error.message)  # its traceback would keep the bytes in memory
             raise
+
+    def _open_cached(self, digest: str, standing: Standing, found: Callable[[int], None]) -> Supplied | None:
+        """Open what the cache has, in one go: nothing may wait between mapping a file and letting go of the map."""
+        cached = self._cache.read(digest)
+        if cached is None:
+            return None
+        found(len(cached.data))
+        try:
+            supplied = self._open(digest, standing, cached.data, cached.releases)
+        except HocketError:
+            if is_intact(cached.data):
+                raise
+        else:
+            if is_intact(cached.data):
+                return supplied
+        # Somebody wants to change the file, and may have done so while it was opened.
+        cached = self._cache.read(digest, may_map=False)
+        return None if cached is None else self._open(digest, standing, cached.data, cached.releases)
 
     async def _fetch(self, digest: str, report: Report) -> tuple[bytes, tuple[bytes, ...]]:
         report(_FETCHING, 0, 0)
@@ -144,23 +187,10 @@ class Supply:
             raise
         return data, tuple(header.releases)
 
-    async def _open(
-        self,
-        digest: str,
-        standing: Standing,
-        data: bytes | memoryview,
-        releases: tuple[bytes, ...],
-        report: Report,
-    ) -> Supplied:
-        def open_and_prepare() -> tuple[Package, Evidence, Prepared]:
-            with self._journal.loading(digest):
-                package, evidence = standing.open(digest, data, releases)
-                return package, evidence, self._prepare(package)
-
-        report(_VERIFYING, 0, len(data))
-        package, evidence, prepared = await self._in_thread(open_and_prepare)
-        report(_VERIFYING, len(data), len(data))
-        return Supplied(prepared, evidence, package.provenance.proofs)
+    def _open(self, digest: str, standing: Standing, data: bytes | memoryview, releases: tuple[bytes, ...]) -> Supplied:
+        with self._journal.loading(digest):
+            package, evidence = standing.open(digest, data, releases)
+            return Supplied(self._prepare(package), evidence, package.provenance.proofs)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         # A future that has run is part of a cycle, and keeps its result until that is collected: a package, or a map of

@@ -19,16 +19,19 @@ import numpy as np
 from hocket.errors import HocketError
 from hocket.packages import apr, expert
 from hocket.packages.apr import about
-from hocket.packages.apr.header import MODEL_TYPES
+from hocket.packages.apr.encryption import Recipient
+from hocket.packages.apr.header import MODEL_TYPES, Compression, Flag
 from hocket.packages.apr.layouts import layout_of
 from hocket.packages.apr.metadata import read_metadata, write_metadata
+from hocket.packages.apr.payload import compress
 from hocket.packages.apr.quantization import BLOCK_BYTES, block_count, dequantized_model, quantized_model
 from hocket.packages.expert.archive import is_expert, read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.weights import read_tensors
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
-from hocket.packages.model import GaussianNB, KMeans, KNearestNeighbors, Quantized, QuantKind
+from hocket.packages.model import GaussianNB, KMeans, KNearestNeighbors, Lasso, Quantized, QuantKind
 from tests import archives, builders, experts
+from tests.signing import NOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +46,8 @@ _FILE: Final = b"\n%%file "
 _FILES_MAX: Final = 300
 _REPEATED_BYTES_MAX: Final = DEFAULT_LIMITS.archive_ratio_free_bytes
 _NOT_HASHED: Final = f"sha256:{'0' * 64}"
+
+_SEALED_BYTES: Final = 64
 
 _QUANTIZED_KMEANS: Final = "Quantized<KMeans>"
 
@@ -130,12 +135,18 @@ def header(data: bytes) -> None:
 
 
 def metadata(data: bytes) -> None:
-    """Metadata: read, understood, and written so that it reads the same again."""
+    """Metadata: read, understood, written so that it reads the same again, and believed of an encrypted file."""
     found = read_metadata(data, APR_LIMITS)
-    for part in (about.licence(found), about.distillation(found), about.model_card(found)):
+    licence = about.licence(found)
+    for part in (licence, about.distillation(found), about.model_card(found)):
         assert part is None or isinstance(part.section(), dict)
+    if licence is not None:
+        assert licence.expired(NOW) in {True, False, None}
     again = read_metadata(write_metadata(found))
-    assert again.keys() == found.keys()
+    assert list(again) == list(found)
+    assert read_metadata(write_metadata(again)) == again, "32-bit floats are rounded once"
+    sealed = builders.raw_apr(bytes(_SEALED_BYTES), data, flags=Flag.ENCRYPTED)
+    apr.describe(apr.split(sealed, APR_LIMITS), _NOT_HASHED, APR_LIMITS)
 
 
 def payload(data: bytes) -> bytes:
@@ -292,6 +303,12 @@ def _metadata() -> Iterator[bytes]:
     for part in ("license", "distillation_info", "model_card"):
         yield write_metadata({**builders.METADATA, part: builders.ABOUT[part]})
     yield write_metadata(builders.ABOUT)
+    for expiry in ("9999-12-31", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999999-23:59", "soon"):
+        licence = {**builders.ABOUT["license"], "expiry": expiry}
+        yield write_metadata({**builders.METADATA, "license": licence})
+    for made in builders.models().values():
+        declared = builders.apr_bytes(made, encryption=Recipient(b"\x09" * 32))
+        yield bytes(apr.split(declared).metadata)
 
 
 def _payloads() -> Iterator[bytes]:
@@ -302,6 +319,17 @@ def _payloads() -> Iterator[bytes]:
     for made in _largest():
         for compression in ("zstd", "lz4"):
             yield _chosen(types.index(layout_of(made)[0]), compression, made)
+    yield _of_several_layouts()
+
+
+def _of_several_layouts() -> bytes:
+    """As large as can be, and read whole before it turns out to be no Ridge, or to have too many features."""
+    lasso = Lasso(np.zeros(APR_LIMITS.uncompressed_bytes // 4 - 2**12, np.float32), 0.0, alpha=0.5)
+    type_id, layout = layout_of(lasso)
+    image = bytearray()
+    layout.codec.write(image, lasso)
+    choice = _CHOICE.pack(sorted(MODEL_TYPES).index(type_id), _COMPRESSIONS.index("zstd"), len(image))
+    return choice + compress(bytes(image), Compression.ZSTD)
 
 
 def _largest() -> Iterator[Model]:

@@ -1,8 +1,9 @@
 """Layouts of our own, for families that the reference cannot write.
 
-Naive Bayes, neighbours, linear SVM and boosting lie as the reference's fields would, one after the other; nobody else
-can have written such files in another layout. Dense networks have no such model: their layout is ours alone, so it
-counts only where the metadata records it.
+Naive Bayes, neighbours, linear SVM and boosting lie as the reference's fields would, one after the other. The reference
+itself has never written such files; what somebody else's own struct under these type ids holds is refused unless it
+lies just so. Dense networks have no such model: their layout is ours alone, so it counts only where the metadata
+records it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
@@ -284,14 +284,14 @@ def read_model(
     """
     since_0_13 = _is_since_0_13(writer_version)
     fits: list[tuple[Layout, m.Model]] = []
-    refusals: list[tuple[bool, int, Layout, HocketError]] = []
+    refusals: list[_Refusal] = []
     for layout in layouts:
         reader = Reader(payload, limits)
         try:
             fits.append((layout, _read_whole(reader, layout)))
-        except HocketError as refusal:
+        except HocketError as error:
             expected = layout.since_0_13 in (None, since_0_13)
-            refusals.append((expected, reader.position, layout, refusal))
+            refusals.append(_Refusal(expected, reader.position, layout, error.reason, error.message))
     if not fits:
         raise _none_fits(refusals)
     fits = [fit for fit in fits if is_fitted(fit[1])] or fits[:1]
@@ -344,18 +344,28 @@ def _read_whole(reader: Reader, layout: Layout) -> m.Model:
     return model
 
 
-def _none_fits(refusals: list[tuple[bool, int, Layout, HocketError]]) -> HocketError:
+class _Refusal(NamedTuple):
+    """Why a layout does not fit: in words, for the error's traceback keeps in memory all that was read until then."""
+
+    expected: bool
+    position: int
+    layout: Layout
+    reason: Reason
+    message: str
+
+
+def _none_fits(refusals: list[_Refusal]) -> HocketError:
     """The refusal of the expected reading that came furthest, telling of the others."""
-    refusals = [refusal for refusal in refusals if not refusal[2].guess]
+    refusals = [refusal for refusal in refusals if not refusal.layout.guess]
     if not refusals:
         return HocketError(
             Reason.UNSUPPORTED_LAYOUT,
             "this version knows no layout of this model type, and the payload is no quantised tensor either",
         )
-    *_, best = max(refusals, key=lambda refusal: refusal[:2])
+    best = max(refusals, key=lambda refusal: (refusal.expected, refusal.position))
     if len(refusals) == 1:
-        return best
-    told = "; ".join(f"{_spoken(layout)}: {refusal.message}" for *_, layout, refusal in refusals)
+        return HocketError(best.reason, best.message)
+    told = "; ".join(f"{_spoken(refusal.layout)}: {refusal.message}" for refusal in refusals)
     return HocketError(best.reason, f"the payload fits no layout of its model type ({told})")
 
 

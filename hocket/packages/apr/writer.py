@@ -96,13 +96,9 @@ def write(  # noqa: PLR0913 - what to store, and the ways to store it
         )
         return join(header, section, block, signing if flags & Flag.SIGNED else None)
 
-    flags = Flag.SIGNED if signing else Flag(0)
-    # The reference marks a licence only where it neither signs nor encrypts.
-    licensed = Flag.LICENSED if metadata.get("license") and not signing else Flag(0)
-    if layout.quantized:  # of our own layouts: the reference never marks the tensors that it quantises
-        flags |= Flag.QUANTIZED
+    flags = content_flags(metadata, quantized=layout.quantized) | (Flag.SIGNED if signing else Flag(0))
     if encryption is None:
-        data = packed(metadata, payload, flags | licensed)
+        data = packed(metadata, payload, flags)
         decode(split(data), digest_of(data))
         return data
     clear = packed(undeclare(metadata), payload, Flag(0))
@@ -112,6 +108,23 @@ def write(  # noqa: PLR0913 - what to store, and the ways to store it
     data = packed(metadata, seal(payload, encryption), Flag.ENCRYPTED | flags)
     split(data)
     return data
+
+
+def content_flags(metadata: Mapping[str, Any], *, quantized: bool) -> Flag:
+    """The flags that say what is in a file, however it is stored: LICENSED, QUANTIZED, HAS_MODEL_CARD.
+
+    The reference sets the first one alone, and not where it signs or encrypts. Its readers, like ours, only show them.
+
+    Args:
+        metadata: Of the file.
+        quantized: Whether its model is one of our quantised ones: the reference's lone tensors are never marked.
+    """
+    flags = Flag.QUANTIZED if quantized else Flag(0)
+    if metadata.get("license"):
+        flags |= Flag.LICENSED
+    if metadata.get("model_card"):
+        flags |= Flag.HAS_MODEL_CARD
+    return flags
 
 
 def _encode(model: Model, layout: Layout) -> bytes:

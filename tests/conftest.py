@@ -1,3 +1,5 @@
+"""A base to train on, and a folder to do it in, for the tests of training in several folders."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, made once."""
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     workshop(folder, folder)
     return folder
@@ -19,4 +22,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shop(tiny: Path, tmp_path: Path) -> Workshop:
+    """A training of that base in a folder of its own."""
     return Workshop(tiny, tmp_path)
