@@ -287,10 +287,10 @@ def models() -> dict[str, Any]:
 
 
 def apr_bytes(model: Any = None, **options: Any) -> bytes:
-    """A valid file, the same bytes at every call; options are those of `apr.write`."""
+    """A valid file, the same bytes at every call unless encrypted; options are those of `apr.write`."""
     if "metadata" not in options:
         options.setdefault("created_at", CREATED_AT)
-    return apr.write(linear() if model is None else model, **options)
+    return apr.write(linear() if model is None else model, **{"signing": None, **options})
 
 
 def signer(seed: bytes = b"\x07" * 32) -> Signing:

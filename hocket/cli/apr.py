@@ -93,6 +93,8 @@ def encrypt(
     """
     if to is not None and password_file is not None:
         raise HocketError(Reason.BAD_REQUEST, "give either --to or --password-file")
+    if unsigned and key is not None:
+        raise HocketError(Reason.BAD_REQUEST, "give either --key, to sign inside, or --unsigned")
     data = files.read_package(file)
     seed = None if unsigned else load_key(key)
     target = _password(password_file, twice=True) if to is None else Recipient.parse(to)

@@ -24,6 +24,7 @@ from hocket.packages.apr.quantization import kind_of
 from hocket.packages.from_sklearn import convert, load_estimator
 from hocket.packages.gate_training import align
 from hocket.packages.gate_training import train_gate as train
+from hocket.packages.labels import label_of
 from hocket.packages.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def train_gate(
         files.write_file(out, apr.write(m.MixtureOfExperts(inside, gate, m.MoeConfig(top_k)), name=chosen))
     else:
         tensor = _write_mixture(out, chosen, [facts.digest for facts, _ in opened], trained, top_k)
-    unknown = sorted(set(map(str, told)) - set(answers.labels)) if answers.labels is not None else []
+    unknown = sorted({str(label_of(true)) for true in told} - set(answers.labels)) if answers.labels is not None else []
     if json:
         learned = {"learned_rows": trained.rows, "converged": trained.converged, "figures": asdict(trained.figures)}
         gate_path = None if tensor is None else str(tensor)

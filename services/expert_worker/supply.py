@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from hocket.errors import HocketError, Reason, Situation
 from hocket.packages import DEFAULT_LIMITS
-from hocket.v1 import expert_worker_pb2
+from hocket.v1 import expert_worker_pb2, registry_pb2
 from services.expert_worker.mapping import is_intact
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hocket.client.registry import RegistryClient
     from hocket.packages import Package, Proof
     from services.expert_worker.authority import Evidence, Standing
-    from services.expert_worker.cache import PackageCache
+    from services.expert_worker.cache import CachedPackage, PackageCache
     from services.expert_worker.journal import Journal
     from services.expert_worker.loader import Prepared
 
@@ -28,7 +28,7 @@ Report: TypeAlias = "Callable[[expert_worker_pb2.LoadState.ValueType, int, int],
 
 _FETCHING: Final = expert_worker_pb2.LOAD_STATE_FETCHING
 _VERIFYING: Final = expert_worker_pb2.LOAD_STATE_VERIFYING
-_ANOTHER_RELEASE_HELPS: Final = frozenset(
+_NOBODY_VOUCHES: Final = frozenset(
     {
         Reason.BAD_RELEASE,
         Reason.DIGEST_MISMATCH,
@@ -38,11 +38,12 @@ _ANOTHER_RELEASE_HELPS: Final = frozenset(
         Reason.SIGNATURE_INVALID,
         Reason.SIGNER_NOT_TRUSTED,
         Reason.UNSIGNED,
-        Reason.ENCRYPTED,
     }
 )
-"""Nobody vouches for a package, or not by a name whose credential is here. For any other reason it is kept, and refused
-without being fetched again."""
+"""For any other reason a package is kept."""
+_ANOTHER_RELEASE_HELPS: Final = _NOBODY_VOUCHES | {Reason.ENCRYPTED}
+"""Nobody vouches for a package, or not by a name whose credential is here. For any other reason what is kept is refused
+without asking the registry."""
 _NO_ANSWER: Final = frozenset({Situation.UNAVAILABLE, Situation.TIMED_OUT, Situation.OVERLOADED, Situation.BUG})
 
 
@@ -59,6 +60,19 @@ class Supplied:
     prepared: Prepared
     evidence: Evidence
     proofs: tuple[Proof, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    """A package in the cache that another release may open.
+
+    Args:
+        refusal: Why those that are there do not.
+        releases: Those that are there.
+    """
+
+    refusal: HocketError
+    releases: tuple[bytes, ...]
 
 
 class Supply:
@@ -98,8 +112,8 @@ class Supply:
         """A package, verified by what counts in `standing`.
 
         Releases in the cache may have lost their worth while the registry has newer ones, so a cached package that
-        nobody vouches for, or by no name whose credential is here, is asked for again. What somebody vouches for and
-        yet cannot serve is kept: to fetch it again would bring the same.
+        nobody vouches for, or by no name whose credential is here, is asked for again, and fetched if it has other
+        releases now. What somebody vouches for and yet cannot serve is kept: to fetch it again would bring the same.
 
         Raises:
             HocketError: `YANKED`; `QUARANTINED`; `UNREACHABLE` if the registry is needed and does not answer;
@@ -114,24 +128,24 @@ class Supply:
             return cached
         async with self._fetching:
             try:
-                data, releases = await self._fetch(digest, report)
+                data, releases = await self._fetch(digest, report, cached)
             except HocketError:
                 if cached is not None:
-                    raise cached from None
+                    raise cached.refusal from None
                 raise
             report(_VERIFYING, 0, len(data))
             try:
                 supplied = await self._in_thread(self._open, digest, standing, data, releases)
             except HocketError as error:
-                if error.reason not in _ANOTHER_RELEASE_HELPS:  # then another download would bring the same
+                if error.reason not in _NOBODY_VOUCHES:  # then another download would bring the same bytes
                     await self._in_thread(self._cache.write, digest, data, releases, self._in_use())
                 raise
             report(_VERIFYING, len(data), len(data))
             await self._in_thread(self._cache.write, digest, data, releases, self._in_use())
         return supplied
 
-    async def _from_cache(self, digest: str, standing: Standing, report: Report) -> Supplied | HocketError | None:
-        """What the cache has: a package, why nobody vouches for it or it stays closed, or nothing.
+    async def _from_cache(self, digest: str, standing: Standing, report: Report) -> Supplied | _Closed | None:
+        """What the cache has: a package, one that nobody vouches for or that stays closed, or nothing.
 
         Raises:
             HocketError: Why the package cannot serve, whoever vouches for it.
@@ -144,37 +158,55 @@ class Supply:
         try:
             return await self._in_thread(self._open_cached, digest, standing, found)
         except HocketError as error:
-            if error.reason is Reason.DIGEST_MISMATCH:
-                await self._in_thread(self._cache.drop, digest)
-                return None
-            if error.reason in _ANOTHER_RELEASE_HELPS:
-                return error.restated(error.message)  # its traceback would keep the bytes in memory
-            raise
+            if error.reason is not Reason.DIGEST_MISMATCH:
+                raise
+        await self._in_thread(self._cache.drop, digest)
+        return None
 
-    def _open_cached(self, digest: str, standing: Standing, found: Callable[[int], None]) -> Supplied | None:
+    def _open_cached(self, digest: str, standing: Standing, found: Callable[[int], None]) -> Supplied | _Closed | None:
         """Open what the cache has, in one go: nothing may wait between mapping a file and letting go of the map."""
         cached = self._cache.read(digest)
         if cached is None:
             return None
         found(len(cached.data))
         try:
-            supplied = self._open(digest, standing, cached.data, cached.releases)
-        except HocketError:
+            opened = self._try(digest, standing, cached)
+        except Exception:  # bytes that change meanwhile fail in any way
             if is_intact(cached.data):
                 raise
         else:
             if is_intact(cached.data):
-                return supplied
+                return opened
+            del opened  # or it would be in memory twice
         # Somebody wants to change the file, and may have done so while it was opened.
         cached = self._cache.read(digest, may_map=False)
-        return None if cached is None else self._open(digest, standing, cached.data, cached.releases)
+        return None if cached is None else self._try(digest, standing, cached)
 
-    async def _fetch(self, digest: str, report: Report) -> tuple[bytes, tuple[bytes, ...]]:
+    def _try(self, digest: str, standing: Standing, cached: CachedPackage) -> Supplied | _Closed:
+        try:
+            return self._open(digest, standing, cached.data, cached.releases)
+        except HocketError as error:
+            if error.reason is Reason.DIGEST_MISMATCH or error.reason not in _ANOTHER_RELEASE_HELPS:
+                raise
+            return _Closed(error.restated(error.message), cached.releases)  # its traceback would keep the bytes
+
+    async def _fetch(self, digest: str, report: Report, cached: _Closed | None) -> tuple[bytes, tuple[bytes, ...]]:
+        """The bytes and the releases, unless they are those that are here already.
+
+        Raises:
+            HocketError: The refusal of what is cached if its releases are all; `UNREACHABLE`; the registry's refusals.
+        """
+
+        def look(header: registry_pb2.DownloadHeader) -> None:
+            if cached is not None and tuple(header.releases) == cached.releases:
+                raise cached.refusal
+
         report(_FETCHING, 0, 0)
         try:
             header, data = await self._registry.download(
                 digest,
                 size_bytes_max=DEFAULT_LIMITS.package_bytes,
+                on_header=look,
                 on_progress=lambda done, total: report(_FETCHING, done, total),
             )
         except HocketError as error:

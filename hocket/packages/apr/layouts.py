@@ -271,7 +271,10 @@ def read_model(
 
     Several layouts can fit a payload. A reading without parameters could not serve, so it counts only if there is no
     other, and then which it is does not matter. Of the two variants of a tree classifier, the one that the writing
-    library's version calls for goes first. What is still open is refused.
+    library's version does not call for is tried only if nothing else has parameters. What is still open is refused.
+
+    There is room for one copy of a payload: once a layout has fitted, others are tried without making one. The first
+    that fits is nearly always the one, any other is read again.
 
     Args:
         payload: Uncompressed.
@@ -283,26 +286,37 @@ def read_model(
         HocketError: `BAD_PAYLOAD` or `TOO_LARGE` if none fits, `UNSUPPORTED_LAYOUT` if the choice is open.
     """
     since_0_13 = _is_since_0_13(writer_version)
-    fits: list[tuple[Layout, m.Model]] = []
+
+    def expected(layout: Layout) -> bool:
+        return layout.since_0_13 in (None, since_0_13)
+
+    fits: list[tuple[Layout, bool]] = []
     refusals: list[_Refusal] = []
-    for layout in layouts:
-        reader = Reader(payload, limits)
+    first: m.Model | None = None
+    for layout in sorted(layouts, key=expected, reverse=True):
+        if not expected(layout) and any(fitted for _, fitted in fits):
+            break
+        reader = Reader(payload, limits, copies=first is None)
         try:
-            fits.append((layout, _read_whole(reader, layout)))
+            model = _read_whole(reader, layout)
+            fits.append((layout, is_fitted(model)))
+            first = model if first is None else first
+            del model
         except HocketError as error:
-            expected = layout.since_0_13 in (None, since_0_13)
-            refusals.append(_Refusal(expected, reader.position, layout, error.reason, error.message))
+            refusals.append(_Refusal(expected(layout), reader.position, layout, error.reason, error.message))
     if not fits:
         raise _none_fits(refusals)
-    fits = [fit for fit in fits if is_fitted(fit[1])] or fits[:1]
-    fits = [fit for fit in fits if fit[0].since_0_13 in (None, since_0_13)] or fits
-    if len(fits) > 1:
-        names = ", ".join(_spoken(layout) for layout, _ in fits)
+    chosen = [layout for layout, fitted in fits if fitted] or [fits[0][0]]
+    if len(chosen) > 1:
+        names = ", ".join(map(_spoken, chosen))
         raise HocketError(
             Reason.UNSUPPORTED_LAYOUT,
             f"the payload can be read as {names}: record which under custom.hocket.layout in the metadata",
         )
-    return fits[0]
+    if first is None or chosen[0] is not fits[0][0]:
+        first = None  # before another is read
+        first = _read_whole(Reader(payload, limits), chosen[0])
+    return chosen[0], first
 
 
 def layout_of(model: m.Model) -> tuple[int, Layout]:

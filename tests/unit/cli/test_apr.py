@@ -161,6 +161,18 @@ def test_encrypting_signs_unless_told_otherwise(hocket: Any, package: Path, out:
     assert not out.exists()
 
 
+def test_a_key_to_sign_with_and_unsigned_exclude_each_other(
+    hocket: Any, package: Path, out: Path, password: Path, key: Path
+) -> None:
+    options = ("--password-file", password, "--json")
+
+    refused = hocket("apr", "encrypt", package, out, "--unsigned", "--key", key, *options)
+    assert reason(refused) == "BAD_REQUEST"
+    assert {"--key", "--unsigned"} <= set(refused.document["error"]["message"].replace(",", "").split())
+    assert not out.exists()
+    assert hocket("apr", "encrypt", package, out, "--key", key, *options).code == 0
+
+
 def test_a_credential_is_one_of_two(hocket: Any, package: Path, out: Path, password: Path, key: Path) -> None:
     both = ("--password-file", password)
 
@@ -453,6 +465,24 @@ def test_labels_that_no_member_knows_are_told(hocket: Any, tmp_path: Path, flowe
 
     assert "no member knows third" in done.err
     assert "more is better" in done.out
+
+
+@pytest.mark.parametrize("kind", [float, int, str])
+def test_labels_are_known_however_the_truth_writes_them(hocket: Any, tmp_path: Path, flowers: Any, kind: type) -> None:
+    rows, kinds = flowers
+    members = []
+    for name, labels in (("one", (0, 1)), ("two", (1, 0))):
+        members.append(tmp_path / f"{name}.apr")
+        weights = m.LogisticRegression(np.array([3, -2, 0], np.float32), 0.0)
+        members[-1].write_bytes(apr_bytes(weights, labels=labels))
+    truth: Any = np.unique(kinds, return_inverse=True)[1].astype(kind)
+    options = ("--examples", tmp_path / "rows.npz", "-o", tmp_path / "g.toml", "--json")
+
+    np.savez(tmp_path / "rows.npz", rows=rows, truth=truth)
+    assert hocket("apr", "train-gate", *members, *options).document["unknown_labels"] == ["2"]
+    known = truth != np.array(2, kind)
+    np.savez(tmp_path / "rows.npz", rows=rows[known], truth=truth[known])
+    assert hocket("apr", "train-gate", *members, *options).document["unknown_labels"] == []
 
 
 def test_what_one_file_cannot_hold_is_written_as_a_mixture(hocket: Any, halves: Any, tmp_path: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hocket.errors import HocketError, Reason
-from hocket.packages import Password, apr
+from hocket.packages import Password, RecipientKey, apr
 from hocket.packages.model import (
     DecisionTreeClassifier,
     LinearRegression,
@@ -104,6 +104,15 @@ def test_the_signature_covers_header_metadata_and_payload() -> None:
 
 def test_a_signer_must_answer_a_signature_and_a_key() -> None:
     assert refusal(signing=lambda _: (b"", b"")) is Reason.BAD_REQUEST
+
+
+def test_what_is_encrypted_is_signed_unless_its_author_says_that_it_is_not() -> None:
+    model, to = builders.linear(), RecipientKey(b"\x09" * 32).recipient
+
+    assert refusal(encryption=to) is Reason.BAD_REQUEST
+    assert apr.split(apr.write(model, encryption=to, signing=builders.signer())).signature is not None
+    assert apr.split(apr.write(model, encryption=to, signing=None)).signature is None
+    assert apr.split(apr.write(model)).signature is None
 
 
 def test_an_unknown_compression_is_refused() -> None:
