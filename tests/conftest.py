@@ -1,7 +1,8 @@
-"""A base to train on, and a folder to do it in, for the tests of training in several folders."""
+"""What tests of several folders share: Ctrl-C that works, a base to train on, and a folder to do it in."""
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,10 @@ from tests.trainings import Workshop, workshop
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# A shell's background job ignores it, and with it every program that a test starts and then interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
