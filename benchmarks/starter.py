@@ -42,7 +42,8 @@ _ANOTHER: Final = 3
 """How many places further on the other expert stands that is asked."""
 _FACTS: Final = 250
 """Different held-out questions that the world surely has."""
-_BEGIN: Final = "<!-- scores -->"
+_WHOLE: Final = "<!-- scores -->"
+_SHORT: Final = "<!-- scores in short -->"
 _END: Final = "<!-- end of scores -->"
 
 
@@ -77,8 +78,8 @@ class Score:
         return cls(sum(right), len(right))
 
     def __str__(self) -> str:
-        low, high = wilson_interval(self.right, self.count)
-        return f"{self.right / self.count:.1%} ({low:.0%}-{high:.0%})"
+        shown = self.json()
+        return f"{shown['share']:.1%} ({shown['low']:.1%}-{shown['high']:.1%})"
 
     def json(self) -> dict[str, float]:
         """Share and the ends of its 95 % interval (Wilson)."""
@@ -202,17 +203,29 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_into(page: Path, text: str) -> None:
+def tables(rows: Sequence[Mapping[str, Any]], mixed: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """All tables, and what sums each up, by the marker of the place where they go."""
+    parts = {_WHOLE: (rows, mixed), _SHORT: (rows[-2:], mixed[-2:])}
+    return {marker: "".join(f"{table(part)}\n\n" for part in shown if part)[:-1] for marker, shown in parts.items()}
+
+
+def write_into(page: Path, texts: Mapping[str, str]) -> None:
     """Replace what stands between the markers of a page; without both, the page is left as it is.
+
+    Args:
+        page: Of Markdown.
+        texts: What goes there, by the first marker.
 
     Raises:
         ValueError: They are not both there.
     """
-    before, begin, rest = page.read_text().partition(_BEGIN)
+    text = page.read_text()
+    begin = next((marker for marker in texts if marker in text), _WHOLE)
+    before, found, rest = text.partition(begin)
     _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"{page} has no place for the tables: {_BEGIN} and {_END}")
-    page.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+    if not (found and end):
+        raise ValueError(f"{page} has no place for the tables: {_WHOLE} or {_SHORT}, and {_END}")
+    page.write_text(f"{before}{begin}\n{texts[begin]}\n{_END}{after}")
 
 
 def main() -> None:
@@ -226,12 +239,10 @@ def main() -> None:
     kit = Kit(arguments.kit)
     kit.check()
     rows, mixed = run(measure(kit, arguments.count, arguments.only))
-    text = f"{table(rows)}\n"
-    if mixed:
-        text += f"\n{table(mixed)}\n"
-    Console(width=130).print(text, markup=False, highlight=False)
+    texts = tables(rows, mixed)
+    Console(width=150).print(texts[_WHOLE], markup=False, highlight=False)
     for page in arguments.write:
-        write_into(page, text)
+        write_into(page, texts)
     if not arguments.no_save:
         kept = [
             {key: value.json() if isinstance(value, Score) else value for key, value in row.items()}

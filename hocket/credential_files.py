@@ -17,6 +17,8 @@ from hocket.packages.apr.encryption import X25519_KEY_BYTES, Password, Recipient
 if TYPE_CHECKING:
     from pathlib import Path
 
+CREDENTIALS_MAX: Final = 4096
+"""Packages, by name or digest, that one worker may have credentials for: it announces for which."""
 PASSWORD_BYTES_MAX: Final = 4096
 """A longer password is a mistake."""
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 BASE: Final = "base"
 """Name of the base's own chat template."""
+SINGLE_TURN: Final = "single_turn"
+"""Name of the same around the last turn alone: for experts that were trained on single questions."""
 NONE: Final = "none"
 """Name of no template at all."""
 _WORDS_MAX: Final = 200
@@ -137,8 +139,8 @@ def render(
         given: What a request says.
         tokenizer: The base's, a fast one.
         template: What the heaviest expert's package names, in any case: `qwen3`; `chatml` or `qwen`; `llama` or
-            `llama2`; `alpaca`. Others, and None, leave it to the base's chat template; without that, a prompt stays as
-            it is.
+            `llama2`; `alpaca`; `single_turn` for the base's chat template around the last turn, and the system's,
+            alone. Others, and None, leave it to the base's chat template; without that, a prompt stays as it is.
         capabilities: That package's: they decide on the dialect in a system text.
 
     Raises:
@@ -157,7 +159,7 @@ def render(
         guard = _Guard(tokenizer, form)
         said = [Turn(turn.role, guard.mark(turn.content)) for turn in turns]
         written = form.write(said)
-        if form.name == BASE:  # the others put nothing said beside anything else said, and leave nothing out
+        if form.name in (BASE, SINGLE_TURN):  # others put nothing said beside anything else said, and leave none out
             guard.check(written, form.write([Turn(turn.role, _neutral(turn.content)) for turn in said]), field)
         ids = guard.encode(written, field)
     if begin is not None and not form.has_begin and ids[:1] != [begin]:
@@ -264,6 +266,8 @@ def _form(
     source = tokenizer.chat_template
     if isinstance(source, dict):  # several, by purpose
         source = source.get("default")
+    if source and name == SINGLE_TURN:
+        return _Form(name, lambda turns: _base(_single(turns), tokenizer, source), source, has_begin=True)
     if source:
         return _Form(BASE, lambda turns: _base(turns, tokenizer, source), source, has_begin=True)
     if isinstance(given, Conversation):
@@ -274,6 +278,11 @@ def _form(
             field="input.conversation",
         )
     return _Form(NONE, lambda turns: turns[0].content)
+
+
+def _single(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The last turn, after the system's if there is one."""
+    return turns[-1:] if len(turns) == 1 or turns[0].role != "system" else (turns[0], turns[-1])
 
 
 def _base(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerFast, source: str) -> str:
@@ -431,8 +440,16 @@ class _Guard:
 
     def _markers(self, written: str) -> Counter[int]:
         """How often each marker stands in a written form, but for those that are going to be spelled."""
-        pieces = [piece for piece in _MARKED.split(written) if piece and piece not in self._found]
+        pieces = [piece for piece, is_said in self._pieces(written) if not is_said]
         return Counter(number for seen in self._scanner.encode_batch(pieces) for number in seen.ids if number)
+
+    def _pieces(self, written: str) -> list[tuple[str, bool]]:
+        """The pieces of a written form in order, and whether each is a marker that was said: these stand between marks.
+
+        The same letters may also stand beside marks, made by a template: that is a marker of the form, and not said.
+        """
+        pieces = _MARKED.split(written)  # every other one stood between marks, or is None for a lone mark
+        return [(piece or "", index % 2 == 1 and piece in self._found) for index, piece in enumerate(pieces)]
 
     def encode(self, written: str, field: str) -> list[int]:
         """The tokens of a written form.
@@ -440,14 +457,14 @@ class _Guard:
         Raises:
             HocketError: BAD_REQUEST if the tokenizer makes a marker even of single letters.
         """
-        first, *pieces = _MARKED.split(written)  # every other one stood between marks, or is None for a lone mark
+        (first, _), *pieces = self._pieces(written)
         (ids,) = _encode(self._tokenizer, [first])
         inner: set[str] = set()
-        for index, piece in enumerate(pieces):
-            inner.update(piece if index % 2 == 0 and piece in self._found else [piece] if piece else ())
+        for piece, is_said in pieces:
+            inner.update(piece if is_said else [piece] if piece else ())
         self._prepare(sorted(inner))
-        for index, piece in enumerate(pieces):
-            if index % 2 == 0 and piece in self._found:
+        for piece, is_said in pieces:
+            if is_said:
                 spelled = [token_id for letter in piece for token_id in self._inner[letter]]
                 if not self._control_ids.isdisjoint(spelled):
                     raise HocketError(

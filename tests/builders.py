@@ -85,9 +85,67 @@ ABOUT: dict[str, Any] = {
 }
 """Metadata with every part, and with keys that the format does not declare. Its licence has ended."""
 
+FULL: dict[str, Any] = {
+    "created_at": "1764278947",
+    "aprender_version": "0.11.0",
+    "model_name": "everything",
+    "description": "ü" * 40,
+    "training": {"samples": 70000, "duration_ms": 2**40, "source": "mnist"},
+    "hyperparameters": {"alpha": 0.1, "nested": [None, True, -1, -40000, {"a": 1.5}]},
+    "metrics": {"accuracy": 1},
+    "custom": {"theirs": {"x": []}},
+    "distillation": "abc",
+    "distillation_info": {
+        "method": "Ensemble",
+        "teacher": {
+            "hash": "h",
+            "model_type": "Knn",
+            "param_count": 3,
+            "ensemble_teachers": [{"hash": "g", "model_type": "Custom", "param_count": 2**33}],
+        },
+        "params": {"temperature": 2.5, "alpha": 0.5, "beta": 0.25, "epochs": 2**32 - 1, "final_loss": 1.0},
+        "layer_mapping": [{"student_layer": 0, "teacher_layer": 1, "weight": 0.5}],
+    },
+    "license": {
+        "uuid": "u",
+        "hash": "h",
+        "expiry": "2031-01-31T00:00:00Z",
+        "seats": 300,
+        "licensee": "l",
+        "tier": "Team",
+    },
+    "model_card": {
+        "model_id": "m",
+        "name": "n",
+        "version": "1",
+        "created_at": "2025-11-27T00:00:00Z",
+        "framework_version": "aprender 0.11.0",
+        "training_data": {"name": "t", "samples": 5},
+        "target_hardware": ["cpu"],
+        "carbon": {"kg": 0.5},
+    },
+    "later": "kept",
+}
+"""Metadata with every key of every map of the format."""
+
 Signing = Callable[[bytes], tuple[bytes, bytes]]
 # (feature, threshold, left, right), or (answer, samples) for a leaf
 Node = tuple[int, float, Any, Any] | tuple[float, int]
+
+
+QUANTIZABLE = (
+    "LinearRegression",
+    "Ridge",
+    "Lasso",
+    "ElasticNet",
+    "LogisticRegression",
+    "LinearSVM",
+    "KMeans",
+    "KNearestNeighbors",
+    "MixtureOfExperts",
+    "DenseNetwork",
+)
+"""Layouts whose weights can be quantised."""
 
 
 def floats(*values: Any) -> Any:
@@ -229,10 +287,10 @@ def models() -> dict[str, Any]:
 
 
 def apr_bytes(model: Any = None, **options: Any) -> bytes:
-    """A valid file, the same bytes at every call; options are those of `apr.write`."""
+    """A valid file, the same bytes at every call unless encrypted; options are those of `apr.write`."""
     if "metadata" not in options:
         options.setdefault("created_at", CREATED_AT)
-    return apr.write(linear() if model is None else model, **options)
+    return apr.write(linear() if model is None else model, **{"signing": None, **options})
 
 
 def signer(seed: bytes = b"\x07" * 32) -> Signing:

@@ -27,7 +27,8 @@ from services.registry.app import RegistryApp
 from services.registry.settings import RegistrySettings
 from services.router.app import RouterApp
 from services.router.settings import RouterSettings
-from services.suite.app import Suite, SuiteSettings
+from services.suite.app import Suite
+from services.suite.settings import SuiteSettings
 from tests.signing import ACME_SEED, envelope_of, trusted
 
 if TYPE_CHECKING:

@@ -325,6 +325,7 @@ class ScriptedRegistry(RegistryServiceServicer):
         mixtures: Header and gate tensor, by name.
         withdrawn: Digests yanked and keys revoked, with the explanation.
         lists: What lists were asked for.
+        damaged: Whether it finds damaged what it has already.
     """
 
     packages: dict[str, package_pb2.Package] = field(default_factory=dict)
@@ -332,6 +333,7 @@ class ScriptedRegistry(RegistryServiceServicer):
     mixtures: dict[str, tuple[registry_pb2.PutMixtureHeader, bytes]] = field(default_factory=dict)
     withdrawn: dict[str, str] = field(default_factory=dict)
     lists: list[registry_pb2.ListPackagesRequest] = field(default_factory=list)
+    damaged: bool = False
 
     async def PublishPackage(
         self, requests: AsyncIterator[registry_pb2.PublishPackageRequest], context: Any
@@ -347,7 +349,9 @@ class ScriptedRegistry(RegistryServiceServicer):
             package = package_pb2.Package(digest=header.digest, format="apr", unsigned_by_policy=True)
             self.packages[header.digest] = package
         self.blobs[header.digest] = data
-        return registry_pb2.PublishPackageResponse(package=self.packages[header.digest], created=created)
+        return registry_pb2.PublishPackageResponse(
+            package=self.packages[header.digest], created=created, healed=self.damaged
+        )
 
     async def DownloadPackage(
         self, request: registry_pb2.DownloadPackageRequest, context: Any
@@ -385,7 +389,9 @@ class ScriptedRegistry(RegistryServiceServicer):
     ) -> registry_pb2.YankPackageResponse:
         del context
         self.withdrawn[request.digest] = request.explanation
-        package = package_pb2.Package(digest=request.digest, state=package_pb2.TRUST_STATE_YANKED)
+        package = package_pb2.Package(digest=request.digest)
+        package.CopyFrom(self.packages.get(request.digest, package))
+        package.state = package_pb2.TRUST_STATE_YANKED
         return registry_pb2.YankPackageResponse(package=package)
 
     async def RevokeKey(self, request: registry_pb2.RevokeKeyRequest, context: Any) -> registry_pb2.RevokeKeyResponse:

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -187,11 +188,13 @@ def _print(outcome: Outcome) -> None:
     kept = f"{outcome.kept} of {outcome.steps} steps"
     measured = "" if outcome.eval_loss is None else f", evaluation loss {outcome.eval_loss:.4f}"
     left_out = f" ({outcome.left_out} rows were too long)" if outcome.left_out else ""
+    speed = f"in {outcome.seconds:.0f} s, {outcome.tokens_learnt / outcome.seconds:.0f} tokens/s"
     for line in (
         f"{outcome.out}: {kept}{measured}",
-        f"  {outcome.parameters} parameters from {outcome.examples} examples{left_out}, {outcome.tokens} tokens",
-        f"  {outcome.seconds:.0f} s, {outcome.tokens_per_second:.0f} tokens/s, {outcome.precision}, {outcome.device}",
-        f"Next: hocket expert validate {outcome.out}, and hocket expert pack {outcome.out}",
+        f"  {outcome.parameters} parameters from {outcome.examples} examples of {outcome.tokens} tokens{left_out}",
+        f"  {outcome.tokens_learnt} tokens learnt {speed}, {outcome.precision}, {outcome.device}",
+        f"Next: {shlex.join(('hocket', 'expert', 'validate', str(outcome.out)))}",
+        f"      {shlex.join(('hocket', 'expert', 'pack', str(outcome.out)))}",
     ):
         sys.stdout.write(line + "\n")
 

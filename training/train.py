@@ -86,7 +86,7 @@ class Outcome:
         train_loss: At the last point of the curve.
         eval_loss: Of the weights that were kept; None without an evaluation set.
         seconds: Of training, evaluations included; after a resumption those since then.
-        tokens_per_second: Learnt, in that time.
+        tokens_learnt: In that time, repetitions counted: as large a share of `tokens` as of the examples.
         device: What it ran on.
         precision: What it computed in.
     """
@@ -102,7 +102,7 @@ class Outcome:
     train_loss: float | None
     eval_loss: float | None
     seconds: float
-    tokens_per_second: float
+    tokens_learnt: int
     device: str
     precision: str
 
@@ -195,7 +195,6 @@ def _run(
     losses = [point["loss"] for point in curve if "loss" in point]
     kept_step = state.best_global_step if keeps_best else state.global_step
     eval_losses = {int(point["step"]): point["eval_loss"] for point in curve if "eval_loss" in point}
-    epochs_done = reporter.epochs_done
     outcome = Outcome(
         out=plan.out,
         steps=state.global_step,
@@ -208,7 +207,7 @@ def _run(
         train_loss=losses[-1] if losses else None,
         eval_loss=None if kept_step is None else eval_losses.get(kept_step),
         seconds=seconds,
-        tokens_per_second=learnt.tokens * epochs_done / seconds,
+        tokens_learnt=round(learnt.tokens * reporter.epochs_done),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         precision=str(precision),
     )

@@ -17,20 +17,20 @@ from hocket import __version__, keyring
 from hocket.cli import apr_models, files, output
 from hocket.cli.package import Key, load_key
 from hocket.cli.progress import spinner
-from hocket.credential_files import read_password, read_recipient_key
+from hocket.credential_files import read_password
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import apr, rewriting
-from hocket.packages.apr.about import ModelCard, model_card
+from hocket.packages.apr.about import ModelCard, read_card
 from hocket.packages.apr.encryption import Password, Recipient
-from hocket.packages.apr.metadata import read_metadata, write_metadata
 from hocket.packages.apr.quantization import floats, weights_of
-from hocket.packages.apr.writer import COMPRESSIONS, CompressionName
+from hocket.packages.apr.writer import CompressionName  # noqa: TC001 - typer builds options from their types
 from hocket.packages.limits import DEFAULT_LIMITS
 from hocket.packages.model import QuantKind
 
 if TYPE_CHECKING:
-    from hocket.packages.apr.encryption import Credential
+    from collections.abc import Mapping, Sequence
+
     from hocket.packages.rewriting import Signing
 
 app = typer.Typer(name="apr", help="Make .apr packages: convert, encrypt, quantize.", no_args_is_help=True)
@@ -93,13 +93,16 @@ def encrypt(
     """
     if to is not None and password_file is not None:
         raise HocketError(Reason.BAD_REQUEST, "give either --to or --password-file")
+    if unsigned and key is not None:
+        raise HocketError(Reason.BAD_REQUEST, "give either --key, to sign inside, or --unsigned")
     data = files.read_package(file)
     seed = None if unsigned else load_key(key)
     target = _password(password_file, twice=True) if to is None else Recipient.parse(to)
     signing = None if seed is None else rewriting.signing_with(seed)
     with spinner(f"encrypting {file}", shown=not json):
         written = rewriting.encrypted(data, target, signing=signing)
-    _write(out, written, data, json=json, encrypted_for="a password" if to is None else to)
+    mode = {"mode": "password"} if to is None else {"mode": "recipient", "recipient": to}
+    _write(out, written, data, json=json, facts={"encrypted_for": mode}, shown=[("encrypted for", to or "a password")])
 
 
 @app.command()
@@ -119,14 +122,11 @@ def decrypt(
     $ hocket apr decrypt iris.sealed.apr iris.apr --password-file iris.password
     $ hocket apr decrypt iris.sealed.apr iris.apr --key-file ~/.config/hocket/keys/recipient.key
     """
-    if password_file is not None and key_file is not None:
-        raise HocketError(Reason.BAD_REQUEST, "give either --password-file or --key-file")
     data = files.read_package(file)
-    credential: Credential
-    credential = _password(password_file, twice=False) if key_file is None else read_recipient_key(key_file)
+    credential = files.credential(password_file, key_file) or _password(None, twice=False)
     with spinner(f"decrypting {file}", shown=not json):
         written = rewriting.decrypted(data, credential, signing=_signing(key))
-    _write(out, written, data, json=json)
+    _write(out, written, data, json=json, publish=False)
 
 
 @app.command()
@@ -152,7 +152,9 @@ def quantize(
     with spinner(f"quantising {file}", shown=not json):
         written = rewriting.quantized(data, kind, signing=_signing(key))
         change = _largest_change(data, written)
-    _write(out, written, data, json=json, kind=str(kind), largest_change=change)
+    facts = {"kind": str(kind), "largest_change": change}
+    shown = [("kind", str(kind)), ("largest change", f"{change:.3g}")]
+    _write(out, written, data, json=json, facts=facts, shown=shown)
 
 
 @app.command()
@@ -160,9 +162,7 @@ def compress(
     file: File,
     out: Out,
     *,
-    method: Annotated[
-        str, typer.Option(metavar="|".join(COMPRESSIONS), help="lz4 is unknown to older readers.")
-    ] = "zstd-max",
+    method: Annotated[CompressionName, typer.Option(help="lz4 is unknown to older readers.")] = "zstd-max",
     key: SigningKey = None,
     json: output.Json = False,
 ) -> None:
@@ -173,8 +173,8 @@ def compress(
     """
     data = files.read_package(file)
     with spinner(f"compressing {file}", shown=not json):
-        written = rewriting.compressed(data, _compression(method), signing=_signing(key))
-    _write(out, written, data, json=json, compression=method)
+        written = rewriting.compressed(data, method, signing=_signing(key))
+    _write(out, written, data, json=json, facts={"compression": method}, shown=[("compression", method)])
 
 
 @app.command()
@@ -203,7 +203,7 @@ def card(
     data = files.read_package(file)
     new = None if card_file is None else _read_card(card_file)
     written = rewriting.with_card(data, new, signing=_signing(key))
-    _write(out, written, data, json=json, card=None if new is None else new.section())
+    _write(out, written, data, json=json, facts={"card": None if new is None else new.section()})
 
 
 @app.command()
@@ -246,13 +246,6 @@ def _password(path: Path | None, *, twice: bool) -> Password:
         raise typer.Exit(_INTERRUPTED) from error
 
 
-def _compression(method: str) -> CompressionName:
-    for name in COMPRESSIONS:
-        if name == method:
-            return name
-    raise HocketError(Reason.BAD_REQUEST, f"--method must be one of {', '.join(COMPRESSIONS)}")
-
-
 def _read_card(path: Path) -> ModelCard:
     """A card as its author writes it: what it does not say and the format wants is filled in."""
     data = files.read_file(path, DEFAULT_LIMITS.metadata_bytes)
@@ -274,10 +267,7 @@ def _read_card(path: Path) -> ModelCard:
         "created_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "framework_version": f"hocket {__version__}",
     }
-    metadata = {"created_at": "0", "aprender_version": "0.11.0", "model_card": filled | document}
-    found = model_card(read_metadata(write_metadata(metadata)))
-    assert found is not None  # noqa: S101 - for the type checker: there is one
-    return found
+    return read_card(filled | document)
 
 
 def _largest_change(before: bytes, after: bytes) -> float:
@@ -290,30 +280,38 @@ def _largest_change(before: bytes, after: bytes) -> float:
     )
 
 
-def _write(out: Path, written: bytes, original: bytes, *, json: bool, **facts: Any) -> None:  # noqa: ANN401 - JSON values
-    """Write a result, and say what became of the file."""
+def _write(
+    out: Path,
+    written: bytes,
+    original: bytes,
+    *,
+    json: bool,
+    facts: Mapping[str, object] | None = None,
+    shown: Sequence[tuple[str, str]] = (),
+    publish: bool = True,
+) -> None:
+    """Write a result, and say what became of the file.
+
+    Args:
+        out: Where to.
+        written: The result.
+        original: What it was made of.
+        json: Whether programs read what is said.
+        facts: What it says besides, for programs.
+        shown: The same, for people.
+        publish: Whether it is meant to be published.
+    """
     lost = apr.split(original).signature is not None and apr.split(written).signature is None
     files.write_file(out, written)
     digest = digest_of(written)
     if json:
         sizes = {"size_bytes": len(written), "size_bytes_before": len(original)}
-        output.emit({"path": str(out), "digest": digest, **sizes, "signature_lost": lost, **facts})
+        output.emit({"path": str(out), "digest": digest, **sizes, "signature_lost": lost, **(facts or {})})
         return
     if lost:
         output.say("warning: the signature inside was of other bytes, and is gone: --key makes a new one", stderr=True)
     if files.release_path(out).exists():
         output.say(f"warning: {files.release_path(out)} is no release of these bytes: sign again", stderr=True)
-    shown = [
-        (name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else value)
-        for name, value in facts.items()
-        if not isinstance(value, dict)
-    ]
-    output.card(
-        str(out),
-        [
-            ("digest", digest),
-            ("size", f"{output.size(len(written))}, from {output.size(len(original))}"),
-            *shown,
-        ],
-    )
-    output.say(f"Next: hocket sign {out} --publisher YOU --name NAME --version VERSION, then hocket publish {out}")
+    size = f"{output.size(len(written))}, from {output.size(len(original))}"
+    output.card(str(out), [("digest", digest), ("size", size), *shown])
+    output.next_steps(*(files.publishing(out) if publish else [("hocket", "inspect", out)]))

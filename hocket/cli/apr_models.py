@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path  # noqa: TC003 - typer builds options from their types
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -21,14 +21,16 @@ from hocket.packages import apr
 from hocket.packages import model as m
 from hocket.packages.answering import answer
 from hocket.packages.apr.quantization import kind_of
-from hocket.packages.from_sklearn import Conversion, convert, load_estimator
+from hocket.packages.from_sklearn import convert, load_estimator
 from hocket.packages.gate_training import align
 from hocket.packages.gate_training import train_gate as train
+from hocket.packages.labels import label_of
 from hocket.packages.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hocket.packages.from_sklearn import Conversion, ConvertedExpert, Label
     from hocket.packages.gate_training import Figures, TrainedGate
     from hocket.packages.model import LinearModel, Model, ModelFacts
 
@@ -78,67 +80,23 @@ def from_sklearn(
     $ hocket apr from-sklearn iris.skops iris.apr
     $ hocket apr from-sklearn vote.skops vote.toml
     """
-    data = files.read_file(file, DEFAULT_LIMITS.package_bytes)
     if file.suffix != ".skops":
         raise HocketError(
             Reason.BAD_REQUEST, f"{file} is no .skops file: write one with skops.io.dump(estimator, 'model.skops')"
         )
+    estimator = load_estimator(files.read_file(file, DEFAULT_LIMITS.package_bytes))
     chosen = check_name(out.stem if name is None else name)
-    estimator = load_estimator(data)
     conversion = convert(estimator, name=chosen, labels=label)
     if drop is not None:
-        conversion = convert(estimator, name=chosen, labels=_without(conversion, drop))
-    if (conversion.weights is None) != (out.suffix == _APR) or out.suffix not in {_APR, _TOML}:
-        vote = conversion.weights is not None
-        raise HocketError(
-            Reason.BAD_REQUEST,
-            f"{out} should be named {_TOML if vote else _APR}: "
-            + ("a vote becomes a mixture of several packages" if vote else "one estimator becomes one package"),
-        )
-    written = _write_experts(conversion, out)
+        conversion = _without(conversion, drop)
+    paths = _paths(conversion, out)
+    digests = [_write_expert(expert, path) for expert, path in zip(conversion.experts, paths, strict=True)]
     if conversion.weights is not None:
-        members = tuple(DraftMember("expert", path.name) for path, _ in written)
-        names = (
-            None if conversion.labels is None else tuple(str(each) for each in conversion.labels if each is not None)
-        )
-        draft = Draft(chosen, members, FixedGate(conversion.weights), labels=names)
-        files.write_file(out, format_draft(draft).encode())
+        _write_vote(out, chosen, conversion, conversion.weights, paths)
     if json:
-        packages = [
-            {
-                "path": str(path),
-                "name": expert.name,
-                "digest": digest,
-                "layout": type(expert.model).__name__,
-                "notes": expert.notes,
-            }
-            for expert, (path, digest) in zip(conversion.experts, written, strict=True)
-        ]
-        output.emit(
-            {"path": str(out), "packages": packages, "weights": conversion.weights, "labels": conversion.labels}
-        )
-        return
-    for expert, (path, digest) in zip(conversion.experts, written, strict=True):
-        shown = (
-            None if expert.labels is None else ", ".join("(dropped)" if of is None else str(of) for of in expert.labels)
-        )
-        output.card(
-            expert.name,
-            [
-                ("written to", path),
-                ("digest", digest),
-                ("model", type(expert.model).__name__),
-                ("answers", shown or "one number"),
-                *(("note", note) for note in expert.notes),
-            ],
-        )
-    paths = " ".join(str(path) for path, _ in written)
-    each = "each of " if len(written) > 1 else ""
-    output.say(
-        f"Next: hocket sign {each}{paths} --publisher YOU --name NAME --version VERSION, then hocket publish {paths}"
-    )
-    if conversion.weights is not None:
-        output.say(f"and then: hocket mixtures put {out} --publisher YOU --version VERSION")
+        output.emit(_document(out, conversion, paths, digests))
+    else:
+        _print_experts(out, conversion, paths, digests)
 
 
 @app.command("train-gate")
@@ -162,7 +120,7 @@ def train_gate(
     truth: Annotated[
         str | None,
         typer.Option(
-            metavar="COLUMN", help="Column of the .csv with the truth, by name or number.", show_default="last"
+            metavar="COLUMN", help="Column of the .csv with the truth: its place, or its name.", show_default="last"
         ),
     ] = None,
     name: Name = None,
@@ -195,41 +153,119 @@ def train_gate(
         trained = train(
             rows, answers, told, top_k=top_k, bias=inside is None, held_out=held_out, penalty=penalty, seed=seed
         )
+    tensor = None
     if inside is not None:
         gate = m.SoftmaxGate(trained.weights)
         files.write_file(out, apr.write(m.MixtureOfExperts(inside, gate, m.MoeConfig(top_k)), name=chosen))
     else:
-        _write_mixture(out, chosen, [facts.digest for facts, _ in opened], trained, top_k)
-    unknown = sorted(set(map(str, told)) - set(answers.labels)) if answers.labels is not None else []
+        tensor = _write_mixture(out, chosen, [facts.digest for facts, _ in opened], trained, top_k)
+    unknown = sorted({str(label_of(true)) for true in told} - set(answers.labels)) if answers.labels is not None else []
     if json:
-        figures = asdict(trained.figures)
-        output.emit({"path": str(out), "learned_rows": trained.rows, "figures": figures, "unknown_labels": unknown})
+        learned = {"learned_rows": trained.rows, "converged": trained.converged, "figures": asdict(trained.figures)}
+        gate_path = None if tensor is None else str(tensor)
+        output.emit({"path": str(out), "gate_path": gate_path, **learned, "unknown_labels": unknown})
         return
     _print_figures(out, [path.name for path in members], trained)
+    if not trained.converged:
+        advice = "a better gate may exist: a larger --penalty ends sooner"
+        output.say(f"warning: training was stopped before its end, {advice}", stderr=True)
     if unknown:
         output.say(f"warning: no member knows {', '.join(unknown[:10])}: such rows count as wrong", stderr=True)
-    if inside is None:
-        output.say(f"Next: publish the members, then hocket mixtures put {out} --publisher YOU --version VERSION")
-    else:
-        output.say(f"Next: hocket sign {out} --publisher YOU --name NAME --version VERSION, then hocket publish {out}")
+    if tensor is None:
+        output.next_steps(*files.publishing(out, chosen))
+        return
+    output.say(f"the weights of the gate are in {tensor}, where {out} looks for them")
+    output.next_steps(*(step for path in members for step in _publishing_member(path)), _putting(out))
 
 
-def _write_experts(conversion: Conversion, out: Path) -> list[tuple[Path, str]]:
-    """Each expert in a file of its own: its path and digest."""
-    written = []
-    for expert in conversion.experts:
-        path = out if conversion.weights is None else out.with_name(f"{expert.name}{_APR}")
-        data = apr.write(expert.model, name=expert.name, labels=expert.labels)
-        files.write_file(path, data)
-        written.append((path, digest_of(data)))
-    return written
+def _without(conversion: Conversion, drop: str) -> Conversion:
+    """The conversion with one class left out of its answers."""
+    if drop not in map(str, conversion.labels or ()):
+        known = list(conversion.labels or ())
+        raise HocketError(Reason.BAD_REQUEST, f"there is no class {drop!r} to drop: the estimator has {known}")
+
+    def rest(labels: tuple[Label, ...] | None) -> tuple[Label, ...] | None:
+        return None if labels is None else tuple(None if str(label) == drop else label for label in labels)
+
+    experts = tuple(replace(expert, labels=rest(expert.labels)) for expert in conversion.experts)
+    return replace(conversion, experts=experts, labels=rest(conversion.labels))
 
 
-def _without(conversion: Conversion, drop: str) -> list[str | int | None]:
-    labels = list(conversion.labels or ())
-    if drop not in map(str, labels):
-        raise HocketError(Reason.BAD_REQUEST, f"there is no class {drop!r} to drop: the estimator has {labels}")
-    return [None if str(label) == drop else label for label in labels]
+def _paths(conversion: Conversion, out: Path) -> list[Path]:
+    """Where each expert is written: at OUT, or beside the mixture of a vote, where nothing may be yet."""
+    vote = conversion.weights is not None
+    if out.suffix != (_TOML if vote else _APR):
+        raise HocketError(
+            Reason.BAD_REQUEST,
+            f"{out} should be named {_TOML if vote else _APR}: "
+            + ("a vote becomes a mixture of several packages" if vote else "one estimator becomes one package"),
+        )
+    if not vote:
+        return [out]
+    paths = [out.with_name(f"{expert.name}{_APR}") for expert in conversion.experts]
+    for path in paths:
+        if path.exists():
+            raise HocketError(
+                Reason.NAME_TAKEN,
+                f"{path} exists, and a member of the vote would take its place: move it away, or choose another --name",
+            )
+    return paths
+
+
+def _write_expert(expert: ConvertedExpert, path: Path) -> str:
+    """The digest of what is written."""
+    data = apr.write(expert.model, name=expert.name, labels=expert.labels)
+    files.write_file(path, data)
+    return digest_of(data)
+
+
+def _write_vote(
+    out: Path, name: str, conversion: Conversion, weights: tuple[float, ...], paths: Sequence[Path]
+) -> None:
+    """A mixture of packages that lie beside it."""
+    members = tuple(DraftMember("expert", path.name) for path in paths)
+    labels = conversion.labels
+    kept = None if labels is None else tuple(str(label) for label in labels if label is not None)
+    files.write_file(out, format_draft(Draft(name, members, FixedGate(weights), labels=kept)).encode())
+
+
+def _document(out: Path, conversion: Conversion, paths: Sequence[Path], digests: Sequence[str]) -> dict[str, object]:
+    packages = [
+        {
+            "path": str(path),
+            "name": expert.name,
+            "digest": digest,
+            "layout": type(expert.model).__name__,
+            "notes": expert.notes,
+        }
+        for expert, path, digest in zip(conversion.experts, paths, digests, strict=True)
+    ]
+    return {"path": str(out), "packages": packages, "weights": conversion.weights, "labels": conversion.labels}
+
+
+def _print_experts(out: Path, conversion: Conversion, paths: Sequence[Path], digests: Sequence[str]) -> None:
+    next_steps: list[tuple[object, ...]] = []
+    for expert, path, digest in zip(conversion.experts, paths, digests, strict=True):
+        columns = ("(dropped)" if label is None else str(label) for label in expert.labels or ())
+        output.card(
+            expert.name,
+            [
+                ("written to", path),
+                ("digest", digest),
+                ("model", type(expert.model).__name__),
+                ("answers", ", ".join(columns) or "one number"),
+                *(("note", note) for note in expert.notes),
+            ],
+        )
+        next_steps += files.publishing(path, expert.name)
+    if conversion.weights is not None:
+        next_steps.append(_putting(out))
+    output.next_steps(*next_steps)
+
+
+def _putting(mixture: Path) -> tuple[object, ...]:
+    """The command that signs a mixture and puts it into a registry."""
+    return ("hocket", "mixtures", "put", mixture, "--publisher", "YOU", "--version", "VERSION")
 
 
 def _open(path: Path) -> tuple[ModelFacts, Model]:
@@ -249,8 +285,14 @@ def _linear_kind(models: Sequence[Model]) -> tuple[LinearModel, ...]:
     return linear
 
 
-def _write_mixture(out: Path, name: str, digests: Sequence[str], trained: TrainedGate, top_k: int) -> None:
-    """The mixture as TOML, and its gate beside it."""
+def _publishing_member(path: Path) -> list[tuple[object, ...]]:
+    """The commands for an expert that may have its release already."""
+    steps = files.publishing(path)
+    return steps[1:] if files.release_path(path).exists() else steps
+
+
+def _write_mixture(out: Path, name: str, digests: Sequence[str], trained: TrainedGate, top_k: int) -> Path:
+    """The mixture as TOML, and its gate beside it: where that is."""
     weights = io.BytesIO()
     np.save(weights, trained.weights, allow_pickle=False)
     beside = out.with_name(f"{out.stem}-gate.npy")
@@ -258,6 +300,7 @@ def _write_mixture(out: Path, name: str, digests: Sequence[str], trained: Traine
     draft = Draft(name, tuple(DraftMember("expert", digest) for digest in digests), gate, top_k=top_k)
     files.write_file(beside, weights.getvalue())
     files.write_file(out, format_draft(draft, beside.name).encode())
+    return beside
 
 
 def _print_figures(out: Path, names: Sequence[str], trained: TrainedGate) -> None:

@@ -69,11 +69,12 @@ def add(
         return
     output.card(base.name, [("digest", base.digest), ("folder", base.path)])
     if at is not None:
-        output.say("Next: start the workers again that find it there.")
+        output.say("The workers that find it there have to be started again.")
         return
     others = len(read(data).bases) > 1
-    up = f"hocket up{f' --data {data}' if data else ''}{f' --base {base.name}' if others else ''}"
-    output.say(f"Next: {up}, then hocket generate 'PROMPT'. A suite that runs has to be started again.")
+    chosen = (*(("--data", data) if data else ()), *(("--base", base.name) if others else ()))
+    output.say("A suite that runs has to be started again.")
+    output.next_steps(("hocket", "up", *chosen), ("hocket", "generate", "YOUR PROMPT"))
 
 
 @app.command("list")

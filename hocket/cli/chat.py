@@ -37,6 +37,8 @@ _MORE: Final = ". "
 _NONE: Final = "-"
 _AUTO: Final = "auto"
 _EXPERTS_TOLD: Final = {_NONE: "none, the base alone", _AUTO: "chosen by the router for every turn"}
+_NOTHING_YET: Final = "-"
+"""A text of which only matters who would answer it."""
 _REFUSED: Final = 2
 _HELP: Final = f"""\
 /experts sql:0.7,json:0.3   who answers from now on; {_NONE} for the base alone, {_AUTO} to have them chosen
@@ -219,7 +221,10 @@ class _Talk:
             self.experts = []
             self.routing = sampling.BASE_ALONE if text == _NONE else self._chosen_by
         elif text:
-            self.experts, self.routing = sampling.read_experts(text), None
+            experts = sampling.read_experts(text)
+            with self.asked.explained():  # now, and not with the next turn, which would be lost
+                self.asked.client.route_text(_NOTHING_YET, experts=experts)
+            self.experts, self.routing = experts, None
         self._tell(f"experts: {_EXPERTS_TOLD.get(who := self._who(), who)}")
 
     def _who(self) -> str:
@@ -230,7 +235,10 @@ class _Talk:
 
     def _choose_base(self, text: str) -> None:
         if text:
-            self.base = "" if text == _NONE else text
+            base = "" if text == _NONE else text
+            with self.asked.explained():
+                self.asked.client.route_text(_NOTHING_YET, routing=sampling.BASE_ALONE, base=base)
+            self.base = base
         self._tell(f"base: {self.base or 'the one that the experts ride on'}")
 
     def _choose_system(self, text: str) -> None:

@@ -33,6 +33,7 @@ app = typer.Typer(
 
 _INVALID: Final = 2
 _ERRORS_SHOWN: Final = 20
+_ERRORS_OF_NO_DATASET: Final = 3
 _STRATA_SHOWN: Final = 20
 _LARGE_GROUP: Final = 0.2
 
@@ -269,13 +270,16 @@ def _print_check(report: Mapping[str, Any]) -> None:
     if report["valid"]:
         output.say(f"{report['path']} is valid: {report['rows']:,} rows ({report['format']})")
         return
-    for error in report["errors"]:
+    errors = report["errors"] if report["rows"] else report["errors"][:_ERRORS_OF_NO_DATASET]
+    for error in errors:
         output.console().print(
             output.plain(f"{error['reason']} ", "bold red") + output.plain(error["message"]), soft_wrap=True
         )
-    count, shown = report["error_count"], len(report["errors"])
+    count, shown = report["error_count"], len(errors)
     first = f" (above are the first {shown})" if shown < count else ""
     output.say(f"{report['path']} is not valid: lines that are wrong: {count:,}{first}; fine: {report['rows']:,}")
+    if not report["rows"]:
+        output.say("A dataset has one JSON object a line: docs/datasets.md has the formats")
 
 
 def _print_statistics(path: Path, found: Statistics, by: str | None) -> None:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _REASONS: Final[Mapping[int, str]] = {
     DecisionReason.DECISION_REASON_EXPLICIT: "the experts were named",
-    DecisionReason.DECISION_REASON_GATE: "the gate has chosen",
     DecisionReason.DECISION_REASON_BASE_GENERIC: "a general question: the base answers",
     DecisionReason.DECISION_REASON_BASE_LOW_CONFIDENCE: "no expert is clearly better placed: the base answers",
     DecisionReason.DECISION_REASON_BASE_NO_MATCH: "nothing speaks for an expert: the base answers",
@@ -23,4 +22,6 @@ _REASONS: Final[Mapping[int, str]] = {
 
 def why(plan: TextPlan) -> str:
     """Why these answer, for people."""
+    if plan.reason == DecisionReason.DECISION_REASON_GATE:
+        return "an expert answers" if len(plan.experts) == 1 else f"{len(plan.experts)} experts answer together"
     return _REASONS.get(plan.reason, DecisionReason.Name(plan.reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import zipfile
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ _FILE_BYTES_MAX: Final = 128 * 2**20
 _ARRAY_BYTES_MAX: Final = 512 * 2**20
 _ROWS: Final = "rows"
 _TRUTH: Final = "truth"
+_PLACE: Final = re.compile(r"-?[0-9]{1,9}")
 
 
 def read_examples(path: Path, truth: str | None) -> tuple[NDArray[np.float32], list[str] | list[float]]:
@@ -30,8 +32,8 @@ def read_examples(path: Path, truth: str | None) -> tuple[NDArray[np.float32], l
     Args:
         path: A .csv, whose line of names may be missing; or an .npz with the arrays `rows` and `truth`, as
             `numpy.savez` writes it.
-        truth: The column of a .csv that holds the truth, by name or by number, from 0 on or from the last, -1, back;
-            None: the last.
+        truth: The column of a .csv that holds the truth. A whole number is always its place, from 0 on or from the
+            last, -1, back; anything else its name in the first line; None: the last column.
 
     Raises:
         HocketError: `BAD_REQUEST` if the file cannot be read or has no such column; `BAD_TENSOR` if its rows are not
@@ -62,9 +64,8 @@ def _read_csv(data: bytes, truth: str | None) -> tuple[NDArray[np.float64], list
         raise HocketError(Reason.BAD_TENSOR, f"the examples are no CSV in UTF-8: {error}") from error
     if not lines:
         raise HocketError(Reason.BAD_TENSOR, "there are no examples")
-    column = _column(lines[0], truth)
-    named = any(not is_number(cell) for index, cell in enumerate(lines[0]) if index != column)
-    if named or truth in lines[0]:
+    column, named = _column(lines[0], truth)
+    if named or any(not is_number(cell) for index, cell in enumerate(lines[0]) if index != column):
         lines = lines[1:]
     rows, told = [], []
     for number, line in enumerate(lines, start=1):
@@ -80,18 +81,18 @@ def _read_csv(data: bytes, truth: str | None) -> tuple[NDArray[np.float64], list
     return np.array(rows), told
 
 
-def _column(first: list[str], truth: str | None) -> int:
-    """Where the truth is."""
+def _column(first: list[str], truth: str | None) -> tuple[int, bool]:
+    """Where the truth is, and whether the first line says so by its name."""
     if truth is None:
-        return len(first) - 1
-    if truth in first:
-        return first.index(truth)
-    try:
-        return range(len(first))[int(truth)]
-    except (ValueError, IndexError) as error:
-        raise HocketError(
-            Reason.BAD_REQUEST, f"there is no column {truth!r}: the file has {len(first)}, the first is {first[0]!r}"
-        ) from error
+        return len(first) - 1, False
+    if _PLACE.fullmatch(truth):
+        if -len(first) <= int(truth) < len(first):
+            return int(truth) % len(first), False
+    elif truth in first:
+        return first.index(truth), True
+    raise HocketError(
+        Reason.BAD_REQUEST, f"there is no column {truth!r}: the file has {len(first)}, the first is {first[0]!r}"
+    )
 
 
 def _read_npz(data: bytes) -> tuple[NDArray[np.float64], list[str] | list[float]]:

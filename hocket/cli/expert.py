@@ -11,6 +11,7 @@ import typer
 from hocket.base_folder import base_digest, base_name
 from hocket.bases import BaseModel
 from hocket.cli import files, output
+from hocket.cli.groups import ExpertGroup
 from hocket.cli.progress import progress_of
 from hocket.errors import HocketError, Reason
 from hocket.identity import short_name
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from hocket.packages.expert.strict import Problem
     from hocket.packages.expert.validation import Report
 
-app = typer.Typer(name="expert", help="Make .expert packages: new, validate, pack.", no_args_is_help=True)
+app = typer.Typer(
+    name="expert", cls=ExpertGroup, help="Make .expert packages: new, validate, pack.", no_args_is_help=True
+)
 
 _INVALID: Final = 2
 _TESTS: Final = "tests"
@@ -104,8 +107,14 @@ def new(
         output.emit({"path": str(path), "manifest": manifest})
         return
     output.say(f"{path} is written: say in it what the expert does (description, capabilities, routing, license)")
-    missing = "" if trained.exists() else f"put what PEFT's save_pretrained writes into {folder}, then "
-    output.say(f"Next: {missing}hocket expert validate {folder} --strict, and hocket expert pack {folder}")
+    if not trained.exists():
+        out = folder / "out"
+        output.say("and what it is trained on (training.dataset.path). Then train and pack it:")
+        output.next_steps(
+            ("hocket", "train", folder, "--base", _shown_base(base), "--out", out), ("hocket", "expert", "pack", out)
+        )
+        output.say(f"Or put what PEFT's save_pretrained has written into {folder}, and pack that:")
+    output.next_steps(("hocket", "expert", "validate", folder, "--strict"), ("hocket", "expert", "pack", folder))
 
 
 @app.command()
@@ -211,7 +220,7 @@ def pack(
             ("files", ", ".join(content)),
         ],
     )
-    output.say(f"Next: hocket sign {target} --publisher YOU, then hocket publish {target}")
+    output.next_steps(("hocket", "sign", target, "--publisher", "YOU"), ("hocket", "publish", target))
 
 
 def _planned(kind: AdapterKind, rank: int, alpha: float | None) -> AdapterConfig:
@@ -230,6 +239,11 @@ def _base_named(base: str | None) -> BaseModel | None:
     with progress_of(f"hashing {base}", shown=True) as on_progress:
         digest = base_digest(Path(base), on_progress)
     return BaseModel(base_name(Path(base)), digest=digest)
+
+
+def _shown_base(base: str | None) -> str:
+    """The folder that training needs, where it was given."""
+    return base if base is not None and Path(base).is_dir() else "BASE_FOLDER"
 
 
 def _base_of(base: BaseModel | None, config: AdapterConfig) -> BaseModel:

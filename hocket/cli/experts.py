@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from hocket.cli import describe, names, output, servers
+from hocket.cli.groups import ExpertGroup
 from hocket.composition import candidates
 from hocket.errors import HocketError
 from hocket.identity import is_digest
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 _SHORT_VERSION: Final = re.compile(r"(?<=[<>=]) *[0-9]+(?:\.[0-9]+)?(?= *(?:,|$))")
 """`2` or `2.0` after a comparison, which semantic versions are not."""
 
-app = typer.Typer(name="experts", help="Show an expert, or which experts go together.", no_args_is_help=True)
+app = typer.Typer(
+    name="experts", cls=ExpertGroup, help="Show an expert, or which experts go together.", no_args_is_help=True
+)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import typer
 
 from hocket import paths
 from hocket.cli import output
+from hocket.credential_files import read_password, read_recipient_key
 from hocket.errors import HocketError, Reason
 from hocket.files import write_whole
 from hocket.identity import key_bytes, key_id_of
@@ -26,7 +27,7 @@ from hocket.trust_folder import TrustFolder
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hocket.packages import TrustRoots
+    from hocket.packages import Credential, TrustRoots
 
 Trust = Annotated[
     Path | None,
@@ -90,10 +91,29 @@ def release_path(path: Path) -> Path:
     return path.with_name(path.name + RELEASE_SUFFIX)
 
 
+def publishing(path: Path, name: str = "NAME") -> list[tuple[object, ...]]:
+    """The commands that sign a package file and publish it, with capitals where a person has to say what."""
+    chosen = ("--publisher", "YOU", "--name", name, "--version", "VERSION")
+    return [("hocket", "sign", path, *chosen), ("hocket", "publish", path)]
+
+
 def read_releases(path: Path) -> tuple[bytes, ...]:
     """The release beside a package file, if there is one. Raises as `read_file`."""
     beside = release_path(path)
     return (read_file(beside, ENVELOPE_SIZE_BYTES_MAX),) if beside.exists() else ()
+
+
+def credential(password_file: Path | None, key_file: Path | None) -> Credential | None:
+    """What opens an encrypted package, from the one file that was named; None if neither was.
+
+    Raises:
+        HocketError: `BAD_REQUEST` if both were, `BAD_KEY_FILE` if the file holds none, or others could read it.
+    """
+    if password_file is not None and key_file is not None:
+        raise HocketError(Reason.BAD_REQUEST, "give either --password-file or --key-file")
+    if password_file is not None:
+        return read_password(password_file)
+    return None if key_file is None else read_recipient_key(key_file)
 
 
 def public_key(text: str) -> bytes:

@@ -27,6 +27,8 @@ app = typer.Typer()
 _BAR_WIDTH: Final = 12
 _ROWS_SHOWN: Final = 20
 _SCORES_SHOWN: Final = 10
+_ACCEPTING: Final = "ask with on_missing RENORMALISE"
+"""How a router says what accepts an answer without an expert."""
 _STATE_STYLES: Final = {"arrived": "green", "pending": "dim"}
 
 
@@ -94,14 +96,16 @@ def predict(
 
 @contextmanager
 def _flag_named() -> Iterator[None]:
-    """Have a refusal of an incomplete answer name the option that accepts it."""
+    """Have a refusal of an incomplete answer name the option that accepts it, in place of the contract's field."""
     try:
         yield
     except HocketError as error:
         if error.reason is not Reason.COVERAGE:
             raise
-        advice = "--renormalise answers without what is missing, --min-coverage says how much of it may be"
-        raise error.restated(f"{error.message} ({advice})") from error
+        told = error.message.replace(_ACCEPTING, "ask with --renormalise")
+        if told == error.message:
+            told += " (--min-coverage says how much has to be there)"
+        raise error.restated(told) from error
 
 
 class _Board:

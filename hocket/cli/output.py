@@ -9,6 +9,7 @@ Everything for people that is not the answer itself goes to standard error.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -83,6 +84,12 @@ def say(text: str, *, stderr: bool = False) -> None:
     console(stderr=stderr).print(plain(text), soft_wrap=True)
 
 
+def next_steps(*commands: Sequence[object]) -> None:
+    """Print what to run next: the words of each command, on a line of its own as a shell takes it."""
+    for place, words in enumerate(commands):
+        say(f"{'      ' if place else 'Next: '}{shlex.join(map(str, words))}")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
     """A table. Cells are values, or text with a style.
 
@@ -146,11 +153,16 @@ def bar(share: float, width: int = 20) -> str:
     return ("█" * (eighths // 8) + partial).ljust(width)
 
 
+def refusal_json(error: HocketError) -> dict[str, Any]:
+    """A refusal as JSON-able values, as the module says."""
+    blamed = {key: value for key, value in error.metadata.items() if key == BLAMED_FILE}
+    return {"error": {"reason": str(error.reason), "message": error.message, **blamed}}
+
+
 def refuse(error: HocketError, *, as_json: bool) -> None:
     """Print a refusal: for programs on standard output, for people on standard error."""
     if as_json:
-        blamed = {key: value for key, value in error.metadata.items() if key == BLAMED_FILE}
-        emit({"error": {"reason": str(error.reason), "message": error.message, **blamed}})
+        emit(refusal_json(error))
         return
     out = console(stderr=True)
     out.print(Text.assemble((f"{error.reason} ", "bold red"), plain(error.message)), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,7 +12,6 @@ import typer
 
 from hocket import keyring
 from hocket.cli import about, files, inspection, output
-from hocket.credential_files import read_password, read_recipient_key
 from hocket.errors import HocketError, Reason
 from hocket.identity import ReleaseName, check_name, check_version, digest_of, key_bytes, key_id_of, key_text
 from hocket.packages import (
@@ -30,7 +30,9 @@ from hocket.packages import (
 from hocket.packages.adapter import AdapterFacts
 
 if TYPE_CHECKING:
-    from hocket.packages import Credential, PackageFacts, Proof
+    from collections.abc import Iterator
+
+    from hocket.packages import PackageFacts, Proof
 
 app = typer.Typer()
 
@@ -73,7 +75,8 @@ def inspect(file: File, *, trust: files.Trust = None, json: output.Json = False)
     data = files.read_package(file)
     releases, problem = _release_beside(file)
     now = datetime.now(UTC)
-    shown = inspect_package(data, releases, trust=files.read_trust(trust), now=now)
+    with _either_format():
+        shown = inspect_package(data, releases, trust=files.read_trust(trust), now=now)
     release = shown.releases[0] if shown.releases else problem
     if isinstance(shown.facts, AdapterFacts):
         if json:
@@ -118,19 +121,23 @@ def verify(
     $ hocket verify iris.sealed.apr --password-file iris.password
     """
     data = files.read_package(file)
-    credentials: dict[str, Credential] = {}
-    if password_file is not None:
-        credentials[digest_of(data)] = read_password(password_file)
-    elif key_file is not None:
-        credentials[digest_of(data)] = read_recipient_key(key_file)
-    package = open_package(
-        data,
-        releases=files.read_releases(file),
-        trust=files.read_trust(trust),
-        policy=Policy(allow_unsigned=allow_unsigned, allow_expired_licences=allow_expired_licences),
-        now=datetime.now(UTC),
-        credentials=credentials,
-    )
+    credential = files.credential(password_file, key_file)
+    releases = files.read_releases(file)
+    try:
+        with _either_format():
+            package = open_package(
+                data,
+                releases=releases,
+                trust=files.read_trust(trust),
+                policy=Policy(allow_unsigned=allow_unsigned, allow_expired_licences=allow_expired_licences),
+                now=datetime.now(UTC),
+                credentials={} if credential is None else {digest_of(data): credential},
+            )
+    except HocketError as error:
+        if error.reason is not Reason.UNSIGNED or releases:
+            raise
+        beside = files.release_path(file)
+        raise error.restated(f"{error.message}; its release would be beside it, as {beside}, and is not") from error
     if (why := package.facts.not_servable) is not None:
         raise HocketError(Reason.NOT_SERVABLE, f"{file} is proven genuine, but cannot answer: {why}")
     proofs = package.provenance.proofs
@@ -204,7 +211,8 @@ def sign(
     """
     check_name(publisher, "publisher")
     data = files.read_package(file)
-    facts = inspect_package(data, now=datetime.now(UTC)).facts
+    with _either_format():
+        facts = inspect_package(data, now=datetime.now(UTC)).facts
     release_name = _release_name(facts, publisher, name, version)
     seed = load_key(key)
     beside = files.release_path(file)
@@ -225,6 +233,17 @@ def sign(
         return
     facts_shown = [("digest", facts.digest), ("signed by", key_text(public_key)), ("written to", beside)]
     output.card(f"{file} is {release_name}", facts_shown)
+
+
+@contextmanager
+def _either_format() -> Iterator[None]:
+    """Say of what is no package that it is none of either format: who reads it begins with one of them."""
+    try:
+        yield
+    except HocketError as error:
+        if error.reason is not Reason.BAD_MAGIC:
+            raise
+        raise error.restated(f"{error.message}; nor is it an .expert file (gzip, zstd or zip)") from error
 
 
 def _release_beside(path: Path) -> tuple[tuple[bytes, ...], HocketError | None]:

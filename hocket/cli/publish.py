@@ -90,7 +90,8 @@ def yank(
     if json:
         output.emit(output.message_json(gone))
     else:
-        output.say(f"{gone.digest} is withdrawn")
+        named = f"{describe.all_names(gone)} is withdrawn ({digest})"
+        output.say(named if gone.releases else f"{digest} is withdrawn")
 
 
 @app.command()
@@ -192,6 +193,8 @@ def _published(path: Path, response: PublishPackageResponse) -> str:
     package = response.package
     names = ", ".join(f"{release.publisher}/{release.name}@{release.version}" for release in package.releases)
     done = "published" if response.created else "was already there"
+    if response.healed:
+        done += ", and its damaged copy is replaced"
     unsigned = " (UNSIGNED: only the registry's policy admits it)" if package.unsigned_by_policy else ""
     return f"{path} {done}: {names or 'addressable by digest only'}, {package.digest}{unsigned}"
 

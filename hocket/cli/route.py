@@ -12,7 +12,7 @@ from hocket.cli import describe, files, output, rows, sampling, servers
 from hocket.cli.decisions import why
 from hocket.cli.generate import read_prompt
 from hocket.errors import HocketError, Reason, Situation
-from hocket.text_limits import TEXT_BYTES_MAX
+from hocket.text_limits import EXPERTS_MAX, TEXT_BYTES_MAX
 from hocket.v1.router_pb2 import EvidenceKind
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def route(
         if json:
             output.emit(output.message_json(decision))
         else:
-            _print_text_decision(decision)
+            _print_text_decision(decision, max_experts or 1)
         return
     about_text = {"policy": policy, "allow": allow, "deny": deny, "max-experts": max_experts, "base": base}
     if given := [f"--{name}" for name, value in (*about_text.items(), ("batch", batch)) if value]:
@@ -176,7 +176,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _print_text_decision(decision: TextDecision) -> None:
+def _print_text_decision(decision: TextDecision, count_max: int) -> None:
     plan = decision.plan
     everybody = [(decision.base, True), *((each, False) for each in decision.candidates[:_CANDIDATES_SHOWN])]
     everybody.sort(key=lambda each: (-each[0].weight, -each[0].probability, -each[0].score))
@@ -191,10 +191,23 @@ def _print_text_decision(decision: TextDecision) -> None:
         least = decision.thresholds.confidence_min
         said += f" (confidence {decision.confidence:.2f}, an expert needs {least:g})"
     output.say(said)
+    if tied := _tied(decision, count_max):
+        names = " and ".join(f"{_name(each)} {each.probability:.3f}" for each in tied)
+        output.say(f"undecided between {names}: --max-experts {len(tied)} lets them answer together")
+
+
+def _tied(decision: TextDecision, count_max: int) -> list[TextCandidate]:
+    """Who is about as likely to be the right one, where fewer than these were to answer; else nobody."""
+    chosen = [each for each in decision.candidates if each.chosen]
+    if not chosen or len(chosen) < count_max or not decision.HasField("thresholds"):
+        return []
+    least = decision.thresholds.share_min * max(each.probability for each in chosen)
+    near = [each for each in decision.candidates if each.probability >= least]
+    return near[:EXPERTS_MAX] if len(near) > len(chosen) else []
 
 
 def _candidate_line(candidate: TextCandidate, *, is_base: bool) -> tuple[object, ...]:
-    name = candidate.name or output.short(candidate.digest)
+    name = _name(candidate)
     shown = [_evidence_text(each) for each in candidate.evidence[:_EVIDENCE_SHOWN]]
     if candidate.HasField("hivellm"):
         scores = candidate.hivellm
@@ -210,6 +223,10 @@ def _candidate_line(candidate: TextCandidate, *, is_base: bool) -> tuple[object,
         f"{candidate.weight:.3f}" if candidate.weight else " ",
         ", ".join(shown) or " ",
     )
+
+
+def _name(candidate: TextCandidate) -> str:
+    return candidate.name or output.short(candidate.digest)
 
 
 def _evidence_text(evidence: Evidence) -> str:

@@ -19,9 +19,11 @@ from hocket.client.health import Health
 from hocket.errors import HocketError, Reason, Situation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
+    from typing import NoReturn, TypeAlias
 
-    _Question = Callable[..., Coroutine[object, object, "Exit"]]
+    _Answer: TypeAlias = Mapping[str, Health] | HocketError
+    """The state of each service, or why there is none to tell."""
 
 app = typer.Typer()
 
@@ -203,39 +205,67 @@ def health(
         asked = [router, registry]
     else:
         asked = [registry if service == _REGISTRY_SERVICE else router]
-    question = _watch if watch else _ask
-    raise typer.Exit(max(_answered(question, server, service, timeout, as_json=json) for server in asked))
-
-
-def _answered(question: _Question, address: str, service: str | None, timeout: float, *, as_json: bool) -> Exit:
-    """The exit status of a question to one server; a refusal is printed."""
-    try:
-        return asyncio.run(question(address, service, timeout, as_json=as_json))
-    except HocketError as error:
-        unreachable = error.situation in {Situation.UNAVAILABLE, Situation.TIMED_OUT}
-        if TLS_DETAILS in error.metadata:
-            error = servers.insecure(address, error)
-        elif unreachable and error.metadata.keys() == {GRPC_STATUS}:
-            error = HocketError(error.reason, f"nobody answers at {address}")
-        output.refuse(error, as_json=as_json)
-        return Exit.UNREACHABLE if unreachable else Exit.FAILED
-
-
-async def _ask(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
-    async with connect_health(address, timeout_seconds=timeout_seconds, **certificates.chosen()) as client:
-        if service is None:
-            states = await client.list_services()
-        else:
-            states = {service: await client.check(service)}
-    if as_json:
-        output.emit({"address": address, "services": states})
+    if watch:
+        raise typer.Exit(_watched(asked[0], service, timeout, as_json=json))
+    answers = [_answer(server, service, timeout) for server in asked]
+    if json:
+        output.emit({"servers": list(map(_document, asked, answers))})
     else:
-        rows = [(name or "(process)", _coloured(state)) for name, state in states.items()]
-        output.print_table((f"service at {address}", "state"), rows, "The server has no services")
-    return _exit_of(states)
+        for server, answer in zip(asked, answers, strict=True):
+            _print(server, answer)
+    raise typer.Exit(max(map(_exit_of, answers)))
 
 
-async def _watch(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> Exit:
+def _watched(address: str, service: str | None, timeout: float, *, as_json: bool) -> Exit:
+    """How a watch has ended: with the refusal that says why."""
+    try:
+        asyncio.run(_watch(address, service, timeout, as_json=as_json))
+    except HocketError as error:
+        refusal = _explained(address, error)
+    output.refuse(refusal, as_json=as_json)
+    return _exit_of(refusal)
+
+
+def _answer(address: str, service: str | None, timeout: float) -> _Answer:
+    try:
+        return asyncio.run(_ask(address, service, timeout))
+    except HocketError as error:
+        return _explained(address, error)
+
+
+def _explained(address: str, error: HocketError) -> HocketError:
+    """A refusal, or a connection that failed, in words for people."""
+    if TLS_DETAILS in error.metadata:
+        return servers.insecure(address, error)
+    if _is_unreachable(error) and error.metadata.keys() == {GRPC_STATUS}:
+        return HocketError(error.reason, f"nobody answers at {address}")
+    return error
+
+
+def _is_unreachable(error: HocketError) -> bool:
+    return error.situation in {Situation.UNAVAILABLE, Situation.TIMED_OUT}
+
+
+async def _ask(address: str, service: str | None, timeout_seconds: float) -> Mapping[str, Health]:
+    async with connect_health(address, timeout_seconds=timeout_seconds, **certificates.chosen()) as client:
+        return await client.list_services() if service is None else {service: await client.check(service)}
+
+
+def _document(address: str, answer: _Answer) -> dict[str, object]:
+    if isinstance(answer, HocketError):
+        return {"address": address, **output.refusal_json(answer)}
+    return {"address": address, "services": answer}
+
+
+def _print(address: str, answer: _Answer) -> None:
+    if isinstance(answer, HocketError):
+        output.refuse(answer, as_json=False)
+        return
+    rows = [(name or "(process)", _coloured(state)) for name, state in answer.items()]
+    output.print_table((f"service at {address}", "state"), rows, "The server has no services")
+
+
+async def _watch(address: str, service: str | None, timeout_seconds: float, *, as_json: bool) -> NoReturn:
     """Until the server goes away: then the refusal that says so is raised."""
     name = service or ""
     async with connect_health(address, timeout_seconds=timeout_seconds, **certificates.chosen()) as client:
@@ -265,10 +295,12 @@ def _print_change(name: str, state: Health, *, as_json: bool) -> None:
         output.console().print(name or "(process)", _coloured(state))
 
 
-def _exit_of(states: Mapping[str, Health]) -> Exit:
-    if Health.SERVICE_UNKNOWN in states.values():
+def _exit_of(answer: _Answer) -> Exit:
+    if isinstance(answer, HocketError):
+        return Exit.UNREACHABLE if _is_unreachable(answer) else Exit.FAILED
+    if Health.SERVICE_UNKNOWN in answer.values():
         return Exit.FAILED
-    return Exit.SERVING if all(state is Health.SERVING for state in states.values()) else Exit.NOT_SERVING
+    return Exit.SERVING if all(state is Health.SERVING for state in answer.values()) else Exit.NOT_SERVING
 
 
 def _coloured(state: Health) -> object:

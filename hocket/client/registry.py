@@ -132,20 +132,26 @@ class RegistryClient:
                 return
 
     async def download(
-        self, digest: str, *, size_bytes_max: int = DOWNLOAD_BYTES_MAX, on_progress: Progress | None = None
+        self,
+        digest: str,
+        *,
+        size_bytes_max: int = DOWNLOAD_BYTES_MAX,
+        on_header: Callable[[registry_pb2.DownloadHeader], None] | None = None,
+        on_progress: Progress | None = None,
     ) -> tuple[registry_pb2.DownloadHeader, bytes]:
         """Fetch a package, with every release of it. A broken stream is taken up again where it broke.
 
         Args:
             digest: `sha256:<64 hex>`.
             size_bytes_max: Most bytes to take into memory.
+            on_header: Told what comes before the bytes of each attempt; a refusal that it raises ends the download.
             on_progress: Told after each chunk.
 
         Raises:
             HocketError: What the registry refused; `TOO_LARGE` beyond `size_bytes_max`; `BLOB_CORRUPT` if the bytes
                 are not those of the digest; the failure of the last of three attempts that brought nothing.
         """
-        download = _Download(digest, size_bytes_max, on_progress)
+        download = _Download(digest, size_bytes_max, on_header, on_progress)
         failures = 0
         while True:
             before = download.received_bytes
@@ -270,9 +276,16 @@ class RegistryClient:
 class _Download:
     """The bytes of one download, over as many streams as it takes."""
 
-    def __init__(self, digest: str, size_bytes_max: int, on_progress: Progress | None) -> None:
+    def __init__(
+        self,
+        digest: str,
+        size_bytes_max: int,
+        on_header: Callable[[registry_pb2.DownloadHeader], None] | None,
+        on_progress: Progress | None,
+    ) -> None:
         self._digest = digest
         self._size_bytes_max = size_bytes_max
+        self._on_header = on_header
         self._on_progress = on_progress
         self._header: registry_pb2.DownloadHeader | None = None
         self._chunks: list[bytes] = []
@@ -286,6 +299,8 @@ class _Download:
                     Reason.TOO_LARGE,
                     f"{self._digest} has {self._header.package.size_bytes} bytes, more than {self._size_bytes_max}",
                 )
+            if self._on_header is not None:
+                self._on_header(self._header)
             return
         total_bytes = 0 if self._header is None else self._header.package.size_bytes
         self._chunks.append(response.chunk)

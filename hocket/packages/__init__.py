@@ -30,6 +30,10 @@ To show a package without believing it, `inspect_package`. To publish one, bind 
 
 Keys are made by `generate_seed` and spelled by `hocket.identity`; `hocket.keyring` keeps them in files. The formats
 have modules of their own: `hocket.packages.apr` and `hocket.packages.expert`.
+
+What authors do with `.apr` packages is in modules that nothing which serves imports: `from_sklearn` makes models of
+estimators, `answering` says what a model answers, `gate_training` trains the gate of a mixture on that, `rewriting`
+encrypts, compresses, quantises and puts in cards.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
-from hocket.packages.apr.quantization import dequantized_model, floats, weights_of
+from hocket.packages.apr.quantization import dequantized_model, floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,11 +52,23 @@ def answer(model: Model, facts: ModelFacts, rows: NDArray[np.float32]) -> NDArra
         raise HocketError(Reason.BAD_TENSOR, f"the rows have {width} columns, the model reads {needs}")
     plain = dequantized_model(model)
     run = _ANSWERING[type(plain)]
-    largest = max((weights.size for weights in weights_of(plain) if weights is not None), default=1)
-    parts = max(1, -(-len(rows) * max(largest, facts.output_columns) // _WORKSPACE_VALUES))
+    at_once = max(1, _WORKSPACE_VALUES // max(width, facts.output_columns, _widest_step(plain)))
+    parts = np.split(rows, range(at_once, len(rows), at_once))
     with np.errstate(over="ignore", under="ignore"):
-        answers = [run(plain, part.astype(np.float64), facts.output_columns) for part in np.array_split(rows, parts)]
-    return np.concatenate(answers)
+        return np.concatenate([run(plain, part.astype(np.float64), facts.output_columns) for part in parts])
+
+
+def _widest_step(model: Model) -> int:
+    """The most values that one row becomes on the way to its answer."""
+    match model:
+        case m.KNearestNeighbors(y_train=classes) if classes is not None:
+            return len(classes)
+        case m.DenseNetwork():
+            return max(layer.weights.shape[1] for layer in model.layers)
+        case m.MixtureOfExperts():
+            return len(model.experts)
+        case _:
+            return 1
 
 
 def _linear(model: m.LinearModel, rows: Numbers, _: int) -> Numbers:
@@ -152,7 +164,9 @@ def _boosted(model: m.GradientBoostingClassifier, rows: Numbers, _: int) -> Numb
 
 def _distances(points: Numbers, rows: Numbers, power: float) -> Numbers:
     """Sums of |x - c|**power: `[N, K]`."""
-    return np.stack([(np.abs(rows - point) ** power).sum(axis=1) for point in points], axis=1)
+    at_once = max(1, _WORKSPACE_VALUES // max(1, rows.size))
+    blocks = np.split(points, range(at_once, len(points), at_once))
+    return np.hstack([(np.abs(rows[:, None] - block) ** power).sum(axis=2) for block in blocks])
 
 
 def _nearest(model: m.KMeans, rows: Numbers, columns: int) -> Numbers:

@@ -81,12 +81,14 @@ class TrainedGate:
         weights: float32 `[F, E]`.
         bias: One per expert; None if it was trained without, as the gate inside an `.apr` mixture is.
         rows: How many rows it has learned from.
+        converged: Whether training came to its end; if not, it was stopped, and a better gate may exist.
         figures: On others.
     """
 
     weights: NDArray[np.float32]
     bias: tuple[float, ...] | None
     rows: int
+    converged: bool
     figures: Figures
 
 
@@ -170,12 +172,12 @@ def train_gate(
             "all experts do equally well on every row, or none knows any of the true labels: nothing can be learned",
         )
     x = rows.astype(np.float64)
-    weights, biases = _fit(x[learned], best[learned], penalty, bias=bias)
+    exact_weights, exact_biases, converged = _fit(x[learned], best[learned], penalty, bias=bias)
     with np.errstate(over="ignore"):
-        narrow = weights.astype(np.float32)
-    if not np.isfinite(narrow).all():
+        weights, biases = exact_weights.astype(np.float32), exact_biases.astype(np.float32)
+    if not (np.isfinite(weights).all() and np.isfinite(biases).all()):
         raise HocketError(Reason.BAD_TENSOR, "the gate's weights leave float32: scale the rows")
-    gate = softmax(x[unseen] @ narrow.astype(np.float64) + biases)
+    gate = softmax(x[unseen] @ weights.astype(np.float64) + biases)
     differ = best[unseen].any(axis=1)
     first = gate.argmax(axis=1)
     figures = Figures(
@@ -187,7 +189,7 @@ def train_gate(
         ideal=score.of(unseen, np.eye(experts)[score.quality[unseen].argmax(axis=1)]),
         chosen_best=float(best[unseen][np.arange(measured), first][differ].mean()) if differ.any() else 1.0,
     )
-    return TrainedGate(narrow, tuple(map(float, biases)) if bias else None, len(learned), figures)
+    return TrainedGate(weights, tuple(map(float, biases)) if bias else None, len(learned), converged, figures)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,8 +246,10 @@ def _best(quality: Numbers) -> NDArray[np.bool_]:
     return best
 
 
-def _fit(rows: Numbers, best: NDArray[np.bool_], penalty: float, *, bias: bool) -> tuple[Numbers, Numbers]:
-    """Weights `[F, E]` and biases `[E]` of a multinomial logistic regression, those `best` sharing a row's target.
+def _fit(rows: Numbers, best: NDArray[np.bool_], penalty: float, *, bias: bool) -> tuple[Numbers, Numbers, bool]:
+    """A multinomial logistic regression: weights `[F, E]`, biases `[E]`, and whether it came to its end.
+
+    Those `best` share a row's target.
 
     Minimises the mean cross-entropy and penalty / 2 * |weights|**2, on columns moved (with a bias) and stretched to a
     mean of 0 and a spread of 1, by L-BFGS. Moving and stretching are folded into the result.
@@ -278,4 +282,4 @@ def _fit(rows: Numbers, best: NDArray[np.bool_], penalty: float, *, bias: bool) 
     solution = found.x.reshape(shape)
     weights: Numbers = (solution[:-1] if bias else solution) / spread[:, None]
     biases: Numbers = solution[-1] - mean @ weights if bias else np.zeros(shape[1])
-    return weights, biases
+    return weights, biases, bool(found.success)

@@ -436,7 +436,8 @@ class ModelFacts:
         output_range: Least and greatest value any output can take, where that is known.
         expert_count: 1, or the experts inside a mixture.
         parameter_bytes: What a worker takes from its budget to hold the experts, exactly: parameters laid out for
-            computing, without a gate. What was never fitted counts nothing.
+            computing, without a gate. What was never fitted counts nothing. A worker that halves takes less, and is
+            sent no more than what fits it by this.
         not_servable: Why the model cannot answer, for people; None when it can.
     """
 

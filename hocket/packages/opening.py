@@ -8,8 +8,9 @@ any content decompressed and decoded. The magic bytes say which format it is, ne
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of, key_id_of
@@ -173,8 +174,8 @@ def open_package(  # noqa: PLR0913 - what to open, who counts, and what opens it
     Raises:
         HocketError: `DIGEST_MISMATCH` if the bytes are not those asked for; for an `.apr` file the container's
             refusals (`hocket.packages.apr.split`) and `SIGNATURE_INVALID` for a broken embedded signature; the
-            refusals of `evaluate`; then the content's (`hocket.packages.apr.decode`, `hocket.packages.expert.decode`);
-            and `LICENCE_EXPIRED` (`check_licence`).
+            refusals of `evaluate`; `LICENCE_EXPIRED` (`check_licence`); and the content's
+            (`hocket.packages.apr.decode`, `hocket.packages.expert.decode`).
     """
     container, actual, provenance = _vouched(
         data, releases, digest, trust=trust, policy=policy, revoked=revoked, now=now, limits=limits
@@ -183,8 +184,8 @@ def open_package(  # noqa: PLR0913 - what to open, who counts, and what opens it
         adapter_facts, adapter = expert.decode(data, actual, limits)
         return Package(adapter_facts, provenance, adapter)
     credential = _credential(credentials, actual, provenance.proofs)
-    facts, model = apr.decode(container, actual, limits, credential=credential)
-    check_licence(facts, policy, now)
+    licensed = partial(check_licence, digest=actual, policy=policy, now=now)
+    facts, model = apr.decode(container, actual, limits, credential=credential, check=licensed)
     return Package(facts, provenance, model)
 
 
@@ -223,9 +224,9 @@ def describe_package(
     if container is None:
         adapter_facts, model = expert.decode(data, actual, limits)
         return DescribedPackage(adapter_facts, provenance, model)
+    licensed = partial(check_licence, digest=actual, policy=policy, now=now)
     if not container.header.encrypted:
-        facts, model = apr.decode(container, actual, limits)
-        check_licence(facts, policy, now)
+        facts, model = apr.decode(container, actual, limits, check=licensed)
         return DescribedPackage(facts, provenance, model)
     facts = apr.describe(container, actual, limits)
     if facts.not_servable is not None:
@@ -235,7 +236,7 @@ def describe_package(
             "encrypt the model again with `hocket apr encrypt`, or publish it in the clear",
             digest=actual,
         )
-    check_licence(facts, policy, now)
+    licensed(facts.metadata)
     return DescribedPackage(facts, provenance, None)
 
 
@@ -317,18 +318,18 @@ def evaluate(
             `BAD_RELEASE`, `SIGNER_NOT_TRUSTED` or `UNSIGNED`.
     """
     proofs: list[Proof] = []
-    failures: list[HocketError] = []
+    failures: list[HocketError] = []  # copies: the traceback of one itself keeps the whole file in memory
     for envelope in releases:
         try:
             proofs.append(verify_release(envelope, subject, trust=trust, revoked=revoked, now=now))
         except HocketError as error:
-            failures.append(error)
+            failures.append(error.restated(error.message))
     if embedded_key_id is not None:
         try:
             key = trust.check(embedded_key_id, now, revoked)
             proofs.append(Proof("embedded", key.key_id, key.publisher))
         except HocketError as error:
-            failures.append(error)
+            failures.append(error.restated(error.message))
     if proofs:
         return tuple(proofs)
     if policy.allow_unsigned and all(error.reason in _NOBODY_VOUCHES for error in failures):
@@ -395,20 +396,21 @@ def check_release_name(facts: PackageFacts, name: ReleaseName) -> None:
         )
 
 
-def check_licence(facts: ModelFacts, policy: Policy, now: datetime) -> None:
+def check_licence(metadata: Mapping[str, Any], digest: str, policy: Policy, now: datetime) -> None:
     """Return if the licence inside an `.apr` file, if there is one, still holds, or policy asks for none.
 
     Seats are shown to whoever asks, and not counted: nothing here knows what one is.
 
     Args:
-        facts: Of the package.
+        metadata: Of the package, checked.
+        digest: Of the package.
         policy: What is accepted beyond proof.
         now: The time, with its zone.
 
     Raises:
         HocketError: `LICENCE_EXPIRED` if it has ended, or its end cannot be read.
     """
-    licence = about.licence(facts.metadata)
+    licence = about.licence(metadata)
     if licence is None or policy.allow_expired_licences or licence.expired(now) is False:
         return
     what = "is no ISO 8601 date or time" if licence.expired(now) is None else "has passed"
@@ -416,7 +418,7 @@ def check_licence(facts: ModelFacts, policy: Policy, now: datetime) -> None:
         Reason.LICENCE_EXPIRED,
         f"the end of this package's licence, {str(licence.expiry)[:_EXPIRY_CHARS_SHOWN]!a}, {what}: "
         "ask its publisher for a new one, or set allow_expired_licences",
-        digest=facts.digest,
+        digest=digest,
     )
 
 

@@ -170,8 +170,8 @@ def verify_release(
     if claimed.digest != subject.digest:
         raise HocketError(
             Reason.DIGEST_MISMATCH,
-            f"{release.name} is released as {claimed.digest}, these bytes are {subject.digest}: "
-            "give the release that belongs to them",
+            f"these bytes are {subject.digest}, and {release.name} was released as {claimed.digest}: "
+            "the file was changed or damaged, fetch it again; or the release is another file's",
             expected=claimed.digest,
             actual=subject.digest,
         )

@@ -3,8 +3,8 @@
 The result is another package, with another digest: releases of the old one say nothing about it. A signature inside the
 file does not survive either, but for the signature that `signing` makes anew; one that is there has to verify, since a
 file that was altered must not come out as one that looks whole. Metadata keeps its order, and values that nothing here
-is about; the header keeps its model type and, except where the model itself changes, its minor version and reserved
-bytes.
+is about. The header keeps its model type and, unless the model itself changes, its minor version and reserved bytes; a
+licence and a card are flagged where metadata is written anew.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hocket.packages.apr.metadata import read_metadata, write_metadata
 from hocket.packages.apr.payload import compress, decompress
 from hocket.packages.apr.quantization import quantized_model
 from hocket.packages.apr.reader import decode
-from hocket.packages.apr.writer import COMPRESSIONS, CompressionName, write
+from hocket.packages.apr.writer import COMPRESSIONS, CompressionName, content_flags, write
 from hocket.packages.keys import public_key_of, sign, verify
 from hocket.packages.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import TypeAlias
 
     from hocket.packages.apr.about import ModelCard
@@ -49,7 +49,7 @@ def signing_with(seed: bytes) -> Signing:
     return lambda message: (sign(seed, message), public_key)
 
 
-def encrypted(data: bytes, to: Target, *, signing: Signing | None = None) -> bytes:
+def encrypted(data: bytes, to: Target, *, signing: Signing | None) -> bytes:
     """The package with its payload encrypted, and then signed.
 
     Its metadata stays clear, and declares under `custom.hocket` what others must know of the model to route to it. With
@@ -58,7 +58,8 @@ def encrypted(data: bytes, to: Target, *, signing: Signing | None = None) -> byt
     Args:
         data: An `.apr` file that is not encrypted.
         to: A password, or a recipient.
-        signing: Embeds a signature, the only thing that protects the clear part of the file.
+        signing: Embeds a signature; None leaves it to the release to protect the clear part of the file, which
+            encryption does not.
 
     Raises:
         HocketError: `BAD_REQUEST` if it is encrypted already, and the refusals of `hocket.packages.apr.decode`: what
@@ -67,7 +68,7 @@ def encrypted(data: bytes, to: Target, *, signing: Signing | None = None) -> byt
     container = _open(data)
     _in_the_clear(container, Reason.BAD_REQUEST, "decrypt it first, for it is encrypted already")
     facts, _ = decode(container, digest_of(data))
-    metadata = write_metadata(declare(facts.metadata, facts))
+    metadata = declare(facts.metadata, facts)
     clear = _packed(container, metadata=metadata, signing=None)
     decode(split(clear), digest_of(clear))  # as it will be read by whoever has decrypted it
     return _packed(
@@ -101,7 +102,7 @@ def decrypted(data: bytes, credential: Credential, *, signing: Signing | None = 
     bare = undeclare(metadata)
     clear = _packed(
         container,
-        metadata=bytes(container.metadata) if bare == metadata else write_metadata(bare),
+        metadata=None if bare == metadata else bare,
         payload=payload,
         flags=container.header.flags & ~Flag.ENCRYPTED,
         signing=signing,
@@ -160,19 +161,14 @@ def quantized(data: bytes, kind: QuantKind, *, signing: Signing | None = None) -
     if layout.expert is not None:
         own["expert_layout"] = layout.expert
     custom["hocket"] = dict(sorted(own.items()))
-    header = container.header
-    written = split(
-        write(
-            smaller,
-            metadata={**facts.metadata, "custom": custom},
-            compression={compression: name for name, compression in COMPRESSIONS.items()}[
-                Compression(header.compression_id)
-            ],
-            model_type_id=header.model_type_id,
-        )
+    names = {compression: name for name, compression in COMPRESSIONS.items()}
+    return write(
+        smaller,
+        metadata={**facts.metadata, "custom": custom},
+        compression=names[Compression(container.header.compression_id)],
+        model_type_id=container.header.model_type_id,
+        signing=signing,
     )
-    described = header.flags & (Flag.LICENSED | Flag.HAS_MODEL_CARD)
-    return _packed(written, flags=written.header.flags | described, signing=signing)
 
 
 def with_card(data: bytes, card: ModelCard | None, *, signing: Signing | None = None) -> bytes:
@@ -188,14 +184,11 @@ def with_card(data: bytes, card: ModelCard | None, *, signing: Signing | None = 
     """
     container = _open(data)
     metadata: dict[str, Any] = read_metadata(container.metadata)
-    flags = container.header.flags
     if card is None:
         metadata.pop("model_card", None)
-        flags &= ~Flag.HAS_MODEL_CARD
     else:
         metadata["model_card"] = card.section()
-        flags |= Flag.HAS_MODEL_CARD
-    return _packed(container, metadata=write_metadata(metadata), flags=flags, signing=signing)
+    return _packed(container, metadata=metadata, signing=signing)
 
 
 def _open(data: bytes) -> Container:
@@ -221,16 +214,19 @@ def _image(container: Container) -> bytes:
 def _packed(
     container: Container,
     *,
-    metadata: bytes | None = None,
+    metadata: Mapping[str, Any] | None = None,
     payload: bytes | None = None,
     compression: Compression | None = None,
     flags: int | None = None,
     signing: Signing | None,
 ) -> bytes:
     """The file put together again, with what is given in place of what it had."""
-    section = bytes(container.metadata) if metadata is None else metadata
+    section = bytes(container.metadata) if metadata is None else write_metadata(metadata)
     block = bytes(container.payload) if payload is None else payload
     kept = container.header.flags if flags is None else flags
+    if metadata is not None:
+        about = content_flags(metadata, quantized=bool(kept & Flag.QUANTIZED))
+        kept = kept & ~(Flag.LICENSED | Flag.HAS_MODEL_CARD) | about
     header = replace(
         container.header,
         metadata_bytes=len(section),

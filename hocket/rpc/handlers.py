@@ -39,6 +39,8 @@ _DRAINING_RETRY_SECONDS: Final = 1.0
 _QUEUE_FULL_RETRY_SECONDS: Final = 0.1
 _MARGIN_SHARE: Final = 0.05
 _MARGIN_SECONDS_MAX: Final = 0.05
+_TOLD: Final = "request_id"
+"""In a refusal's metadata: a service that was called has made it, and has logged it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +315,14 @@ class _Call:
         """End the call with the status of `error`. Always raises."""
         if isinstance(error, HocketError) and error.situation is not Situation.BUG:
             refusal = error
-            _log.info("refused", method=self._method.name, reason=refusal.reason, message=clip(refusal.message))
+            level = "info"
+            if (
+                refusal.situation is Situation.CORRUPT
+            ):  # an operator has to act: told once, by the service that found it
+                level = "debug" if _TOLD in refusal.metadata else "error"
+            getattr(_log, level)(
+                "refused", method=self._method.name, reason=refusal.reason, message=clip(refusal.message)
+            )
         else:
             _log.error("bug", method=self._method.name, exc_info=error)
             refusal = HocketError(Reason.INTERNAL, f"internal error; quote {self._id} when you report it")

@@ -210,6 +210,6 @@ def _listen(server: grpc.aio.Server, address: Address, credentials: grpc.ServerC
     except RuntimeError as error:
         raise OSError(
             f"cannot listen on {address}: is the port in use, by another `hocket up` perhaps? "
-            f"Choose another one. ({error})"
+            f"Choose another one: --set SERVICE.port=PORT. ({error})"
         ) from error
     return Address(address.host, port)

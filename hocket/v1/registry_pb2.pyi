@@ -90,8 +90,11 @@ class PublishPackageResponse(_message.Message):
 
     PACKAGE_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    HEALED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
     """False when exactly this was already here."""
+    healed: _builtins.bool
+    """Whether exactly this was already here, but damaged or lost, and is whole again."""
     @_builtins.property
     def package(self) -> _package_pb2.Package:
         """Including releases it already had."""
@@ -101,10 +104,11 @@ class PublishPackageResponse(_message.Message):
         *,
         package: _package_pb2.Package | None = ...,
         created: _builtins.bool = ...,
+        healed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["package", b"package"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "package", b"package"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "healed", b"healed", "package", b"package"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

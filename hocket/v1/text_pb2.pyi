@@ -160,7 +160,8 @@ class TextInput(_message.Message):
     @_builtins.property
     def conversation(self) -> Global___Conversation:
         """A conversation, put into the template: the heaviest expert's `prompt_template` if it names one, else the
-        base's chat template. At least one message; the last one is the user's or a tool's.
+        base's chat template. Of an expert's `single_turn` template it keeps the last message, and a system's before all
+        others. At least one message; the last one is the user's or a tool's.
 
         The heaviest expert is the one whose weight has the largest magnitude, of equals the one that the request names
         first; never one of weight 0: where there is no other, the base decides alone.
@@ -602,7 +603,9 @@ class TextStart(_message.Message):
     soft_prompt_token_count: _builtins.int
     """Rows that soft prompts put before them."""
     prompt_template: _builtins.str
-    """Template that the prompt was put into: `qwen3`, `chatml`, ..., `base` for the base's own, `none`."""
+    """Template that the prompt was put into: `qwen3`, `chatml`, ..., `base` for the base's own, `single_turn` for
+    that around the last message, `none`.
+    """
     variant: _builtins.str
     """Digest of the base together with how the worker serves it, as `TextEngine` has it."""
     @_builtins.property

@@ -40,7 +40,7 @@ class CachedPackage:
     """What lies in the cache under a digest.
 
     Args:
-        data: Supposedly the file of that digest. Let go of it soon: it may be a map, under a lease.
+        data: Supposedly the file of that digest. It may be a map: use it in one go, then ask `mapping.is_intact`.
         releases: DSSE envelopes.
     """
 
@@ -68,12 +68,17 @@ class PackageCache:
             draft.unlink(missing_ok=True)
         self._trim(sum(size_bytes for _, _, size_bytes in self._entries()), ())
 
-    def read(self, digest: str) -> CachedPackage | None:
-        """What was written under a digest; None if there is nothing, or nothing that can be read."""
+    def read(self, digest: str, *, may_map: bool = True) -> CachedPackage | None:
+        """What was written under a digest; None if there is nothing, or nothing that can be read.
+
+        Args:
+            digest: Which.
+            may_map: Whether the bytes may be a map.
+        """
         path = self._path(digest)
         try:
             releases = _read_releases(path.with_suffix(_RELEASES))
-            if (data := read_or_map(path, DEFAULT_LIMITS.package_bytes)) is None:
+            if (data := read_or_map(path, DEFAULT_LIMITS.package_bytes, may_map=may_map)) is None:
                 return None
             cached = CachedPackage(data, releases)
         except FileNotFoundError:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - settings are built from their types
 from typing import TYPE_CHECKING
 
-from hocket.credential_files import read_password, read_recipient_key
+from hocket.credential_files import CREDENTIALS_MAX, read_password, read_recipient_key
 from hocket.errors import HocketError
 from hocket.identity import check_name, is_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from hocket.packages import Credential
 
@@ -48,12 +48,22 @@ class CredentialFile:
         return read_recipient_key(self.key_file)
 
 
-def check_address(address: str) -> None:
-    """Return if a credential can be for this: a digest, or `publisher/name`.
+def check_addresses(addresses: Collection[str]) -> None:
+    """Return if credentials can be for these: digests, or `publisher/name`, as many as a worker may announce.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: They cannot.
     """
+    if len(addresses) > CREDENTIALS_MAX:
+        raise ValueError(
+            f"credentials are for at most {CREDENTIALS_MAX} packages, not {len(addresses)}: "
+            "one for a publisher/name opens all its versions"
+        )
+    for address in addresses:
+        _check_address(address)
+
+
+def _check_address(address: str) -> None:
     publisher, _, name = address.partition("/")
     try:
         if not is_digest(address):

@@ -10,14 +10,14 @@ import torch
 
 from hocket.packages import model as m
 from hocket.packages.apr.facts import trees
-from hocket.packages.apr.quantization import floats
+from hocket.packages.apr.quantization import part_of
 from services.expert_worker.compute import Kernel, Linear, Logistic, Mean, Trees, Votes
 from services.expert_worker.families import Boosting, Dense, Layer, Margin, NaiveBayes
 from services.expert_worker.neighbours import Nearest, Neighbours, Samples
-from services.expert_worker.parameters import parameter, tensor, weights_type
+from services.expert_worker.parameters import VALUES_AT_ONCE, parameter, tensor, weights_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -117,11 +117,15 @@ def _naive_bayes(model: m.GaussianNB) -> LaidOut:
     assert model.class_priors is not None  # noqa: S101 - servable
     assert model.means is not None  # noqa: S101 - the same
     assert model.variances is not None  # noqa: S101 - the same
-    variances = model.variances.astype(np.float64)
     with np.errstate(divide="ignore"):  # a class that never is has a prior of 0
-        constants = np.log(model.class_priors.astype(np.float64)) - 0.5 * np.log(2 * np.pi * variances).sum(axis=1)
-    parts = (model.means.astype(np.float64), 0.5 / variances, constants)
-    return tuple(tensor(part) for part in parts), lambda moved: (NaiveBayes(*moved),)
+        constants = np.log(model.class_priors.astype(np.float64))
+    precisions = torch.empty(model.variances.shape, dtype=torch.float64)
+    for some in _rows_in_parts(model.variances):
+        variances = model.variances[some].astype(np.float64)
+        precisions.numpy()[some] = 0.5 / variances
+        constants[some] -= 0.5 * np.log(2 * np.pi * variances).sum(axis=1)
+    parameters = (parameter(model.means, torch.float64), precisions, tensor(constants))
+    return parameters, lambda moved: (NaiveBayes(*moved),)
 
 
 def _neighbours(model: m.KNearestNeighbors, columns: int) -> LaidOut:
@@ -142,9 +146,19 @@ def _neighbours(model: m.KNearestNeighbors, columns: int) -> LaidOut:
 
 def _squares(rows: m.Weights) -> NDArray[np.float64]:
     """float64 `[n]`: the squared length of each row."""
-    exact = floats(rows).astype(np.float64)
-    squares: NDArray[np.float64] = (exact * exact).sum(axis=1)
+    count, width = rows.shape
+    squares = np.empty(count)
+    for some in _rows_in_parts(rows):
+        exact = part_of(rows, some.start * width, some.stop * width).astype(np.float64).reshape(-1, width)
+        squares[some] = (exact * exact).sum(axis=1)
     return squares
+
+
+def _rows_in_parts(rows: m.Weights) -> Iterator[slice]:
+    """The rows of a matrix, as many at once as have `VALUES_AT_ONCE` values."""
+    count, width = rows.shape
+    step = max(1, VALUES_AT_ONCE // max(1, width))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _trees(model: m.TreeModel, columns: int) -> LaidOut:

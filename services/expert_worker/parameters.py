@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 import torch
 
-from hocket.packages.apr.quantization import BLOCK_BYTES, BLOCK_VALUES, dequantize
+from hocket.packages.apr.quantization import BLOCK_BYTES, BLOCK_VALUES, part_of
 from hocket.packages.model import Quantized, QuantKind
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _SCALE_BYTES: Final = 2
 _NIBBLE_ZERO: Final = 8
-_BLOCKS_AT_ONCE: Final = 2**15
-"""Blocks that become values in one go: a million values in progress."""
+VALUES_AT_ONCE: Final = 2**20
+"""Values in progress while parameters are laid out, so that this takes little memory beside them."""
+_BLOCKS_AT_ONCE: Final = VALUES_AT_ONCE // BLOCK_VALUES
 _HALF_MAX: Final = 65504.0
 _HALF_NORMAL_MIN: Final = 2.0**-14
 
@@ -84,7 +85,9 @@ def parameter(values: Weights, dtype: torch.dtype = torch.float32) -> Parameter:
     if isinstance(values, Quantized):
         raw = np.frombuffer(values.blocks, np.uint8).reshape(-1, BLOCK_BYTES[values.kind])
         return Blocks(torch.from_numpy(raw.copy()), values.kind, values.shape, dtype)
-    return tensor(values).to(dtype)
+    result = torch.empty(values.shape, dtype=dtype)
+    result.numpy()[...] = values  # no float32 copy on the way
+    return result
 
 
 def weights_type(values: Weights, *, half: bool) -> torch.dtype:
@@ -98,8 +101,9 @@ def weights_type(values: Weights, *, half: bool) -> torch.dtype:
     """
     if not half:
         return torch.float32
-    array = dequantize(values) if isinstance(values, Quantized) else values
-    largest = float(np.abs(array).max(initial=0))
+    starts = range(0, values.size, VALUES_AT_ONCE)
+    parts = (part_of(values, start, min(start + VALUES_AT_ONCE, values.size)) for start in starts)
+    largest = max((float(np.abs(part).max()) for part in parts), default=0.0)
     return torch.float16 if _HALF_NORMAL_MIN <= largest <= _HALF_MAX else torch.float32
 
 

@@ -20,6 +20,7 @@ each wait for what the other has; only one at a time, in the order of their arri
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from contextlib import ExitStack, suppress
@@ -55,8 +56,10 @@ T = TypeVar("T")
 
 _log: Final = structlog.get_logger("worker")
 _REFUSAL_SECONDS: Final = 5.0
-"""How long a refusal is repeated without looking at the package again, unless trust changes."""
+"""How long a refusal is repeated without looking at the package again, unless trust changes. That of a wrong credential
+is repeated until then, a new release of the package, or an admin's LoadExpert."""
 _REFUSALS_MAX: Final = 1024
+_WRONG_CREDENTIAL: Final = frozenset({Reason.DECRYPTION_FAILED, Reason.WRONG_RECIPIENT})
 _RETRY_SECONDS: Final = 0.5
 _MARGIN_SHARE: Final = 0.1
 _MARGIN_SECONDS_MAX: Final = 0.1
@@ -623,15 +626,10 @@ class Residency:
         if lasting or (error.reason is Reason.DEVICE_MEMORY and error.retry_after_seconds is None):
             if len(self._refusals) >= _REFUSALS_MAX:
                 self._refusals.clear()
+            # Credentials are read at start: a wrong one stays so, and every other try would derive a key in vain.
+            seconds = math.inf if error.reason in _WRONG_CREDENTIAL else _REFUSAL_SECONDS
             # A copy: the traceback of the error itself keeps the bytes of the package in memory.
-            kept = HocketError(
-                error.reason,
-                error.message,
-                field=error.field,
-                retry_after_seconds=error.retry_after_seconds,
-                **error.metadata,
-            )
-            self._refusals[digest] = kept, standing, time.monotonic() + _REFUSAL_SECONDS
+            self._refusals[digest] = error.restated(error.message), standing, time.monotonic() + seconds
 
     def _repeat_refusal(self, digest: str) -> None:
         if (remembered := self._refusals.get(digest)) is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from hocket.errors import HocketError
 from hocket.identity import check_name, is_digest
 from hocket.settings import check_call_seconds, check_counts
-from services.expert_worker.credentials import CredentialFile, check_address
+from services.expert_worker.credentials import CredentialFile, check_addresses
 from services.expert_worker.engine.rotary import AS_CONFIGURED, check_rope
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class WorkerSettings:
             `compute_threads` is divided by it.
         allow_unsigned: Admit packages that nobody trusted has signed. Logged at start, counted per use.
         allow_expired_licences: Load packages whose licence has ended. Logged at start.
-        credentials: Secret files with what opens encrypted packages, by `publisher/name` or digest, which goes first.
-            Read at start.
+        credentials: Secret files with what opens encrypted packages, by `publisher/name` or digest, which goes first:
+            4096 at most. Read at start.
         preload: Digests of packages to load at start; they stay in memory.
         queue_max: Requests waiting for the device; the next one is refused as `QUEUE_FULL`.
         step_tokens: Most tokens that one step of the text engine computes: a long prompt holds up others no longer.
@@ -148,8 +148,7 @@ class WorkerSettings:
         check_counts(self, "queue_max", "loading_max", "in_flight_max", "workers_on_machine")
         check_counts(self, "step_tokens", "sequences_max", "text_queue_max")
         check_call_seconds(self, "default_deadline_seconds", "text_deadline_seconds", "ageing_seconds")
-        for address in self.credentials:
-            check_address(address)
+        check_addresses(self.credentials)
         for digest in self.preload:
             if not is_digest(digest):
                 raise ValueError(f"preload names packages by sha256:<64 hex digits>, not {digest!r}")

@@ -59,6 +59,15 @@ class Blobs:
         with disk():
             self.path(digest).unlink(missing_ok=True)
 
+    def is_whole(self, digest: str) -> bool:
+        """Whether a blob is there, and its bytes are those of its name: all of them are read."""
+        with disk():
+            try:
+                with self.path(digest).open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest() == digest.removeprefix("sha256:")
+            except FileNotFoundError:
+                return False
+
     def path(self, digest: str) -> Path:
         """Where a blob lies, or would."""
         name = digest.removeprefix("sha256:")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hocket.credential_files import CREDENTIALS_MAX
 from hocket.errors import HocketError, Reason
 from hocket.identity import check_name, is_digest
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _TEXT_LENGTH_MAX: Final = 256
 _FORMATS_MAX: Final = 16
 _RESIDENT_MAX: Final = 2**16
-_UNLOCKS_MAX: Final = 2**12
 _RETRY_SECONDS: Final = 5.0
 
 
@@ -86,9 +86,9 @@ def _check(state: WorkerState) -> None:
         raise _bad("worker.formats", f"a worker loads at most {_FORMATS_MAX} formats")
     if len(state.residency) > _RESIDENT_MAX:
         raise _bad("worker.residency", f"a worker lists at most {_RESIDENT_MAX} packages")
-    if len(state.unlocks) > _UNLOCKS_MAX or any(len(address) > _TEXT_LENGTH_MAX for address in state.unlocks):
+    if len(state.unlocks) > CREDENTIALS_MAX or any(len(address) > _TEXT_LENGTH_MAX for address in state.unlocks):
         raise _bad(
-            "worker.unlocks", f"a worker has credentials for at most {_UNLOCKS_MAX} packages, each named briefly"
+            "worker.unlocks", f"a worker has credentials for at most {CREDENTIALS_MAX} packages, each named briefly"
         )
     for resident in state.residency:
         if not is_digest(resident.digest):

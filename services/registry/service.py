@@ -9,6 +9,8 @@ from contextlib import aclosing, closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of, is_digest
 from hocket.mixtures import SoftmaxGate
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 _PAGE_SIZE: Final = 100
 _PAGE_SIZE_MAX: Final = 1000
+
+_log = structlog.get_logger("registry")
 
 
 class RegistryServicer(RegistryServiceServicer):
@@ -98,13 +102,17 @@ class RegistryServicer(RegistryServiceServicer):
                     field="header.digest",
                 )
             admitted = await self._threads.files(self._admit_package, draft, header)
+            was_whole = await self._threads.files(self._catalog.blobs.is_whole, digest)
             if admitted.mixture is None:
                 package, created = await self._threads.store(self._catalog.publish, admitted, draft, None)
             else:
                 async with uploads.draft() as gate:
                     await uploads.keep(admitted.mixture.gate, gate)
                     package, created = await self._threads.store(self._catalog.publish, admitted, draft, gate)
-        return registry_pb2.PublishPackageResponse(package=package, created=created)
+        healed = not (created or was_whole)
+        if healed:
+            _log.warning("blob_healed", digest=digest)
+        return registry_pb2.PublishPackageResponse(package=package, created=created, healed=healed)
 
     async def DownloadPackage(
         self, request: registry_pb2.DownloadPackageRequest, context: Context

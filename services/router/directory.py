@@ -55,6 +55,7 @@ _MEND_SECONDS: Final = 1.0
 _KEEP_SECONDS: Final = 1.0
 """Least time between two copies on disk."""
 _ADDRESS_LENGTH_MAX: Final = 256
+_SUGGESTED_MAX: Final = 3
 _SUGGESTED_FROM: Final = 100
 """Names compared with an unknown one, at most: a typing error deserves help, a hostile request no work."""
 
@@ -131,10 +132,14 @@ class Snapshot:
 
     def _advice(self, address: str) -> str:
         if len(address) <= _ADDRESS_LENGTH_MAX and not is_digest(address):
+            ends = (f"/{address}", f"/{address}@")
+            called = (name for name in self.listed if name.endswith(ends[0]) or ends[1] in name)
+            if short := [*islice(called, _SUGGESTED_MAX)]:
+                return f"did you mean {' or '.join(map(repr, short))}?"
             alike = (name for name in self.listed if name[:1] == address[:1])
             if close := difflib.get_close_matches(address, [*islice(alike, _SUGGESTED_FROM)], n=1):
                 return f"did you mean {close[0]!r}?"
-        return "`hocket mixtures list` shows what there is"
+        return "`hocket list` shows the packages, `hocket mixtures list` all that answers rows"
 
 
 @dataclass(slots=True)

@@ -70,6 +70,12 @@ class Leaf:
     name: str
     refusal: Reason | None
 
+    @property
+    def called(self) -> str:
+        """What people call it: the name of its package, and `#ordinal` inside of one with several."""
+        several = self.package.model.expert_count > 1
+        return listed_name(self.package) + (f"#{self.expert.ordinal}" if several else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,7 +20,7 @@ from services.router.session import Decision, decide, work
 from services.router.text import decide_text, explain_text, reading_count
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from hocket.rpc.handlers import Context
     from hocket.v1 import text_pb2
@@ -80,7 +80,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             self._loads.reserve(placed)
             yield router_pb2.PredictResponse(request_id=current, plan=decision.plan)
             events = self._aggregators.combine(_combine_request(request, decision.plan), deadline, self._note)
-            async with aclosing(events):
+            async with _naming(model), aclosing(events):
                 async for event in events:
                     response = router_pb2.PredictResponse(request_id=current)
                     if event.HasField("partial"):
@@ -236,6 +236,19 @@ def _combine_request(request: router_pb2.PredictRequest, plan: plan_pb2.Plan) ->
     if request.HasField("straggler_timeout"):
         combine.straggler_timeout.CopyFrom(request.straggler_timeout)
     return combine
+
+
+@asynccontextmanager
+async def _naming(model: Model) -> AsyncGenerator[None, None]:
+    """Have a refusal that is about one expert say its name, of which nobody behind the router knows, and its digest."""
+    try:
+        yield
+    except HocketError as error:
+        about = error.metadata.get("expert")
+        name = next((leaf.called for leaf in model.leaves if leaf.name == about and leaf.package.releases), None)
+        if about is None or name is None:
+            raise
+        raise error.restated(error.message.replace(about, f"{name} ({about})", 1), name=name) from error
 
 
 def _text_response(request_id: str, event: text_pb2.TextEvent) -> router_pb2.GenerateResponse:

@@ -37,7 +37,7 @@ from services.aggregator.settings import AggregatorSettings
 from services.expert_worker.settings import WorkerSettings
 from services.registry.settings import RegistrySettings
 from services.router.settings import RouterSettings
-from services.suite.app import Suite, SuiteSettings
+from services.suite.settings import SuiteSettings
 from services.suite.supervisor import Part, Supervisor
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from hocket.rpc.handlers import Tokens
     from hocket.rpc.tls import Tls
+    from services.suite.app import Suite
 
 _GIVEN_UP: Final = 1
 _WORKERS_MAX: Final = 64
@@ -53,6 +54,8 @@ _LOOK_SECONDS: Final = 0.1
 _END_SECONDS: Final = 5.0
 """What a process may take to end beyond its own grace."""
 _ROUTER_SERVICE: Final = "hocket.v1.RouterService"
+_CHOICES: Final = {"router": "--router-port PORT", "registry": "--registry-port PORT"}
+"""How `hocket up` is told a service's port, where it has an option of its own for it."""
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,6 +77,8 @@ def _settings(tables: Mapping[str, Mapping[str, Any]], environ: Mapping[str, str
 
 async def _run(settings: SuiteSettings, tokens: Tokens, tls: Tls | None, arguments: argparse.Namespace) -> None:
     """The suite in this process."""
+    from services.suite.app import Suite  # noqa: PLC0415 - loads torch: seconds after which nothing cheap is refused
+
     log = structlog.get_logger("suite")
     stopping = stop_requested(supervised=arguments.supervised)
     metrics = not arguments.no_metrics
@@ -105,7 +110,7 @@ async def _started(suite: Suite, stopping: asyncio.Event) -> bool:
     return False
 
 
-def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
+def _check_split_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
     """Pass if every process can have its ports: all are looked at before anything is started.
 
     Raises:
@@ -116,9 +121,10 @@ def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
         raise HocketError(
             Reason.BAD_REQUEST, "worker.advertise is one address: several workers need hosts or processes of their own"
         )
-    tables = (settings.router, settings.registry, settings.aggregator)
-    addresses = [Address(table.host, table.port) for table in tables]
-    addresses += [Address(settings.worker.host, settings.worker.port + place) for place in range(workers)]
+    services = (("router", settings.router), ("registry", settings.registry), ("aggregator", settings.aggregator))
+    wanted = [(service, Address(table.host, table.port)) for service, table in services]
+    wanted += [("worker", Address(settings.worker.host, settings.worker.port + place)) for place in range(workers)]
+    addresses = [address for _, address in wanted]
     check_ports(addresses, tls=tls)
     offsets = (0, METRICS_PORT_OFFSET, PROBE_PORT_OFFSET) if tls else (0, METRICS_PORT_OFFSET)
     taken = Counter(address.port + offset for address in addresses for offset in offsets)
@@ -128,11 +134,25 @@ def _check_ports(settings: SuiteSettings, workers: int, *, tls: bool) -> None:
             f"port {twice[0]} is wanted twice: router, registry, aggregator and workers (from {settings.worker.port}) "
             f"take a port each, and the one {METRICS_PORT_OFFSET} above it",
         )
-    for address in addresses:
+    _check_free(wanted)
+
+
+def _check_free(wanted: Sequence[tuple[str, Address]]) -> None:
+    """Pass if nobody listens there yet: to find that out later costs the time in which a base is loaded.
+
+    Raises:
+        OSError: Somebody does, or the address is not this machine's.
+    """
+    for service, address in wanted:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         try:
-            socket.create_server((address.host, address.port)).close()
+            socket.create_server((address.host, address.port), family=family).close()
         except OSError as error:
-            raise OSError(f"cannot listen on {address}, another suite perhaps: choose other ports ({error})") from error
+            choice = _CHOICES.get(service, f"--set {service}.port=PORT")
+            raise OSError(
+                f"the {service} cannot listen on {address}, where another suite runs perhaps ({error}): stop that one, "
+                f"or choose another port with {choice}"
+            ) from error
 
 
 def _parts(arguments: argparse.Namespace, settings: SuiteSettings) -> list[Part]:
@@ -229,14 +249,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = read_settings(arguments, os.environ)
         settings, tls = _settings(tables, os.environ), open_tls(**tables.get("tls", {}))
         tokens = read_tokens(settings.registry)
-        addresses = [Address(table.host, table.port) for table in (settings.router, settings.registry)]
+        services = (("router", settings.router), ("registry", settings.registry))
+        wanted = [(service, Address(table.host, table.port)) for service, table in services]
+        addresses = [address for _, address in wanted]
         check_ports(addresses, tls=tls is not None)
         check_exposure(addresses, tokens, "registry", insecure=arguments.insecure)
         if not arguments.split:
+            _check_free(wanted)
             uvloop.run(_run(settings, tokens, tls, arguments))
             return
         parts = _parts(arguments, settings)
-        _check_ports(settings, arguments.workers, tls=tls is not None)
+        _check_split_ports(settings, arguments.workers, tls=tls is not None)
         if not asyncio.run(_supervise(parts, settings, tls, supervised=arguments.supervised)):
             sys.exit(_GIVEN_UP)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hocket.rpc.channel import LOCAL, Channels
@@ -21,22 +21,9 @@ if TYPE_CHECKING:
 
     from hocket.rpc.handlers import Handlers
     from hocket.rpc.tls import Tls
-    from services.aggregator.settings import AggregatorSettings
-    from services.expert_worker.settings import WorkerSettings
-    from services.registry.settings import RegistrySettings
-    from services.router.settings import RouterSettings
+    from services.suite.settings import SuiteSettings
 
 _READY_SECONDS_MAX: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class SuiteSettings:
-    """The settings of all four; the addresses they find each other by are this process's own."""
-
-    router: RouterSettings
-    aggregator: AggregatorSettings
-    registry: RegistrySettings
-    worker: WorkerSettings
 
 
 class Suite:

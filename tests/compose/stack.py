@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +20,6 @@ from tests.clusters import ROOT, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 PUBLIC_BASE_IMAGE = "docker.io/library/python:3.13-slim"
 OWN_BASE_IMAGE = "hocket-base:bookworm"
@@ -29,6 +29,13 @@ KEPT = ROOT / ".tools" / "compose"
 SERVICES = ("registry", "worker-1", "worker-2", "aggregator", "router")
 BUILD_SECONDS_MAX = 1800.0
 HEALTHY_SECONDS_MAX = 120.0
+
+
+_COMPOSE_OF_OLD = 'docker() { if [ "$1" = compose ]; then shift; docker-compose "$@"; else command docker "$@"; fi; }\n'
+
+
+def _has_plugin() -> bool:
+    return subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
 
 
 def _run(*command: str | Path, environment: Mapping[str, str], cwd: Path = ROOT, seconds: float = 120.0) -> str:
@@ -102,9 +109,15 @@ class Stack:
 
     def compose(self, *arguments: str, seconds: float = 300.0) -> str:
         """The plugin where there is one, and the program of old otherwise."""
-        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
-        command = ("docker", "compose") if plugin else ("docker-compose",)
+        command = ("docker", "compose") if _has_plugin() else ("docker-compose",)
         return _run(*command, *arguments, environment=self.environment, cwd=self.folder, seconds=seconds)
+
+    def shell(self, script: str) -> str:
+        """What commands print that a person would type in the folder; the first that fails ends them."""
+        search = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
+        environment = {**self.environment, "PATH": search, "PYTHONPATH": str(ROOT)}
+        preamble = "set -eu\n" + ("" if _has_plugin() else _COMPOSE_OF_OLD)
+        return _run("bash", "-c", preamble + script, environment=environment, cwd=self.folder, seconds=300.0)
 
     def hocket(self, *arguments: str | Path) -> str:
         """What the `hocket` command prints, run outside of the containers."""

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
@@ -54,6 +55,9 @@ class Echo(
                 )
             case "cancel":
                 raise asyncio.CancelledError
+            case "damaged" | "damaged elsewhere":
+                facts: dict[str, Any] = {"request_id": "request-1"} if request.expert != "damaged" else {}
+                raise HocketError(Reason.BLOB_CORRUPT, "the stored bytes are damaged", **facts)
             case "bug":
                 raise ValueError("the secret is 42")
             case "refuse at length":
@@ -364,6 +368,18 @@ async def test_calls_and_refusals_are_counted(stubs: Stubs) -> None:
     await stubs.handlers.wait_idle(1.0)  # the caller may hear of the end before it is counted
     after = total("grpc_server_handled_total", **handled), total("hocket_refusals_total", **labels, reason="BAD_TENSOR")
     assert (after[0] - before[0], after[1] - before[1]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("expert", "level"), [("refuse", "info"), ("damaged", "error"), ("damaged elsewhere", "debug")]
+)
+async def test_damage_is_an_error_in_the_log_of_the_service_that_has_found_it(
+    stubs: Stubs, expert: str, level: str
+) -> None:
+    with capture_logs() as logs:
+        await refusal_of(stubs.worker.RunTensor(run(expert), timeout=5))
+        await stubs.handlers.wait_idle(1.0)
+    assert [log["log_level"] for log in logs if log["event"] == "refused"] == [level]
 
 
 async def test_an_unknown_method_is_unimplemented(kind: str) -> None:

@@ -270,7 +270,8 @@ async def test_every_shape_of_call_goes_over_tls(ours: Path) -> None:
         await asyncio.wait_for(channel.channel_ready(), 5)
         for shape in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             start: Any = getattr(channel, shape)("/hocket.v1.RouterService/Nothing", None, None)
-            call = start(b"" if shape.startswith("unary") else iter([b""]))
+            # An empty stream: grpc says INTERNAL where a message is still being written when the refusal comes.
+            call = start(b"" if shape.startswith("unary") else iter(()))
             assert await call.code() is grpc.StatusCode.UNIMPLEMENTED, shape
         changed = asyncio.create_task(channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
         await server.drain(0)

@@ -1,9 +1,10 @@
 """Coverage-guided fuzzing: `python -m tests.fuzz HARNESS --seconds 60`, or with files to read those again.
 
 Found is an input that raises anything but `HocketError`, or takes more time or memory than its harness allows: a
-quarter of a second and 64 MiB; of `.apr` files one second and twice the largest payload. It is kept under
-`build/fuzz/HARNESS/`, as is the corpus, from which the next run goes on. Needs the extra `fuzz`; reading files again
-does not.
+quarter of a second and 64 MiB; of `.apr` files, within bounds of a 64th, one second and `APR_BYTES_MAX`. It is kept
+under `build/fuzz/HARNESS/`, as is the corpus, from which the next run goes on. The first begins with the harness's
+seeds and what is kept of earlier ones in `tests/fuzz/corpus/HARNESS/`. Needs the extra `fuzz`; reading files again does
+not.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ def fuzz(name: str, seconds: int) -> None:
     atheris: Any = importlib.import_module("atheris")  # an extra of its own, without type information
     with atheris.instrument_imports(include=["hocket"]):
         from hocket.errors import HocketError  # noqa: PLC0415
-        from tests.fuzz.harnesses import BYTES_MAX, HARNESSES  # noqa: PLC0415
+        from tests.fuzz.harnesses import BYTES_MAX, HARNESSES, inputs  # noqa: PLC0415
 
     harness = HARNESSES[name]
     folder = _FOUND / name
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
-    for seed in harness.seeds():
+    for seed in inputs(name):
         if len(seed) <= BYTES_MAX:
             (corpus / hashlib.sha256(seed).hexdigest()).write_bytes(seed)
 

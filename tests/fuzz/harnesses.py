@@ -7,9 +7,10 @@ hides a reader behind a checksum, because whoever attacks it can compute one as 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,16 +20,31 @@ import numpy as np
 from hocket.errors import HocketError
 from hocket.packages import apr, expert
 from hocket.packages.apr import about
-from hocket.packages.apr.header import MODEL_TYPES
+from hocket.packages.apr.encryption import Recipient
+from hocket.packages.apr.header import MODEL_TYPES, Compression, Flag
 from hocket.packages.apr.layouts import layout_of
 from hocket.packages.apr.metadata import read_metadata, write_metadata
+from hocket.packages.apr.payload import compress
 from hocket.packages.apr.quantization import BLOCK_BYTES, block_count, dequantized_model, quantized_model
 from hocket.packages.expert.archive import is_expert, read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.weights import read_tensors
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
-from hocket.packages.model import GaussianNB, KMeans, KNearestNeighbors, Quantized, QuantKind
+from hocket.packages.model import (
+    DecisionTreeClassifier,
+    GaussianNB,
+    KMeans,
+    KNearestNeighbors,
+    LinearRegression,
+    Quantized,
+    QuantKind,
+    RandomForestClassifier,
+    RandomForestRegressor,
+    SoftmaxGate,
+    Tree,
+)
 from tests import archives, builders, experts
+from tests.signing import NOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +59,8 @@ _FILE: Final = b"\n%%file "
 _FILES_MAX: Final = 300
 _REPEATED_BYTES_MAX: Final = DEFAULT_LIMITS.archive_ratio_free_bytes
 _NOT_HASHED: Final = f"sha256:{'0' * 64}"
+
+_SEALED_BYTES: Final = 64
 
 _QUANTIZED_KMEANS: Final = "Quantized<KMeans>"
 
@@ -60,8 +78,8 @@ APR_LIMITS: Final[Limits] = replace(
 )
 """An `.apr` file of 64 KiB can hold a bomb of the largest payload: so the same bounds, smaller, to be fast."""
 APR_SECONDS_MAX: Final = 1.0
-APR_BYTES_MAX: Final = 2 * (APR_LIMITS.uncompressed_bytes + APR_LIMITS.metadata_bytes)
-"""Twice what may be in a file: its bytes, and what is made of them."""
+APR_BYTES_MAX: Final = 2 * (APR_LIMITS.uncompressed_bytes + APR_LIMITS.metadata_bytes) + 128 * APR_LIMITS.tree_nodes
+"""Twice what may be in a file: its bytes, and what is made of them; and a tree's node takes more than its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +148,18 @@ def header(data: bytes) -> None:
 
 
 def metadata(data: bytes) -> None:
-    """Metadata: read, understood, and written so that it reads the same again."""
+    """Metadata: read, understood, written so that it reads the same again, and believed of an encrypted file."""
     found = read_metadata(data, APR_LIMITS)
-    for part in (about.licence(found), about.distillation(found), about.model_card(found)):
+    licence = about.licence(found)
+    for part in (licence, about.distillation(found), about.model_card(found)):
         assert part is None or isinstance(part.section(), dict)
+    if licence is not None:
+        assert licence.expired(NOW) in {True, False, None}
     again = read_metadata(write_metadata(found))
-    assert again.keys() == found.keys()
+    assert list(again) == list(found)
+    assert read_metadata(write_metadata(again)) == again, "32-bit floats are rounded once"
+    sealed = builders.raw_apr(bytes(_SEALED_BYTES), data, flags=Flag.ENCRYPTED)
+    apr.describe(apr.split(sealed, APR_LIMITS), _NOT_HASHED, APR_LIMITS)
 
 
 def payload(data: bytes) -> bytes:
@@ -292,6 +316,12 @@ def _metadata() -> Iterator[bytes]:
     for part in ("license", "distillation_info", "model_card"):
         yield write_metadata({**builders.METADATA, part: builders.ABOUT[part]})
     yield write_metadata(builders.ABOUT)
+    for expiry in ("9999-12-31", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999999-23:59", "soon"):
+        licence = {**builders.ABOUT["license"], "expiry": expiry}
+        yield write_metadata({**builders.METADATA, "license": licence})
+    for made in builders.models().values():
+        declared = builders.apr_bytes(made, encryption=Recipient(b"\x09" * 32))
+        yield bytes(apr.split(declared).metadata)
 
 
 def _payloads() -> Iterator[bytes]:
@@ -300,18 +330,79 @@ def _payloads() -> Iterator[bytes]:
         for compression in _COMPRESSIONS:
             yield _chosen(types.index(layout_of(made)[0]), compression, made)
     for made in _largest():
-        for compression in ("zstd", "lz4"):
-            yield _chosen(types.index(layout_of(made)[0]), compression, made)
+        yield _unchecked(made)
+    yield _unchecked(_neighbors(), "lz4")
+    yield _unchecked(_neighbors())
+
+
+def _unchecked(made: Model, compression: str = "zstd") -> bytes:
+    """As `_chosen`, of models that no writer writes: too many features, parts that do not fit together."""
+    type_id, layout = layout_of(made)
+    image = bytearray()
+    layout.codec.write(image, made)
+    compression_id = _COMPRESSIONS.index(compression)
+    choice = _CHOICE.pack(sorted(MODEL_TYPES).index(type_id), compression_id, len(image))
+    return choice + compress(bytes(image), Compression(compression_id))
+
+
+_ROOM_BYTES: Final = APR_LIMITS.uncompressed_bytes - 2**14
 
 
 def _largest() -> Iterator[Model]:
-    """Models that take all the room there is, and next to none when they are compressed."""
-    values = APR_LIMITS.uncompressed_bytes // 4 - 2**12
-    yield KMeans(8, np.zeros((8, values // 8), np.float32))
-    half = np.zeros((16, values // 32), np.float32)
-    ones = np.ones_like(half)
-    yield GaussianNB(np.ones(16, np.float32), half, ones, np.arange(16, dtype=np.uint64))
-    yield KNearestNeighbors(1, half, np.zeros(16, np.uint64))
+    """Models that take all the room there is, and next to none when they are compressed.
+
+    Each array of each layout does so alone: the others are absent where they can be.
+    """
+    for made in _with_every_array():
+        arrays = [field.name for field in fields(made) if isinstance(getattr(made, field.name), np.ndarray)]
+        for name in arrays:
+            alone: dict[str, Any] = dict.fromkeys(arrays) | {name: _filled(getattr(made, name))}
+            yield replace(made, **alone)
+    samples = _filled(np.zeros((3, 2), np.float32))
+    yield RandomForestClassifier((), 0, x_train=samples)
+    yield RandomForestClassifier((), 0, oob_indices=(_filled(np.zeros(1, np.uint64)),))
+    mixture = builders.mixture()
+    yield replace(mixture, experts=(LinearRegression(_filled(np.zeros(1, np.float32)), 0.0),))
+    yield replace(mixture, gate=SoftmaxGate(_filled(np.zeros((2, 2), np.float32))))
+    half = np.zeros((16, _ROOM_BYTES // 128), np.float32)
+    yield GaussianNB(np.ones(16, np.float32), half, np.ones_like(half), np.arange(16, dtype=np.uint64))
+    stump = DecisionTreeClassifier(builders.grow((0, 0.5, (0, 3), (1, 2))))
+    stumps = (stump,) * APR_LIMITS.trees
+    yield RandomForestClassifier(stumps, 1, x_train=samples[:, : -APR_LIMITS.trees * 10])
+    full = DecisionTreeClassifier(_full_tree(APR_LIMITS.tree_nodes.bit_length() - 2))
+    yield full
+    beside = samples[:, : -APR_LIMITS.tree_nodes * 2]
+    yield RandomForestClassifier((full,), 1, x_train=beside)
+    yield RandomForestClassifier((full, DecisionTreeClassifier(None)), 1, x_train=beside)
+
+
+def _with_every_array() -> Iterator[Any]:
+    """A model of every layout that the type id alone may stand for, no array of its own absent."""
+    yield from builders.models().values()
+    samples = np.zeros((3, 2), np.float32)
+    yield RandomForestRegressor((), 0, x_train=samples, y_train=samples[:, 0])
+
+
+def _filled(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Zeros of as many dimensions and rows, and as many columns as there is room for."""
+    rows = array.shape[:-1]
+    return np.zeros((*rows, _ROOM_BYTES // array.itemsize // math.prod(rows)), array.dtype)
+
+
+def _neighbors() -> KNearestNeighbors:
+    return KNearestNeighbors(1, _filled(np.zeros((16, 1), np.float32)), np.zeros(16, np.uint64))
+
+
+def _full_tree(depth: int) -> Tree:
+    """Every leaf as far from the root as any other."""
+    nodes = np.full(1, -1)
+    for level in range(depth):  # right children, -1 in a leaf
+        below = np.where(nodes < 0, -1, nodes + 1)
+        nodes = np.concatenate(([2 ** (level + 1)], below, np.where(nodes < 0, -1, below + nodes.size)))
+    split = nodes >= 0
+    left = np.where(split, np.arange(nodes.size) + 1, -1)
+    zeros = np.zeros_like(nodes)
+    return Tree(np.where(split, 0, -1), zeros.astype(np.float32), left, nodes, zeros, zeros)
 
 
 def _quantized() -> Iterator[bytes]:
@@ -363,3 +454,15 @@ HARNESSES: Final[Mapping[str, Harness]] = {
     "payload": _apr(model, _payloads, payload),
     "quantized": _apr(model, _quantized, quantized),
 }
+
+CORPUS: Final = Path(__file__).with_name("corpus")
+"""In a folder for each harness, inputs that earlier runs made of its seeds.
+
+Each takes a turn in the code, or is refused in words, as no seed is.
+"""
+
+
+def inputs(name: str) -> Iterator[bytes]:
+    """Where fuzzing begins: a harness's seeds and what is kept of earlier runs."""
+    yield from HARNESSES[name].seeds()
+    yield from (path.read_bytes() for path in sorted(CORPUS.joinpath(name).glob("*")))

@@ -18,8 +18,7 @@ from services.expert_worker.batching import Batcher
 from services.expert_worker.device import budget_bytes, choose_device
 from services.expert_worker.journal import Journal
 from services.expert_worker.loader import Prepared, place, prepare
-from tests.builders import apr_bytes, dense, linear, models
-from tests.unit.packages.test_apr_quantization import LAYOUTS
+from tests.builders import QUANTIZABLE, apr_bytes, dense, linear, models
 from tests.worker_numerics import (
     APPROXIMATE,
     RECORDED_MIN,
@@ -101,7 +100,7 @@ def test_parameters_take_the_device_memory_they_are_accounted_for() -> None:
 
 
 @pytest.mark.parametrize("kind", QuantKind)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUANTIZABLE)
 def test_quantised_models_become_values_on_the_device(layout: str, kind: QuantKind) -> None:
     model = quantized_model(models()[layout], kind)
     rows = np.random.default_rng(3).normal(size=(64, 2)).astype(np.float32)

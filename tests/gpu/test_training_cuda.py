@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from hocket.cli.main import app
 from hocket.errors import HocketError, Reason
-from tests.trainings import Workshop, workshop
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.trainings import Workshop
     from training.plan import Device
     from training.train import Outcome
 
@@ -31,18 +31,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    workshop(folder, folder)
-    return folder
-
-
-@pytest.fixture
-def shop(tiny: Path, tmp_path: Path) -> Workshop:
-    return Workshop(tiny, tmp_path)
 
 
 def losses(plan: Any, device: Device) -> tuple[list[float], list[float], Outcome]:

@@ -41,7 +41,7 @@ from tests.bases import tiny_base
 from tests.builders import apr_bytes, floats, forest, grow, linear, logistic
 from tests.deployments import Deployment, deployed
 from tests.fakes import HIGH, LOW, ScriptedRouter
-from tests.integration.test_readme import BUF, GRPCURL
+from tests.grpcurl import BUF, write_grpcurl
 from tests.signing import trusted
 
 if TYPE_CHECKING:
@@ -331,9 +331,7 @@ async def test_an_authority_s_file_is_all_that_tls_takes(ask: Program, tmp_path:
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf is not installed: run `make check` once")
 async def test_grpcurl_and_buf_curl_work_as_the_page_says(suite: Outside, tmp_path: Path) -> None:
-    shim = tmp_path / "grpcurl"
-    shim.write_text(GRPCURL)
-    shim.chmod(0o755)
+    write_grpcurl(tmp_path)
     script = "\n".join(commands("curl"))
     assert script.count(ADDRESS) == 4
     process = await asyncio.create_subprocess_exec(

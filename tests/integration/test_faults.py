@@ -172,10 +172,14 @@ async def test_when_an_aggregator_is_killed_the_routers_go_to_the_other(cluster:
     async with asked(cluster) as calls:
         await calls.fault()
         cluster["aggregator-1"].kill()
+        killed = time.monotonic()
         await calls.count(60)
         await cluster["aggregator-1"].restart()
         await calls.count(20)
-    assert calls.failed == []
+    failed = [call for call in calls.calls if call.error is not None]
+    # An answer of which a part has come is not asked for again: the contract of Combine.
+    assert all(call.begin < killed for call in failed)
+    assert len(failed) <= 1
 
 
 async def test_when_a_router_is_killed_only_what_it_was_answering_is_lost(cluster: Cluster) -> None:

@@ -267,6 +267,9 @@ async def test_a_yanked_member_counts_as_missing_and_a_yanked_expert_is_refused(
     await _until(suite, digest_of(withdrawn), Reason.YANKED)
     failed = await refusal(suite, "half", ROWS)
     assert (failed.reason, failed.metadata["expert_reason"]) == (Reason.COVERAGE, "YANKED")
+    assert failed.metadata["expert"] == digest_of(withdrawn)
+    assert f"expert {failed.metadata['name']} ({digest_of(withdrawn)}) is missing" in failed.message
+    assert failed.metadata["name"].startswith("acme/")
     answer = await suite.router.answer("half", ROWS, on_missing="renormalise")
     np.testing.assert_allclose(answer.value[:, 0], line(5, 5))
     assert answer.coverage.tolist() == [0.5] * 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,36 +12,19 @@ from pathlib import Path
 import pytest
 
 from examples.running import suite
+from tests.grpcurl import BUF, write_grpcurl
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BEFORE = re.findall(r"<!-- before -->\n```sh\n(.*?)```", README, re.DOTALL)
 """What is run before the suite is started."""
 BLOCKS = re.findall(r"<!-- run -->\n```sh\n(.*?)```", README, re.DOTALL)
-BUF = ROOT / ".tools" / "buf"
-
-# grpcurl is not to be had everywhere the tests run; buf's curl speaks the same protocol and takes the same JSON.
-GRPCURL = f"""#!{sys.executable}
-import subprocess, sys
-arguments = sys.argv[2:]  # after -plaintext
-data = []
-if arguments[0] == "-d":
-    data, arguments = ["-d", arguments[1]], arguments[2:]
-address, method = arguments
-common = ["{BUF}", "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
-if method == "list":
-    sys.exit(subprocess.run([*common, "--list-services", f"http://{{address}}"]).returncode)
-sys.exit(subprocess.run([*common, *(data or ["-d", "{{}}"]), f"http://{{address}}/{{method}}"]).returncode)
-"""
 
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf is not installed: run `make check` once")
 async def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert (len(BEFORE), len(BLOCKS)) == (1, 9)
-    shim = tmp_path / "bin" / "grpcurl"
-    shim.parent.mkdir()
-    shim.write_text(GRPCURL)
-    shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+    write_grpcurl(tmp_path / "bin")
     data = tmp_path / "share" / "hocket"
     data.mkdir(parents=True)
     await asyncio.to_thread(_run, tmp_path, BEFORE, "", "")

@@ -19,8 +19,8 @@ from hocket.identity import digest_of
 from hocket.packages import apr
 from tests import apr_oracle
 from tests.deployments import Deployment, deployed
+from tests.reference_files import ENTRIES, FIXTURES, assert_as_recorded, outcome, read
 from tests.signing import envelope_of
-from tests.unit.packages.test_apr_fixtures import ENTRIES, FIXTURES, assert_as_recorded, outcome, read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

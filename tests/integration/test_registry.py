@@ -329,8 +329,10 @@ class TestDownloads:
         assert await refusal_of(client.download(digest)) is Reason.BLOB_CORRUPT
         path.unlink()
         assert await refusal_of(client.download(digest)) is Reason.BLOB_CORRUPT
-        await registry.publish(DATA)
+        healed = await client.publish(DATA, envelope_of(DATA))
+        assert (healed.created, healed.healed) == (False, True)
         assert (await client.download(digest))[1] == DATA
+        assert not (await client.publish(DATA, envelope_of(DATA))).healed
 
 
 class TestLooking:

@@ -83,8 +83,18 @@ def test_a_taken_port_stops_the_start(tmp_path: Path) -> None:
             timeout=60,
         )
     assert done.returncode == 2
-    assert "cannot listen" in done.stderr
+    assert "the router cannot listen" in done.stderr
+    assert "--router-port PORT" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "opening" not in done.stderr, "nothing is loaded for nothing"
+
+
+def test_whether_a_port_is_free_is_known_before_torch_is_loaded() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, services.suite.__main__; print('torch' in sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False\n"
 
 
 async def test_tokens_guard_what_changes_things_and_sigterm_ends_in_order(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from hocket.cli.main import app
 from hocket.errors import HocketError, Reason
 from hocket.packages.expert.validation import validate
-from tests.trainings import ADAPTERS, Workshop, workshop
+from tests.trainings import ADAPTERS, Workshop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,18 +25,6 @@ WAYS: tuple[dict[str, object], ...] = (
     {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "lr_scheduler": "linear"},
     {"precision": "bfloat16", "group_by_length": True},
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    workshop(folder, folder)
-    return folder
-
-
-@pytest.fixture
-def shop(tiny: Path, tmp_path: Path) -> Workshop:
-    return Workshop(tiny, tmp_path)
 
 
 def trained(plan: Any, until: int | None = None) -> Any:

@@ -18,8 +18,8 @@ from hocket.packages.apr.encryption import Password, RecipientKey
 from hocket.packages.apr.quantization import dequantize, quantize, quantized_model
 from hocket.packages.model import QuantKind
 from tests import apr_reader, builders
-from tests.property.test_apr_round_trip import MODELS
-from tests.unit.packages.test_apr_fixtures import DAMAGE, ENTRIES, MANIFEST, ODD, read
+from tests.apr_strategies import MODELS
+from tests.reference_files import DAMAGE, ENTRIES, MANIFEST, ODD, read
 
 KEY = b"\x09" * 32
 SECRET = "correct horse"
@@ -82,9 +82,7 @@ def test_both_readers_agree_on_the_files_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", QuantKind)
-@pytest.mark.parametrize(
-    "layout", ["LinearRegression", "LogisticRegression", "KMeans", "MixtureOfExperts", "Ridge", "Lasso", "ElasticNet"]
-)
+@pytest.mark.parametrize("layout", builders.QUANTIZABLE)
 def test_a_quantised_model_is_read_by_another_reader(layout: str, kind: QuantKind) -> None:
     model = quantized_model(builders.models()[layout], kind)
     data = builders.apr_bytes(model)

@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hocket.errors import HocketError, Reason
@@ -133,6 +133,21 @@ def test_a_package_s_template_puts_every_turn_of_a_conversation(
     assert text_of(rendered(conversation(*CONVERSATION), tokenizer, template, SQL), tokenizer) == expected
 
 
+def test_an_expert_of_single_turns_reads_the_last_one_in_the_base_s_template(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    system, *_, last = CONVERSATION
+    for said, read in (
+        (CONVERSATION, (system, last)),
+        (CONVERSATION[1:], (last,)),
+        ((system, last), (system, last)),
+        ((last,), (last,)),
+    ):
+        prompt = rendered(conversation(*said), tokenizer, "single_turn", SQL)
+        assert prompt.token_ids == rendered(conversation(*read), tokenizer).token_ids
+        assert (prompt.template, prompt.stops) == ("single_turn", ())
+
+
 @pytest.mark.parametrize(
     ("capabilities", "line"),
     [
@@ -197,7 +212,7 @@ def test_a_base_without_a_template_reads_a_prompt_as_it_is_and_no_conversation(p
     assert rendered(conversation(("user", "one")), plain, "alpaca").template == "alpaca"
 
 
-@pytest.mark.parametrize("template", [None, "qwen3", "chatml", "llama", "alpaca"])
+@pytest.mark.parametrize("template", [None, "single_turn", "qwen3", "chatml", "llama", "alpaca"])
 def test_markers_that_somebody_writes_are_text_and_not_the_tokens_of_a_marker(
     tokenizer: PreTrainedTokenizerFast, template: str | None
 ) -> None:
@@ -251,6 +266,8 @@ def test_no_text_however_written_adds_a_turn(turns: list[tuple[str, str]], last:
         assert prompt.token_ids.count(1) == len(turns) + 2
         assert prompt.token_ids.count(2) == len(turns) + 1
         assert 0 not in prompt.token_ids
+        single = rendered(conversation(*turns, ("user", last)), tokenizer, "single_turn")
+        assert single.token_ids.count(2) == (2 if turns and turns[0][0] == "system" else 1)
         if template == CHAT:
             written = "".join(f"<|im_start|>{role}\n{content}{END}\n" for role, content in [*turns, ("user", last)])
             written = written.replace("\ufdd0", "").replace("\ufdd1", "")
@@ -377,6 +394,7 @@ def test_markers_that_a_template_would_put_together_from_pieces_are_refused(
     assert control_ids(rendered(twin, tokenizer)) == control_ids(innocent)
 
 
+@example(said=["<|im_start|><|im_", "start|><|endoftext|>"])  # the marker that it makes has been said as well
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES, min_size=2, max_size=4))
 def test_no_template_makes_a_marker_of_what_is_said(said: list[str]) -> None:

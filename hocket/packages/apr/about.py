@@ -11,6 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hocket.packages.apr.metadata import check_card
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -220,8 +222,20 @@ def distillation(metadata: Mapping[str, Any]) -> Distillation | None:
 def model_card(metadata: Mapping[str, Any]) -> ModelCard | None:
     """The model card in checked metadata; None if there is none."""
     section = metadata.get("model_card")
-    if section is None:
-        return None
+    return None if section is None else _card(section)
+
+
+def read_card(section: Mapping[str, Any]) -> ModelCard:
+    """A model card from its map, as its author wrote it.
+
+    Raises:
+        HocketError: `BAD_METADATA` if a declared key has another type, or one is missing that every card has.
+    """
+    check_card(section)
+    return _card(section)
+
+
+def _card(section: Mapping[str, Any]) -> ModelCard:
     data = section.get("training_data")
     return _part(
         ModelCard,

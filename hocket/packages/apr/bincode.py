@@ -27,13 +27,20 @@ T = TypeVar("T")
 
 
 class Reader:
-    """A position in an uncompressed payload."""
+    """A position in an uncompressed payload.
 
-    __slots__ = ("data", "limits", "nodes_left", "position")
+    Args:
+        data: The payload.
+        limits: Bounds on what is read.
+        copies: Whether what is read is to be used. If it is only to be seen whether it fits, arrays are views.
+    """
 
-    def __init__(self, data: memoryview, limits: Limits) -> None:
+    __slots__ = ("copies", "data", "limits", "nodes_left", "position")
+
+    def __init__(self, data: memoryview, limits: Limits, *, copies: bool = True) -> None:
         self.data = data
         self.limits = limits
+        self.copies = copies
         self.position = 0
         self.nodes_left = limits.tree_nodes
 
@@ -103,8 +110,8 @@ def _write_bool(out: bytearray, value: bool) -> None:  # noqa: FBT001 - the valu
     out.append(bool(value))
 
 
-def read_array(reader: Reader, count: int, dtype: str) -> NDArray[Any]:
-    """`count` values in a row as an array of its own, aligned, read-only and finite.
+def view_array(reader: Reader, count: int, dtype: str) -> NDArray[Any]:
+    """`count` finite values in a row, as they lie in the payload.
 
     Args:
         reader: Where to read.
@@ -114,10 +121,20 @@ def read_array(reader: Reader, count: int, dtype: str) -> NDArray[Any]:
     stored = np.dtype(dtype)
     if count * stored.itemsize > reader.rest:
         raise reader.bad(f"{count} values are announced, {reader.rest} bytes are left")
-    array = np.frombuffer(reader.take(count * stored.itemsize), stored).astype(stored.newbyteorder("="))
+    array = np.frombuffer(reader.take(count * stored.itemsize), stored)
     with np.errstate(invalid="ignore"):  # without a mask, for which there may be no room
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise reader.bad("a parameter is not finite")
+    array.flags.writeable = False
+    return array
+
+
+def _array(reader: Reader, count: int, dtype: str) -> NDArray[Any]:
+    """As `view_array`, but aligned and independent of the payload, if the reader copies."""
+    view = view_array(reader, count, dtype)
+    if not reader.copies:
+        return view
+    array = view.astype(view.dtype.newbyteorder("="))
     array.flags.writeable = False
     return array
 
@@ -130,7 +147,7 @@ def write_array(out: bytearray, array: NDArray[Any], dtype: str) -> None:
 
 def _counted(dtype: str) -> Codec[Any]:
     def read(reader: Reader) -> NDArray[Any]:
-        return read_array(reader, _read_u64(reader), dtype)
+        return _array(reader, _read_u64(reader), dtype)
 
     def write(out: bytearray, array: NDArray[Any]) -> None:
         _write_u64(out, np.size(array))

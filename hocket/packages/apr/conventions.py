@@ -1,8 +1,9 @@
 """Layouts of our own, for families that the reference cannot write.
 
-Naive Bayes, neighbours, linear SVM and boosting lie as the reference's fields would, one after the other; nobody else
-can have written such files in another layout. Dense networks have no such model: their layout is ours alone, so it
-counts only where the metadata records it.
+Naive Bayes, neighbours, linear SVM and boosting lie as the reference's fields would, one after the other. The reference
+itself has never written such files; what somebody else's own struct under these type ids holds is refused unless it
+lies just so. Dense networks have no such model: their layout is ours alone, so it counts only where the metadata
+records it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hocket.packages.apr.bincode import (
     option,
     record,
     sequence,
+    view_array,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def _read_vectors(reader: Reader) -> Floats:
         raise reader.too_large("classes", reader.limits.labels)
     matrix = np.zeros((0, 0), np.float32)
     for row in range(count):
-        vector = VECTOR.read(reader)
+        vector = view_array(reader, U64.read(reader), "<f4")
         if not row:
             if count * vector.nbytes > vector.nbytes + reader.rest:
                 raise reader.bad(f"{count} classes are announced, {reader.rest} bytes are left after the first")
@@ -46,7 +48,6 @@ def _read_vectors(reader: Reader) -> Floats:
         if vector.size != matrix.shape[1]:
             raise reader.bad("the classes have different numbers of features")
         matrix[row] = vector
-        del vector  # before the next one is read
     matrix.flags.writeable = False
     return matrix
 
@@ -145,6 +146,8 @@ def check(reader: Reader, model: m.Model) -> None:
 
 def _check_classes(reader: Reader, model: m.GaussianNB) -> None:
     present = [part for part in (model.class_priors, model.means, model.variances, model.classes) if part is not None]
+    if any(len(part) > reader.limits.labels for part in present):
+        raise reader.too_large("classes", reader.limits.labels)
     if len({len(part) for part in present}) > 1:
         raise reader.bad("priors, means, variances and classes are not of one number of classes")
     if model.means is not None and model.variances is not None and model.means.shape != model.variances.shape:

@@ -13,12 +13,14 @@ Nothing in a file says which of the two it is. The type of the credential decide
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+import nacl.exceptions
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -40,6 +42,7 @@ _SALT_BYTES: Final = 16
 _KEY_BYTES: Final = 32
 _ARGON2_PASSES: Final = 2
 _ARGON2_MEMORY_BYTES: Final = 19456 * 1024
+_RETRY_SECONDS: Final = 1.0
 _HKDF_INFO: Final = b"apr-v1-encrypt"
 _PASSWORD_NONCE_OFFSET: Final = _SALT_BYTES
 _RECIPIENT_NONCE_OFFSET: Final = X25519_KEY_BYTES + HINT_BYTES
@@ -155,7 +158,8 @@ def seal(payload: bytes, to: Target) -> bytes:
         to: A password, or a recipient.
 
     Raises:
-        HocketError: `BAD_REQUEST` for a recipient whose key no secret can be agreed with (one of small order).
+        HocketError: `BAD_REQUEST` for a recipient whose key no secret can be agreed with (one of small order);
+            `DEVICE_MEMORY` if there is no room to make a key of a password.
     """
     nonce = os.urandom(NONCE_BYTES)
     if isinstance(to, Password):
@@ -185,7 +189,7 @@ def unseal(block: memoryview, credential: Credential) -> bytes:
     Raises:
         HocketError: `BAD_LENGTH` if the block is too short to be one; `WRONG_RECIPIENT` if its hint names another key;
             `DECRYPTION_FAILED` if credential and block do not fit, be it a wrong password or key, or altered bytes:
-            these cannot be told apart.
+            these cannot be told apart; `DEVICE_MEMORY` if there is no room to make a key of a password.
     """
     if len(block) < overhead_bytes(credential):
         how = "with a password" if isinstance(credential, Password) else "for a recipient"
@@ -202,17 +206,20 @@ def unseal(block: memoryview, credential: Credential) -> bytes:
                 "the package is not encrypted for this key: the one that it names begins with "
                 f"x25519:{hint_of(block).hex()}, or it is encrypted with a password",
             )
-        try:
+        key = b""
+        with contextlib.suppress(ValueError):  # an ephemeral key of small order: everybody would know the secret
             private = X25519PrivateKey.from_private_bytes(credential.private_key)
             key = _agreed_key(private, bytes(block[:X25519_KEY_BYTES]))
-        except ValueError:  # an ephemeral key of small order: everybody would know the secret
-            raise _failed() from None
     offset = _nonce_offset(credential)
     nonce = bytes(block[offset : offset + NONCE_BYTES])
-    try:
-        return AESGCM(key).decrypt(nonce, block[offset + NONCE_BYTES :], None)
-    except InvalidTag:
-        raise _failed() from None
+    if key:
+        with contextlib.suppress(InvalidTag):
+            return AESGCM(key).decrypt(nonce, block[offset + NONCE_BYTES :], None)
+    # Not while the other error is handled: it would be this one's context, and keep the block in memory.
+    raise HocketError(
+        Reason.DECRYPTION_FAILED,
+        "the payload cannot be decrypted: the password or key is not the one it was encrypted with, or it was altered",
+    )
 
 
 def _nonce_offset(of: Password | Recipient | RecipientKey) -> int:
@@ -220,10 +227,21 @@ def _nonce_offset(of: Password | Recipient | RecipientKey) -> int:
 
 
 def _derived_key(password: Password, salt: bytes) -> bytes:
-    with _deriving:
+    """The key that a password makes with a salt.
+
+    Raises:
+        HocketError: `DEVICE_MEMORY` if there is no room to make it.
+    """
+    with _deriving, contextlib.suppress(MemoryError, nacl.exceptions.RuntimeError):  # the library has no other failure
         return argon2id.kdf(
             _KEY_BYTES, password.text.encode(), salt, opslimit=_ARGON2_PASSES, memlimit=_ARGON2_MEMORY_BYTES
         )
+    raise HocketError(
+        Reason.DEVICE_MEMORY,
+        f"making a key of a password takes {_ARGON2_MEMORY_BYTES >> 20} MiB, which this machine does not have left: "
+        "try again, or see what else runs here",
+        retry_after_seconds=_RETRY_SECONDS,
+    )
 
 
 def _agreed_key(private: X25519PrivateKey, public_key: bytes) -> bytes:
@@ -239,10 +257,3 @@ def _agreed_key(private: X25519PrivateKey, public_key: bytes) -> bytes:
 def _check_size(key: bytes, what: str) -> None:
     if len(key) != X25519_KEY_BYTES:
         raise HocketError(Reason.BAD_REQUEST, f"an X25519 {what} key is {X25519_KEY_BYTES} raw bytes, not {len(key)}")
-
-
-def _failed() -> HocketError:
-    return HocketError(
-        Reason.DECRYPTION_FAILED,
-        "the payload cannot be decrypted: the password or key is not the one it was encrypted with, or it was altered",
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
@@ -271,7 +271,10 @@ def read_model(
 
     Several layouts can fit a payload. A reading without parameters could not serve, so it counts only if there is no
     other, and then which it is does not matter. Of the two variants of a tree classifier, the one that the writing
-    library's version calls for goes first. What is still open is refused.
+    library's version does not call for is tried only if nothing else has parameters. What is still open is refused.
+
+    There is room for one copy of a payload: once a layout has fitted, others are tried without making one. The first
+    that fits is nearly always the one, any other is read again.
 
     Args:
         payload: Uncompressed.
@@ -283,26 +286,37 @@ def read_model(
         HocketError: `BAD_PAYLOAD` or `TOO_LARGE` if none fits, `UNSUPPORTED_LAYOUT` if the choice is open.
     """
     since_0_13 = _is_since_0_13(writer_version)
-    fits: list[tuple[Layout, m.Model]] = []
-    refusals: list[tuple[bool, int, Layout, HocketError]] = []
-    for layout in layouts:
-        reader = Reader(payload, limits)
+
+    def expected(layout: Layout) -> bool:
+        return layout.since_0_13 in (None, since_0_13)
+
+    fits: list[tuple[Layout, bool]] = []
+    refusals: list[_Refusal] = []
+    first: m.Model | None = None
+    for layout in sorted(layouts, key=expected, reverse=True):
+        if not expected(layout) and any(fitted for _, fitted in fits):
+            break
+        reader = Reader(payload, limits, copies=first is None)
         try:
-            fits.append((layout, _read_whole(reader, layout)))
-        except HocketError as refusal:
-            expected = layout.since_0_13 in (None, since_0_13)
-            refusals.append((expected, reader.position, layout, refusal))
+            model = _read_whole(reader, layout)
+            fits.append((layout, is_fitted(model)))
+            first = model if first is None else first
+            del model
+        except HocketError as error:
+            refusals.append(_Refusal(expected(layout), reader.position, layout, error.reason, error.message))
     if not fits:
         raise _none_fits(refusals)
-    fits = [fit for fit in fits if is_fitted(fit[1])] or fits[:1]
-    fits = [fit for fit in fits if fit[0].since_0_13 in (None, since_0_13)] or fits
-    if len(fits) > 1:
-        names = ", ".join(_spoken(layout) for layout, _ in fits)
+    chosen = [layout for layout, fitted in fits if fitted] or [fits[0][0]]
+    if len(chosen) > 1:
+        names = ", ".join(map(_spoken, chosen))
         raise HocketError(
             Reason.UNSUPPORTED_LAYOUT,
             f"the payload can be read as {names}: record which under custom.hocket.layout in the metadata",
         )
-    return fits[0]
+    if first is None or chosen[0] is not fits[0][0]:
+        first = None  # before another is read
+        first = _read_whole(Reader(payload, limits), chosen[0])
+    return chosen[0], first
 
 
 def layout_of(model: m.Model) -> tuple[int, Layout]:
@@ -344,18 +358,28 @@ def _read_whole(reader: Reader, layout: Layout) -> m.Model:
     return model
 
 
-def _none_fits(refusals: list[tuple[bool, int, Layout, HocketError]]) -> HocketError:
+class _Refusal(NamedTuple):
+    """Why a layout does not fit: in words, for the error's traceback keeps in memory all that was read until then."""
+
+    expected: bool
+    position: int
+    layout: Layout
+    reason: Reason
+    message: str
+
+
+def _none_fits(refusals: list[_Refusal]) -> HocketError:
     """The refusal of the expected reading that came furthest, telling of the others."""
-    refusals = [refusal for refusal in refusals if not refusal[2].guess]
+    refusals = [refusal for refusal in refusals if not refusal.layout.guess]
     if not refusals:
         return HocketError(
             Reason.UNSUPPORTED_LAYOUT,
             "this version knows no layout of this model type, and the payload is no quantised tensor either",
         )
-    *_, best = max(refusals, key=lambda refusal: refusal[:2])
+    best = max(refusals, key=lambda refusal: (refusal.expected, refusal.position))
     if len(refusals) == 1:
-        return best
-    told = "; ".join(f"{_spoken(layout)}: {refusal.message}" for *_, layout, refusal in refusals)
+        return HocketError(best.reason, best.message)
+    told = "; ".join(f"{_spoken(refusal.layout)}: {refusal.message}" for refusal in refusals)
     return HocketError(best.reason, f"the payload fits no layout of its model type ({told})")
 
 

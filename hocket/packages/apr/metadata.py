@@ -174,6 +174,15 @@ def write_metadata(metadata: Mapping[str, Any]) -> bytes:
     return data
 
 
+def check_card(section: Mapping[str, Any]) -> None:
+    """Check the declared keys of a model card that is not in any metadata yet.
+
+    Raises:
+        HocketError: `BAD_METADATA` if one has another type, or is missing where every card has it.
+    """
+    _check(section, _MODEL_CARD, "model_card")
+
+
 def _encode(value: object, schema: _Schema | None, depth: int) -> Iterator[bytes]:
     # Packers are not shared: they are not safe to use from several threads.
     packer = msgpack.Packer(use_single_float=schema is _Kind.FLOAT32)

@@ -134,6 +134,16 @@ def floats(weights: Weights) -> Floats:
     return dequantize(weights) if isinstance(weights, Quantized) else weights
 
 
+def part_of(weights: Weights, start: int, stop: int) -> Floats:
+    """Values `start` to `stop` of an array, counted row by row: of blocks no others become values."""
+    if not isinstance(weights, Quantized):
+        return weights.reshape(-1)[start:stop]
+    first, last, size_bytes = start // BLOCK_VALUES, block_count((stop,)), BLOCK_BYTES[weights.kind]
+    begin = first * BLOCK_VALUES
+    some = replace(weights, shape=(stop - begin,), blocks=weights.blocks[first * size_bytes : last * size_bytes])
+    return dequantize(some)[start - begin :]
+
+
 def quantized_model(model: M, kind: QuantKind) -> M:
     """The model with its weights as blocks: coefficients, centroids, training inputs of neighbours, gate and layers.
 

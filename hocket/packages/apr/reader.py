@@ -17,6 +17,8 @@ from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.model import MixtureOfExperts, Model, ModelFacts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from hocket.packages.apr.container import Container
     from hocket.packages.apr.encryption import Credential
 
@@ -61,7 +63,12 @@ def describe(container: Container, digest: str, limits: Limits = DEFAULT_LIMITS)
 
 
 def decode(
-    container: Container, digest: str, limits: Limits = DEFAULT_LIMITS, *, credential: Credential | None = None
+    container: Container,
+    digest: str,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    credential: Credential | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[ModelFacts, Model]:
     """Read metadata and model.
 
@@ -72,11 +79,12 @@ def decode(
         digest: Of the file, `sha256:<hex>`.
         limits: Bounds on everything read.
         credential: What an encrypted payload is opened with; of a payload in the clear it is not looked at.
+        check: Told the metadata before the payload is looked at; raises to refuse it.
 
     Raises:
         HocketError: `ENCRYPTED` for an encrypted file without a credential, whatever else is wrong with it;
             `BAD_METADATA`; `UNSUPPORTED_LAYOUT`; the refusals of `hocket.packages.apr.encryption.unseal`; `BAD_LENGTH`
-            if the payload has not the declared size; `BAD_PAYLOAD`; `TOO_LARGE`.
+            if the payload has not the declared size; `BAD_PAYLOAD`; `TOO_LARGE`; what `check` raises.
     """
     header = container.header
     if header.encrypted and credential is None:
@@ -86,6 +94,8 @@ def decode(
             "(of a worker: [worker.credentials])",
         )
     metadata = read_metadata(container.metadata, limits)
+    if check is not None:
+        check(metadata)
     hocket = _own(metadata)
     layouts = candidates(header.model_type_id, hocket)
     block = container.payload

@@ -86,12 +86,12 @@ def _right_children(is_split: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 def _column(reader: Reader, words: NDArray[np.uint32], at: NDArray[np.int64], bound: int, what: str) -> Integers:
     """The u64 at each of these words."""
-    numbers, high = words[at].astype(np.int64), words[at + 1]
-    if high.any():
-        numbers |= high.astype(np.int64) << 32  # from 2**63 they are negative
-    if numbers.size and not (numbers.min() >= 0 and numbers.max() < bound):
+    numbers = words[at + 1].astype(np.uint64)
+    numbers <<= np.uint64(32)
+    numbers |= words[at]
+    if numbers.size and numbers.max() >= bound:
         raise reader.too_large(what, bound)
-    return numbers
+    return numbers.view(np.int64)
 
 
 def _f32(reader: Reader, words: NDArray[np.uint32], at: NDArray[np.int64]) -> Floats:

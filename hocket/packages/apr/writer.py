@@ -22,6 +22,7 @@ from hocket.packages.model import Model, TreeModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from types import EllipsisType
 
 _WRITER_VERSION: Final = "0.11.0"
 """The library release whose layouts these are, which is what readers take `aprender_version` to mean."""
@@ -45,7 +46,7 @@ def write(  # noqa: PLR0913 - what to store, and the ways to store it
     compression: CompressionName = "zstd",
     model_type_id: int | None = None,
     created_at: str | None = None,
-    signing: Callable[[bytes], tuple[bytes, bytes]] | None = None,
+    signing: Callable[[bytes], tuple[bytes, bytes]] | EllipsisType | None = ...,
     encryption: Target | None = None,
 ) -> bytes:
     """Encode a model. The result is read back before it is returned, so what is written can be served or inspected.
@@ -60,16 +61,24 @@ def write(  # noqa: PLR0913 - what to store, and the ways to store it
         model_type_id: The header's type id if not the conventional one.
         created_at: Decimal Unix seconds; now, if not given.
         signing: Maps the bytes to sign to (64-byte Ed25519 signature, 32-byte public key), to embed a signature.
-            What is encrypted is signed as it is stored, so that anyone can verify it.
+            What is encrypted is signed as it is stored, so that anyone can verify it; it has to be given together with
+            `encryption`, where None leaves it to the release to protect the clear part of the file.
         encryption: A password or a recipient, to encrypt the payload. The metadata stays clear, and declares under
             `custom.hocket` what others must know of the model, also where the whole metadata is given.
 
     Raises:
-        HocketError: `BAD_REQUEST` if `metadata` comes together with a field of it, or for an unknown compression;
-            otherwise for the reason a reader would refuse the file.
+        HocketError: `BAD_REQUEST` if `metadata` comes together with a field of it, or `encryption` without `signing`,
+            or for an unknown compression; otherwise for the reason a reader would refuse the file.
     """
     if metadata is not None and (name, labels, created_at) != (None, None, None):
         raise HocketError(Reason.BAD_REQUEST, "give either the whole metadata, or name, labels and created_at")
+    if signing is ...:
+        if encryption is not None:
+            raise HocketError(
+                Reason.BAD_REQUEST,
+                "encryption does not protect what stays clear: give signing, or signing=None if a release covers it",
+            )
+        signing = None
     if compression not in COMPRESSIONS:
         raise HocketError(Reason.BAD_REQUEST, f"compression must be one of {', '.join(COMPRESSIONS)}")
     conventional_id, layout = layout_of(model)
@@ -96,13 +105,9 @@ def write(  # noqa: PLR0913 - what to store, and the ways to store it
         )
         return join(header, section, block, signing if flags & Flag.SIGNED else None)
 
-    flags = Flag.SIGNED if signing else Flag(0)
-    # The reference marks a licence only where it neither signs nor encrypts.
-    licensed = Flag.LICENSED if metadata.get("license") and not signing else Flag(0)
-    if layout.quantized:  # of our own layouts: the reference never marks the tensors that it quantises
-        flags |= Flag.QUANTIZED
+    flags = content_flags(metadata, quantized=layout.quantized) | (Flag.SIGNED if signing else Flag(0))
     if encryption is None:
-        data = packed(metadata, payload, flags | licensed)
+        data = packed(metadata, payload, flags)
         decode(split(data), digest_of(data))
         return data
     clear = packed(undeclare(metadata), payload, Flag(0))
@@ -112,6 +117,23 @@ def write(  # noqa: PLR0913 - what to store, and the ways to store it
     data = packed(metadata, seal(payload, encryption), Flag.ENCRYPTED | flags)
     split(data)
     return data
+
+
+def content_flags(metadata: Mapping[str, Any], *, quantized: bool) -> Flag:
+    """The flags that say what is in a file, however it is stored: LICENSED, QUANTIZED, HAS_MODEL_CARD.
+
+    The reference sets the first one alone, and not where it signs or encrypts. Its readers, like ours, only show them.
+
+    Args:
+        metadata: Of the file.
+        quantized: Whether its model is one of our quantised ones: the reference's lone tensors are never marked.
+    """
+    flags = Flag.QUANTIZED if quantized else Flag(0)
+    if metadata.get("license"):
+        flags |= Flag.LICENSED
+    if metadata.get("model_card"):
+        flags |= Flag.HAS_MODEL_CARD
+    return flags
 
 
 def _encode(model: Model, layout: Layout) -> bytes:

@@ -75,16 +75,17 @@ _SOFT_PROMPTS: Final = ("soft_prompt", "prompt_tuning")
 """Ours: upstream has no name for an expert that is nothing else."""
 _TYPES: Final = ("lora", "dora", "ia3", "lokr", "adalora", "lora-fa", *_SOFT_PROMPTS)
 _RANKED: Final = ("lora", "dora", "lokr", "adalora", "lora-fa")
+_TEMPLATES: Final = (
+    *("qwen3", "chatml", "qwen", "llama", "llama2", "alpaca", "vicuna", "custom"),
+    "single_turn",  # ours: upstream's tools send single turns only
+)
 _MODULES: Final = (*PROJECTIONS, "embed_tokens", "lm_head")
 _ONE_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "schema_version": ("1.0", "2.0"),
     "repository.type": ("git",),
     **{f"{base}.quantization": ("int4", "int8", "fp16", "bf16", "none") for base in _BASES},
     **{f"{base}.rope_scaling.type": ("ntk-by-parts", "yarn", "dynamic", "linear") for base in _BASES},
-    **{
-        f"{base}.prompt_template": ("qwen3", "chatml", "qwen", "llama", "llama2", "alpaca", "vicuna", "custom")
-        for base in _BASES
-    },
+    **{f"{base}.prompt_template": _TEMPLATES for base in _BASES},
     **{f"{adapter}.type": _TYPES for adapter in _ADAPTERS},
     **{f"{adapter}.target_modules[]": _MODULES for adapter in _ADAPTERS},
     **{f"{adapter}.feedforward_modules[]": _MODULES for adapter in _ADAPTERS},

@@ -84,12 +84,7 @@ def convert(estimator: Estimator, *, name: str, labels: Sequence[Label] | None =
             can; or for labels that are not one per column.
     """
     check_name(name)
-    try:
-        found = _convert(estimator, ())
-    except AttributeError as error:
-        raise bad(f"the {type(estimator).__name__} is not fitted: call its fit first ({error})") from error
-    except (IndexError, TypeError, ValueError) as error:
-        raise bad(f"the {type(estimator).__name__} is not whole: its parts do not fit together ({error})") from error
+    found = _convert(estimator, ())
     classes = found[0].classes
     own = None if classes is None else tuple(map(label_of, classes))
     chosen = own if labels is None else tuple(labels)
@@ -110,16 +105,26 @@ def convert(estimator: Estimator, *, name: str, labels: Sequence[Label] | None =
     return Conversion(experts, weights, chosen)
 
 
-def _convert(estimator: Estimator, steps: Steps) -> list[_Found]:
-    """An estimator behind scalers, as its only member or those of its vote."""
+def _convert(estimator: Estimator, steps: Steps, inside: tuple[str, ...] = ()) -> list[_Found]:
+    """An estimator behind scalers, as its only member or those of its vote; `inside` are the names that lead to it."""
+    what = f"the {type(estimator).__name__}" + (f" ({' / '.join(inside)})" if inside else "")
+    try:
+        return _converted(estimator, steps, inside)
+    except AttributeError as error:
+        raise bad(f"{what} is not fitted: call its fit first ({error})") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise bad(f"{what} is not whole: its parts do not fit together ({error})") from error
+
+
+def _converted(estimator: Estimator, steps: Steps, inside: tuple[str, ...]) -> list[_Found]:
     kind = kind_of(estimator)
     if kind == "Pipeline":
         *scalers, (_, last) = estimator.steps
         for _, scaler in scalers:
             steps += steps_of(scaler)
-        return _convert(last, steps)
+        return _convert(last, steps, inside)
     if kind in {"VotingClassifier", "VotingRegressor"}:
-        return _vote(estimator, steps, classifies=kind == "VotingClassifier")
+        return _vote(estimator, steps, inside, classifies=kind == "VotingClassifier")
     converter = CONVERTERS.get(kind)
     if converter is None:
         raise bad(f"{kind} cannot be converted: {WHY_NOT.get(kind, _instead())}")
@@ -130,7 +135,7 @@ def _convert(estimator: Estimator, steps: Steps) -> list[_Found]:
     return [_Found((), 1.0, model, classes, notes)]
 
 
-def _vote(estimator: Estimator, steps: Steps, *, classifies: bool) -> list[_Found]:
+def _vote(estimator: Estimator, steps: Steps, inside: tuple[str, ...], *, classifies: bool) -> list[_Found]:
     hard = classifies and estimator.voting == "hard"
     given = estimator.weights if estimator.weights is not None else [1.0] * len(estimator.estimators)
     voters = [
@@ -143,7 +148,7 @@ def _vote(estimator: Estimator, steps: Steps, *, classifies: bool) -> list[_Foun
         raise bad("the weights of a vote must not be negative, nor all zero: a mixture's are none of that")
     found: list[_Found] = []
     for (name, weight), member in zip(voters, estimator.estimators_, strict=True):
-        inner = _convert(member, steps)
+        inner = _convert(member, steps, (*inside, name))
         if hard and not (len(inner) == 1 and isinstance(inner[0].model, _ANSWERS_ONE_HOT)):
             raise bad(
                 f"{name} answers probabilities, which a mixture adds; a hard vote counts winners: fit the vote with "

@@ -96,12 +96,15 @@ def _binary_svm(estimator: Estimator, steps: Steps, c: float) -> Simple:
         "max_iter": max(0, int(estimator.max_iter)),
         "tol": float(estimator.tol or 0),
     }  # -1: no limit
-    note = "it answers 1 for the class it chooses and 0 for the other; scikit-learn answers a distance"
-    return m.LinearSVM(weights, bias, c, **trained), estimator.classes_, (note,)
+    notes = (
+        "it answers 1 for the class it chooses and 0 for the other; scikit-learn answers a distance",
+        "a row on the border itself is of the second class; scikit-learn says the first",
+    )
+    return m.LinearSVM(weights, bias, c, **trained), estimator.classes_, notes
 
 
 def _tree(estimator: Estimator, steps: Steps) -> Simple:
-    _check_one_output(estimator)
+    _check_one_output(estimator, estimator.n_outputs_)
     depth, width = estimator.max_depth, int(estimator.n_features_in_)
     if hasattr(estimator, "classes_"):
         tree = column_tree(estimator.tree_, steps)
@@ -116,7 +119,7 @@ def _tree(estimator: Estimator, steps: Steps) -> Simple:
 
 
 def _forest(estimator: Estimator, steps: Steps) -> Simple:
-    _check_one_output(estimator)
+    _check_one_output(estimator, estimator.n_outputs_)
     trees = [member.tree_ for member in estimator.estimators_]
     depth = estimator.max_depth
     trained: dict[str, Any] = {
@@ -151,7 +154,10 @@ def _boosted(estimator: Estimator, steps: Steps) -> Simple:
         random_state=_seed(estimator),
         n_features=int(estimator.n_features_in_),
     )
-    return model, None, ()
+    # n roundings of at most half a unit in the last place of the sum so far, and one of each leaf.
+    largest = np.mean([np.abs(member.tree.value).max() for member in members if member.tree is not None])
+    slack = (len(trees) + 2) * 2.0**-24 * largest
+    return model, None, (f"trees are added in float32, which moves an answer by up to {slack:.2g}",)
 
 
 def _kmeans(estimator: Estimator, steps: Steps) -> Simple:
@@ -185,6 +191,7 @@ def _naive_bayes(estimator: Estimator, steps: Steps) -> Simple:
 
 def _neighbours(estimator: Estimator, steps: Steps) -> Simple:
     _no_scaler(steps, "neighbours are found by distance")
+    _check_one_output(estimator, len(estimator.classes_) if estimator.outputs_2d_ else 1)
     metric, weighting = estimator.effective_metric_, estimator.weights
     own = {key for key, value in (estimator.effective_metric_params_ or {}).items() if value is not None}
     if metric not in {*m.Metric} or own - {"p"}:
@@ -193,7 +200,10 @@ def _neighbours(estimator: Estimator, steps: Steps) -> Simple:
         raise bad("neighbours in .apr weigh all alike or by distance: fit with weights='uniform' or 'distance'")
     if hasattr(estimator._fit_X, "toarray"):  # noqa: SLF001 - the only place of the training rows
         raise bad("the training rows are sparse: fit with an array")
-    notes = ["the file holds all training rows: whoever has it has them"]
+    notes = [
+        "the file holds all training rows: whoever has it has them",
+        "of training rows equally far, to float32, those stored first count; scikit-learn takes any of them",
+    ]
     if weighting == "distance":
         notes.append("a row equal to a training row counts that one as 1 among others; scikit-learn counts it alone")
     model = m.KNearestNeighbors(
@@ -209,9 +219,8 @@ def _neighbours(estimator: Estimator, steps: Steps) -> Simple:
 
 def _perceptron(estimator: Estimator, steps: Steps) -> Simple:
     classes = getattr(estimator, "classes_", None)
-    outputs = estimator.n_outputs_
-    if outputs > 1 and (classes is None or estimator.out_activation_ == "logistic"):
-        raise bad(f"the {kind_of(estimator)} answers {outputs} questions at once: fit one for each")
+    if classes is None or estimator.out_activation_ == "logistic":
+        _check_one_output(estimator, estimator.n_outputs_)
     last = len(estimator.coefs_) - 1
     layers = []
     for index, (coefficients, intercepts) in enumerate(zip(estimator.coefs_, estimator.intercepts_, strict=True)):
@@ -221,9 +230,9 @@ def _perceptron(estimator: Estimator, steps: Steps) -> Simple:
     return m.DenseNetwork(tuple(layers)), classes, ()
 
 
-def _check_one_output(estimator: Estimator) -> None:
-    if estimator.n_outputs_ != 1:
-        raise bad(f"the {kind_of(estimator)} answers {estimator.n_outputs_} questions at once: fit one for each")
+def _check_one_output(estimator: Estimator, outputs: int) -> None:
+    if outputs != 1:
+        raise bad(f"the {kind_of(estimator)} answers {outputs} questions at once: fit one for each")
 
 
 def _no_scaler(steps: Steps, because: str) -> None:

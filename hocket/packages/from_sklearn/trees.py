@@ -1,4 +1,8 @@
-"""Trees: both formats keep nodes in preorder and send x <= threshold to the left."""
+"""Trees: both libraries keep nodes in arrays, the root first, and send x <= threshold to the left.
+
+scikit-learn's are in preorder, or with `max_leaf_nodes` in the order in which they were found; children are named by
+their places, so that either does. The writer puts them in preorder.
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from hocket.mixtures import FixedGate
 from hocket.packages import apr
 from hocket.packages import model as m
 from hocket.packages.apr.encryption import Password, RecipientKey
+from hocket.packages.from_sklearn import convert
 from tests.builders import apr_bytes, forest, linear, logistic, same, signer
 from tests.signing import ACME_ID
 
@@ -64,6 +65,7 @@ def test_a_package_is_encrypted_with_a_password_signed_and_decrypted(
     done = hocket("apr", "encrypt", package, out, "--password-file", password, "--key", key, "--json")
 
     assert (done.code, done.document["digest"]) == (0, digest_of(out.read_bytes()))
+    assert done.document["encrypted_for"] == {"mode": "password"}
     container = apr.split(out.read_bytes())
     assert container.header.encrypted
     assert container.signature is not None
@@ -76,7 +78,29 @@ def test_a_package_is_encrypted_with_a_password_signed_and_decrypted(
     assert again.code == 0
     assert "signature inside was of other bytes" in again.err
     assert same(opened(back)[1], opened(package)[1])
-    assert "hocket sign" in again.out
+    assert again.out.endswith(f"Next: hocket inspect {back}\n"), "what was decrypted is not meant to be published"
+
+
+def next_steps(outcome: Any) -> list[str]:
+    """The commands that it ends with."""
+    return [line.removeprefix("Next: ").strip() for line in outcome.out[outcome.out.index("Next: ") :].splitlines()]
+
+
+@pytest.mark.parametrize(
+    "verb", [("encrypt", "--unsigned"), ("quantize",), ("compress", "--method", "none"), ("card", "--remove")]
+)
+def test_a_rewritten_package_is_to_be_signed_and_published(
+    hocket: Any, package: Path, out: Path, password: Path, verb: tuple[str, ...]
+) -> None:
+    name, *options = verb
+    secret = ("--password-file", password) if name == "encrypt" else ()
+
+    done = hocket("apr", name, package, out, *options, *secret)
+
+    assert next_steps(done) == [
+        f"hocket sign {out} --publisher YOU --name NAME --version VERSION",
+        f"hocket publish {out}",
+    ]
 
 
 def test_a_package_is_encrypted_for_a_recipient_whose_key_keygen_makes(
@@ -88,8 +112,8 @@ def test_a_package_is_encrypted_for_a_recipient_whose_key_keygen_makes(
     assert made["public_key"] == str(RecipientKey(path.read_bytes()).recipient)
     assert reason(hocket("apr", "keygen", path, "--json")) == "NAME_TAKEN"
 
-    done = hocket("apr", "encrypt", package, out, "--to", made["public_key"], "--unsigned")
-    assert done.code == 0
+    done = hocket("apr", "encrypt", package, out, "--to", made["public_key"], "--unsigned", "--json")
+    assert done.document["encrypted_for"] == {"mode": "recipient", "recipient": made["public_key"]}
     assert apr.split(out.read_bytes()).signature is None
     back = tmp_path / "back.apr"
     assert hocket("apr", "decrypt", out, back, "--key-file", path).code == 0
@@ -137,13 +161,27 @@ def test_encrypting_signs_unless_told_otherwise(hocket: Any, package: Path, out:
     assert not out.exists()
 
 
+def test_a_key_to_sign_with_and_unsigned_exclude_each_other(
+    hocket: Any, package: Path, out: Path, password: Path, key: Path
+) -> None:
+    options = ("--password-file", password, "--json")
+
+    refused = hocket("apr", "encrypt", package, out, "--unsigned", "--key", key, *options)
+    assert reason(refused) == "BAD_REQUEST"
+    assert {"--key", "--unsigned"} <= set(refused.document["error"]["message"].replace(",", "").split())
+    assert not out.exists()
+    assert hocket("apr", "encrypt", package, out, "--key", key, *options).code == 0
+
+
 def test_a_credential_is_one_of_two(hocket: Any, package: Path, out: Path, password: Path, key: Path) -> None:
     both = ("--password-file", password)
 
     assert (
         reason(hocket("apr", "encrypt", package, out, *both, "--to", "x25519:" + 64 * "a", "--json")) == "BAD_REQUEST"
     )
-    assert reason(hocket("apr", "decrypt", package, out, *both, "--key-file", key, "--json")) == "BAD_REQUEST"
+    for verb in (("apr", "decrypt", package, out), ("verify", package)):
+        refused = hocket(*verb, *both, "--key-file", key, "--json")
+        assert (reason(refused), "either" in refused.out) == ("BAD_REQUEST", True)
     assert reason(hocket("apr", "encrypt", package, out, "--to", "someone", "--unsigned", "--json")) == "BAD_REQUEST"
     password.chmod(0o644)
     assert reason(hocket("apr", "encrypt", package, out, *both, "--unsigned", "--json")) == "BAD_KEY_FILE"
@@ -271,16 +309,59 @@ def test_a_vote_becomes_packages_and_a_mixture(hocket: Any, tmp_path: Path, flow
 
     done = hocket("apr", "from-sklearn", file, tmp_path / "vote.toml")
 
-    assert f"hocket mixtures put {tmp_path}/vote.toml" in done.out
+    assert next_steps(done) == [
+        f"hocket sign {tmp_path}/vote-lr.apr --publisher YOU --name vote-lr --version VERSION",
+        f"hocket publish {tmp_path}/vote-lr.apr",
+        f"hocket sign {tmp_path}/vote-nb.apr --publisher YOU --name vote-nb --version VERSION",
+        f"hocket publish {tmp_path}/vote-nb.apr",
+        f"hocket mixtures put {tmp_path}/vote.toml --publisher YOU --version VERSION",
+    ]
     draft = read_draft(tmp_path / "vote.toml")
     assert [member.name for member in draft.members] == [
         digest_of((tmp_path / name).read_bytes()) for name in ("vote-lr.apr", "vote-nb.apr")
     ]
     assert draft.gate == FixedGate((0.75, 0.25))
     assert draft.labels == ("other", "setosa", "third")
-    listed = hocket("apr", "from-sklearn", file, tmp_path / "vote.toml", "--json").document
-    assert [package["name"] for package in listed["packages"]] == ["vote-lr", "vote-nb"]
+    listed = hocket("apr", "from-sklearn", file, tmp_path / "two.toml", "--drop", "other", "--json").document
+    assert [package["name"] for package in listed["packages"]] == ["two-lr", "two-nb"]
+    assert listed["labels"] == [None, "setosa", "third"]
+    assert read_draft(tmp_path / "two.toml").labels == ("setosa", "third")
+    assert [opened(tmp_path / name)[0].labels for name in ("two-lr.apr", "two-nb.apr")] == [
+        (None, "setosa", "third")
+    ] * 2
     assert reason(hocket("apr", "from-sklearn", file, tmp_path / "vote.apr", "--json")) == "BAD_REQUEST"
+
+
+def test_members_of_a_vote_take_the_place_of_no_file(hocket: Any, tmp_path: Path, flowers: Any) -> None:
+    vote = VotingClassifier([("lr", LogisticRegression()), ("nb", GaussianNB())], voting="soft")
+    file = tmp_path / "vote.skops"
+    skops_io.dump(vote.fit(*flowers), file)
+    mine = tmp_path / "vote-nb.apr"
+    mine.write_bytes(b"mine")
+
+    assert reason(hocket("apr", "from-sklearn", file, tmp_path / "vote.toml", "--json")) == "NAME_TAKEN"
+    assert mine.read_bytes() == b"mine"
+    assert not (tmp_path / "vote-lr.apr").exists()
+    assert hocket("apr", "from-sklearn", file, tmp_path / "vote.toml", "--name", "other").code == 0
+
+
+def test_a_class_is_dropped_without_converting_twice(
+    hocket: Any, out: Path, tmp_path: Path, flowers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.skops"
+    skops_io.dump(GaussianNB().fit(*flowers), file)
+    calls = []
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        calls.append(arguments)
+        return convert(*arguments, **more)
+
+    monkeypatch.setattr("hocket.cli.apr_models.convert", counted)
+    options = ("--label", "a", "--label", "b", "--label", "c", "--drop", "b", "--json")
+
+    assert hocket("apr", "from-sklearn", file, out, *options).document["labels"] == ["a", None, "c"]
+    assert opened(out)[0].labels == ("a", None, "c")
+    assert len(calls) == 1
 
 
 def test_what_is_no_skops_file_or_has_no_such_class_is_refused(
@@ -322,6 +403,10 @@ def test_a_gate_is_trained_into_one_apr_file(hocket: Any, halves: Any, tmp_path:
     assert model.top_k == 1
     assert "east.apr alone" in done.out
     assert "less is better" in done.out
+    assert next_steps(done) == [
+        f"hocket sign {out} --publisher YOU --name out --version VERSION",
+        f"hocket publish {out}",
+    ]
 
 
 def test_a_gate_is_trained_into_a_mixture_to_be_signed(hocket: Any, halves: Any, tmp_path: Path) -> None:
@@ -336,7 +421,35 @@ def test_a_gate_is_trained_into_a_mixture_to_be_signed(hocket: Any, halves: Any,
     assert isinstance(draft.gate, DraftSoftmax)
     assert draft.gate.bias is not None
     assert (draft.name, draft.top_k) == ("sides", 2)
+    assert done["gate_path"] == str(tmp_path / "sides-gate.npy")
     assert (tmp_path / "sides-gate.npy").exists()
+    assert done["converged"]
+
+
+def test_a_mixture_is_put_when_its_members_are_published(hocket: Any, halves: Any, tmp_path: Path, key: Path) -> None:
+    east, west = halves
+    hocket("sign", west, "--publisher", "acme", "--name", "west", "--version", "1", "--key", key)
+
+    done = hocket("apr", "train-gate", *halves, "--examples", tmp_path / "rows.npz", "-o", tmp_path / "sides.toml")
+
+    assert f"{tmp_path}/sides-gate.npy" in done.out
+    assert next_steps(done) == [
+        f"hocket sign {east} --publisher YOU --name NAME --version VERSION",
+        f"hocket publish {east}",
+        f"hocket publish {west}",
+        f"hocket mixtures put {tmp_path}/sides.toml --publisher YOU --version VERSION",
+    ]
+
+
+def test_training_that_was_stopped_is_told(
+    hocket: Any, halves: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--examples", tmp_path / "rows.npz", "-o", tmp_path / "sides.toml")
+    assert "stopped" not in hocket("apr", "train-gate", *halves, *options).err
+    monkeypatch.setattr("hocket.packages.gate_training._STEPS_MAX", 1)
+
+    assert "training was stopped before its end" in hocket("apr", "train-gate", *halves, *options).err
+    assert not hocket("apr", "train-gate", *halves, *options, "--json").document["converged"]
 
 
 def test_labels_that_no_member_knows_are_told(hocket: Any, tmp_path: Path, flowers: Any) -> None:
@@ -352,6 +465,24 @@ def test_labels_that_no_member_knows_are_told(hocket: Any, tmp_path: Path, flowe
 
     assert "no member knows third" in done.err
     assert "more is better" in done.out
+
+
+@pytest.mark.parametrize("kind", [float, int, str])
+def test_labels_are_known_however_the_truth_writes_them(hocket: Any, tmp_path: Path, flowers: Any, kind: type) -> None:
+    rows, kinds = flowers
+    members = []
+    for name, labels in (("one", (0, 1)), ("two", (1, 0))):
+        members.append(tmp_path / f"{name}.apr")
+        weights = m.LogisticRegression(np.array([3, -2, 0], np.float32), 0.0)
+        members[-1].write_bytes(apr_bytes(weights, labels=labels))
+    truth: Any = np.unique(kinds, return_inverse=True)[1].astype(kind)
+    options = ("--examples", tmp_path / "rows.npz", "-o", tmp_path / "g.toml", "--json")
+
+    np.savez(tmp_path / "rows.npz", rows=rows, truth=truth)
+    assert hocket("apr", "train-gate", *members, *options).document["unknown_labels"] == ["2"]
+    known = truth != np.array(2, kind)
+    np.savez(tmp_path / "rows.npz", rows=rows[known], truth=truth[known])
+    assert hocket("apr", "train-gate", *members, *options).document["unknown_labels"] == []
 
 
 def test_what_one_file_cannot_hold_is_written_as_a_mixture(hocket: Any, halves: Any, tmp_path: Path, out: Path) -> None:

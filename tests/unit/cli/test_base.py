@@ -32,7 +32,7 @@ def test_the_same_for_people(hocket: Any, tmp_path: Path, base: Path) -> None:
     assert "No base yet: `hocket base add PATH`" in hocket("base", "list", *data).out
     added = hocket("base", "add", base, *data).out
     assert base_digest(base) in added
-    assert f"Next: hocket up --data {tmp_path / 'data'}, then hocket generate" in added
+    assert added.endswith(f"Next: hocket up --data {tmp_path / 'data'}\n      hocket generate 'YOUR PROMPT'\n")
     assert "--base other" in hocket("base", "add", base, "--name", "other", *data).out
     listed = hocket("base", "list", *data).out.splitlines()
     assert [line.split() for line in listed] == [
@@ -80,7 +80,7 @@ def test_a_base_is_told_to_be_where_containers_find_it(hocket: Any, home: Path, 
     assert (added.document["path"], added.document["digest"]) == ("/models/Tiny-0.1B", base_digest(base))
     assert 'path = "/models/Tiny-0.1B"' in (home / ".local/share/hocket/bases/tiny-0.1b.toml").read_text()
     assert hocket("base", "list", "--json").document["bases"][0]["state"] == "missing"  # it is, here
-    assert hocket("base", "add", base, "--at", "/models/Tiny-0.1B").out.splitlines()[-1].startswith("Next: start the")
+    assert hocket("base", "add", base, "--at", "/models/Tiny-0.1B").out.endswith("have to be started again.\n")
 
 
 def test_where_containers_find_it_does_not_depend_on_where_we_are(hocket: Any, base: Path) -> None:

@@ -32,7 +32,24 @@ REFUSALS = {
 
 
 class Router(ScriptedRouter):
-    """Refuses some turns."""
+    """Refuses some turns, and knows no expert `sqll` and no base `nowhere`.
+
+    Attributes:
+        checked: What was asked about who would answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: list[router_pb2.RouteRequest] = []
+
+    async def Route(self, request: router_pb2.RouteRequest, context: Any) -> router_pb2.RouteResponse:
+        del context
+        self.checked.append(request)
+        if any(each.expert == "sqll" for each in request.experts):
+            raise HocketError(Reason.UNKNOWN_EXPERT, "there is no expert 'sqll'", field="experts[0].expert")
+        if request.base == "nowhere":
+            raise HocketError(Reason.UNKNOWN_BASE, "no worker has the base 'nowhere'", field="base")
+        return router_pb2.RouteResponse()
 
     async def Generate(
         self, request: router_pb2.GenerateRequest, context: Any
@@ -193,6 +210,15 @@ class TestCommands:
         assert outcome.code == 0
         assert "is a number from -100 to 100" in outcome.err
         assert [each.expert for each in router.requests[0].experts] == ["sql"]
+
+    def test_who_is_not_there_is_refused_before_a_turn_is_lost(self, hocket: Any, router: Router) -> None:
+        outcome = hocket("chat", "--experts", "sql", "--base", "b", stdin="/experts sqll\n/base nowhere\nfirst\n")
+
+        assert "UNKNOWN_EXPERT --experts: there is no expert 'sqll'" in outcome.err
+        assert "UNKNOWN_BASE --base: no worker has the base 'nowhere'" in outcome.err
+        [request] = router.requests
+        assert ([each.expert for each in request.experts], request.base) == (["sql"], "b")
+        assert [check.HasField("input") for check in router.checked] == [False, False]
 
     def test_two_slashes_begin_a_text_with_one(self, hocket: Any, router: Router) -> None:
         hocket("chat", stdin="//etc/passwd\n")

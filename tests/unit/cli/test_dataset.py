@@ -48,6 +48,14 @@ class TestValidate:
             (line, "BAD_JSON") for line in range(2, 22)
         ]
 
+    def test_what_is_no_dataset_at_all_is_told_in_a_few_lines(self, hocket: Any, tmp_path: Path) -> None:
+        page = tmp_path / "README.md"
+        page.write_text("# Hocket\n" * 30)
+        outcome = hocket("dataset", "validate", page)
+        assert (outcome.code, outcome.out.count("BAD_JSON")) == (2, 3)
+        assert "lines that are wrong: 30 (above are the first 3); fine: 0" in outcome.out
+        assert "one JSON object a line: docs/datasets.md" in outcome.out
+
     def test_several_files_are_a_line_each(self, hocket: Any, file: Path, tmp_path: Path) -> None:
         bad = write(tmp_path / "bad.jsonl", {"text": ""})
         outcome = hocket("dataset", "validate", bad, file, "--json")

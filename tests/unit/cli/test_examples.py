@@ -44,11 +44,18 @@ def refusal(path: Path, truth: str | None = None) -> Reason:
         ("x,kind,y\n0.5,a,1\n2,b,-1\n", "kind"),
         ("a,0.5,1\nb,2,-1\n", "0"),
         ("x,kind,y\n0.5,a,1\n\n2,b,-1\n", "-2"),
-        ("\ufeff1,2,3\n0.5,1,a\n2,-1,b\n", "3"),
+        ("\ufeffx,y,kind\n0.5,1,a\n2,-1,b\n", "kind"),
+        ("1,0.5,kind\n0.5,1,a\n2,-1,b\n", "kind"),
     ],
 )
 def test_the_truth_is_the_last_column_or_the_one_that_is_named(tmp_path: Path, text: str, truth: str | None) -> None:
     assert read(tmp_path, text, truth) == (ROWS, ["a", "b"])
+
+
+def test_a_whole_number_is_a_place_and_never_a_name(tmp_path: Path) -> None:
+    assert read(tmp_path, "1,0,2\n3,4,5\n", "0") == ([[0, 2], [4, 5]], ["1", "3"])
+    assert read(tmp_path, "1,0,2\n3,4,5\n", "2") == ([[1, 0], [3, 4]], ["2", "5"])
+    assert read(tmp_path, "2024_01,y\n3,4\n", "2024_01") == ([[4]], ["3"])
 
 
 def test_an_npz_holds_rows_and_truth(tmp_path: Path) -> None:
@@ -72,6 +79,8 @@ def test_an_npz_holds_rows_and_truth(tmp_path: Path) -> None:
         ("1,1e39,a\n", None, Reason.BAD_TENSOR),
         ("1,2,a\n", "kind", Reason.BAD_REQUEST),
         ("1,2,a\n", "3", Reason.BAD_REQUEST),
+        ("1,2,a\n", "-4", Reason.BAD_REQUEST),
+        ("1,2,3\n0.5,1,a\n", "3", Reason.BAD_REQUEST),
     ],
 )
 def test_a_csv_without_examples_is_refused(tmp_path: Path, text: str, truth: str | None, reason: Reason) -> None:

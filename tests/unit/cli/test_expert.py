@@ -223,3 +223,23 @@ class TestValidate:
         path.write_bytes(b"text")
         outcome = hocket("expert", "validate", path, "--json")
         assert (outcome.code, outcome.document["valid"]) == (2, False)
+
+
+def test_a_new_manifest_goes_on_to_training_or_to_what_peft_has_written(hocket: Any, tmp_path: Path) -> None:
+    out = hocket("expert", "new", tmp_path / "desk", "--name", "expert-desk", "--base", "Qwen3-0.6B").out
+
+    assert f"hocket train {tmp_path}/desk --base BASE_FOLDER --out {tmp_path}/desk/out\n" in out
+    assert f"hocket expert pack {tmp_path}/desk/out\n" in out
+    assert "save_pretrained" in out
+    assert f"hocket expert pack {tmp_path}/desk\n" in out
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [(("expert", "show"), "hocket experts show"), (("experts", "pack"), "hocket expert pack")]
+)
+def test_a_verb_of_the_other_group_is_named(hocket: Any, written: tuple[str, str], meant: str) -> None:
+    outcome = hocket(*written, "sql")
+
+    assert outcome.code == 2
+    assert f"Did you mean `{meant}`?" in " ".join(outcome.err.split())
+    assert "Did you mean" not in hocket(written[0], "nonsense").err

@@ -12,6 +12,9 @@ from hocket.errors import HocketError, Reason
 from hocket.v1 import text_pb2
 from hocket.v1.registry_pb2_grpc import add_RegistryServiceServicer_to_server
 from hocket.v1.router_pb2 import RouteRequest, Routing
+from services.aggregator.lineup import Lineup
+from services.aggregator.question import ExpertError
+from tests import fakes
 from tests.fakes import HIGH, LOW, MIXTURE, ScriptedRegistry, ScriptedRouter, serving
 
 if TYPE_CHECKING:
@@ -158,21 +161,54 @@ def test_what_a_service_cannot_reach_is_left_as_it_says(hocket: Any, router: Scr
     assert "UNREACHABLE no aggregator" in hocket("predict", "digits", *ROWS).err
 
 
-def test_an_incomplete_answer_names_the_option_that_takes_it(hocket: Any, router: ScriptedRouter) -> None:
-    router.refusal = HocketError(Reason.COVERAGE, "expert low is missing")
+def test_an_incomplete_answer_names_the_option_that_takes_it_and_not_the_field(
+    hocket: Any, router: ScriptedRouter
+) -> None:
+    line = Lineup(["low"], [], (1, 1), None, insist=True, min_coverage=0.0, pass_through=False)
+    with pytest.raises(HocketError) as caught:
+        line.take({0: ExpertError(HocketError(Reason.YANKED, "it is gone"), 1, 0.0)})
+    router.refusal = caught.value
 
-    assert "--renormalise" in hocket("predict", "digits", *ROWS, "--json").document["error"]["message"]
+    message = hocket("predict", "digits", *ROWS, "--json").document["error"]["message"]
+    assert message == (
+        "expert low is missing: it is gone (YANKED); ask with --renormalise to accept an answer without it"
+    )
+
+    router.refusal = HocketError(Reason.COVERAGE, "a row has coverage 0.2")
+    message = hocket("predict", "digits", *ROWS, "--renormalise", "--json").document["error"]["message"]
+    assert message == "a row has coverage 0.2 (--min-coverage says how much has to be there)"
 
 
 def test_a_decision_about_a_text_is_explained(hocket: Any, router: ScriptedRouter) -> None:
     outcome = hocket("route", "list all names")
     for text in (
         "Qwen3-0.6B (base)", "acme/low@1.0.0", "chosen", "0.875", "keyword 'list all' +1.50", "exclude 'list' -2.00",
-        "the gate has chosen (confidence 0.88, an expert needs 0.6)", "... and 8 more",
+        "an expert answers (confidence 0.88, an expert needs 0.6)", "... and 8 more",
     ):  # fmt: skip
         assert text in outcome.out, text
     [request] = router.requests
     assert request == RouteRequest(text=text_pb2.TextInput(prompt="list all names"))
+
+
+def test_who_ties_for_an_answer_is_told_and_how_to_have_them_all(
+    hocket: Any, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del router
+    share = 0.5
+
+    def decision(request: RouteRequest) -> Any:
+        found = text_decision(request)
+        found.thresholds.share_min = 0.5
+        found.candidates[1].probability = share * found.candidates[0].probability
+        return found
+
+    text_decision = fakes._text_decision
+    monkeypatch.setattr(fakes, "_text_decision", decision)
+    told = "undecided between acme/low@1.0.0 0.875 and acme/high@1.0.0 0.438: --max-experts 2 lets them answer together"
+    assert told in hocket("route", "list all names").out
+    assert "undecided" not in hocket("route", "list all names", "--max-experts", 2).out, "they do not go together"
+    share = 0.49
+    assert "undecided" not in hocket("route", "list all names").out
 
 
 def test_what_is_said_about_a_choice_reaches_the_request(hocket: Any, router: ScriptedRouter) -> None:

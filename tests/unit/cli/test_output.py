@@ -49,6 +49,12 @@ def test_identities_are_shortened_to_what_people_compare(identity: str, text: st
     assert output.short(identity) == text
 
 
+def test_what_to_run_next_is_written_as_a_shell_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    output.next_steps(("hocket", "sign", "my iris.apr", "--version", 1), ("hocket", "publish", "x.apr"))
+
+    assert capsys.readouterr().out == "Next: hocket sign 'my iris.apr' --version 1\n      hocket publish x.apr\n"
+
+
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert output.plain("a\x1b[31m\nb\x9b").plain == "a\\x1b[31m\\nb\\x9b"
 

@@ -294,7 +294,9 @@ def test_verify_says_which_proofs_hold(hocket: Any, package: Path) -> None:
 def test_verify_takes_an_embedded_signature_and_the_operator_s_word(hocket: Any, tmp_path: Path) -> None:
     path = tmp_path / "some.apr"
     path.write_bytes(apr_bytes())
-    assert hocket("verify", path, "--json").document["error"]["reason"] == "UNSIGNED"
+    refused = hocket("verify", path, "--json").document["error"]
+    assert refused["reason"] == "UNSIGNED"
+    assert f"its release would be beside it, as {path}.release.json" in refused["message"]
     outcome = hocket("verify", path, "--allow-unsigned")
     assert outcome.code == 0
     assert "nobody vouches for it" in outcome.out
@@ -425,3 +427,15 @@ def test_sign_wants_name_and_version_of_a_file_that_has_none(
 
     assert (outcome.code, outcome.document["error"]["reason"]) == (2, "BAD_REQUEST")
     assert "add --name, --version" in outcome.document["error"]["message"]
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("verify",), ("sign", "--publisher", "acme")])
+def test_what_is_no_package_is_told_to_be_of_neither_format(
+    hocket: Any, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# Hocket")
+    refused = hocket(*command, page, "--json").document["error"]
+    assert refused["reason"] == "BAD_MAGIC"
+    assert "not an .apr file" in refused["message"]
+    assert "nor is it an .expert file" in refused["message"]

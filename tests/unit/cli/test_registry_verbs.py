@@ -79,6 +79,14 @@ def test_publish_says_when_it_was_already_there(hocket: Any, packages: list[Path
     assert "was already there: acme/low@1.0.0" in hocket("publish", packages[0]).out
 
 
+def test_publish_says_when_it_has_healed_a_damaged_copy(
+    hocket: Any, packages: list[Path], registry: ScriptedRegistry
+) -> None:
+    hocket("publish", packages[0])
+    registry.damaged = True
+    assert "was already there, and its damaged copy is replaced: acme/low" in hocket("publish", packages[0]).out
+
+
 def test_publish_without_a_release_leaves_the_judgement_to_the_registry(hocket: Any, tmp_path: Path) -> None:
     path = tmp_path / "plain.apr"
     path.write_bytes(apr_bytes())
@@ -523,7 +531,11 @@ def test_yank_withdraws_by_digest_or_name(hocket: Any, registry: ScriptedRegistr
     registry.packages[HIGH] = expert_package(HIGH, "high")
 
     assert hocket("yank", LOW, "--yes", "--json").document["state"] == "TRUST_STATE_YANKED"
-    assert f"{HIGH} is withdrawn" in hocket("yank", "acme/high@1.0.0", "--yes", "--explanation", "wrong").out
+    assert hocket("yank", LOW, "--yes").out == f"{LOW} is withdrawn\n", "it has no name"
+    assert (
+        f"acme/high@1.0.0 is withdrawn ({HIGH})"
+        in hocket("yank", "acme/high@1.0.0", "--yes", "--explanation", "wrong").out
+    )
     assert registry.withdrawn == {LOW: "", HIGH: "wrong"}
     assert hocket("yank", "acme/none@1.0.0", "--json").document["error"]["reason"] == "UNKNOWN_PACKAGE"
 

@@ -41,7 +41,8 @@ def test_health_is_0_when_everything_serves(hocket: Any, server: ThreadedServer)
     outcome = hocket("health", "--address", server.address, "--json")
 
     assert outcome.code == 0
-    assert outcome.document == {"address": server.address, "services": {"": "SERVING", ROUTER: "SERVING"}}
+    states = {"": "SERVING", ROUTER: "SERVING"}
+    assert outcome.document == {"servers": [{"address": server.address, "services": states}]}
     assert "(process)" in hocket("health", "--address", server.address).out
 
 
@@ -49,20 +50,22 @@ def test_health_is_1_when_something_does_not_serve(hocket: Any, server: Threaded
     server.set_ready(ready=False)
 
     outcome = hocket("health", "--address", server.address, "--service", ROUTER, "--json")
-    assert (outcome.code, outcome.document) == (1, {"address": server.address, "services": {ROUTER: "NOT_SERVING"}})
+    [told] = outcome.document["servers"]
+    assert (outcome.code, told) == (1, {"address": server.address, "services": {ROUTER: "NOT_SERVING"}})
     assert hocket("health", "--address", server.address).code == 1
 
 
 def test_health_is_2_when_nobody_answers(hocket: Any) -> None:
     outcome = hocket("health", "--address", "127.0.0.1:1", "--timeout", 1, "--json")
 
-    assert (outcome.code, outcome.document["error"]["reason"]) == (2, "UNREACHABLE")
+    [told] = outcome.document["servers"]
+    assert (outcome.code, told["address"], told["error"]["reason"]) == (2, "127.0.0.1:1", "UNREACHABLE")
 
 
 def test_health_asks_router_and_registry_and_the_worse_decides(hocket: Any, server: ThreadedServer) -> None:
     both = ("--router", server.address, "--registry", server.address)
     outcome = hocket("health", *both, "--json")
-    assert (outcome.code, len(outcome.lines)) == (0, 2)
+    assert (outcome.code, len(outcome.document["servers"])) == (0, 2)
 
     outcome = hocket("health", "--router", server.address, "--registry", "127.0.0.1:1")
     assert outcome.code == 2

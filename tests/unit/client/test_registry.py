@@ -131,6 +131,24 @@ async def test_a_package_larger_than_wanted_is_not_taken() -> None:
     assert (await client_of(Breaking()).download(DIGEST, size_bytes_max=len(DATA)))[1] == DATA
 
 
+async def test_a_download_ends_where_its_header_is_refused() -> None:
+    told: list[int] = []
+
+    def refuse(_: DownloadHeader) -> None:
+        raise HocketError(Reason.ENCRYPTED, "scripted")
+
+    assert (
+        await refusal_of(Breaking(), on_header=refuse, on_progress=lambda done, _: told.append(done))
+        is Reason.ENCRYPTED
+    )
+    assert told == []
+    sizes: list[int] = []
+    await client_of(Breaking(breaks=[3])).download(
+        DIGEST, on_header=lambda header: sizes.append(header.package.size_bytes)
+    )
+    assert sizes == [len(DATA)] * 2, "once for each attempt"
+
+
 @pytest.mark.parametrize(
     ("gate", "gate_bytes", "reason"),
     [

@@ -67,6 +67,11 @@ class TestMargins:
     def test_a_margin_beyond_float32_is_the_reference_s(self) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             assert_meets_the_oracle(m.LinearSVM(floats(BIG, -BIG), 0.0), floats([3, 1], [1, 3], [3, 3], [1, 1]))
+            # float64 adds these up to less than 0; in float32 the first two are infinite, and stay so.
+            model = m.LinearSVM(floats(3e38, 3e38, -3e38, -3e38, -3e38), 0.0)
+            assert_meets_the_oracle(model, np.ones((1, 5), np.float32))
+            assert answer(lone(model), np.ones((1, 5))).tolist() == [[0, 1]]
+            assert answer(lone(model), np.full((1, 5), 0.1)).tolist() == [[1, 0]], "which float32 can hold"
 
 
 class TestBoosting:
@@ -82,6 +87,16 @@ class TestBoosting:
         np.testing.assert_allclose(
             answer(lone(small), [[1.0], [-1.0]]), [[1 - expected, expected], [expected, 1 - expected]], atol=1e-7
         )
+
+    def test_a_probability_of_one_half_is_shown_as_that_and_whoever_picks_takes_the_first(self) -> None:
+        """The reference answers class 1 there, of boosting and of logistic regression."""
+        tree = m.DecisionTreeClassifier(grow((0, 0.0, (0, 1), (1, 1))), n_features=1)
+        boosting = m.GradientBoostingClassifier((tree,), init_prediction=-0.25, learning_rate=0.25, n_features=1)
+
+        for model in (boosting, m.LogisticRegression(floats(1), -1.0)):
+            given = answer(lone(model), [[1.0]])
+            assert given.tolist() == [[0.5, 0.5]]
+            assert given.argmax(axis=1).tolist() == [0]
 
     def test_any_answer_but_0_is_a_step_up(self) -> None:
         tree = m.DecisionTreeClassifier(grow((5, 1)), n_features=1)
@@ -198,6 +213,39 @@ class TestNetworks:
             expected = np.clip(self.exact(weights, biases, rows), -BIG, BIG) + np.float32(0)
 
         assert self.sums(weights, biases, rows).tobytes() == expected.tobytes()
+
+    @pytest.mark.parametrize("share", [1, 10**9], ids=["one by one", "all together"])
+    @pytest.mark.parametrize("spread", [0, 40])
+    def test_exact_sums_are_the_same_either_way(self, share: int, spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("services.expert_worker.families._PAIRS_SHARE", share)
+        monkeypatch.setattr("services.expert_worker.compute._WORKSPACE_VALUES", 64)
+        rng = np.random.default_rng(spread)
+        powers = np.exp2(rng.integers(-spread, spread + 1, size=12)).astype(np.float32)
+        half, rows = rng.normal(size=(12, 9)).astype(np.float32), rng.normal(size=(7, 12)).astype(np.float32) * powers
+        rows[2], half[:, 3] = 0, 0
+        weights, biases = np.concatenate((half, -half)), (rng.normal(size=9) * 2.0**-60).astype(np.float32)
+        rows = np.concatenate((rows, np.nextafter(rows, np.float32(9))), axis=1)
+
+        assert self.sums(weights, biases, rows).tobytes() == self.exact(weights, biases, rows).tobytes()
+
+    def test_sums_that_somebody_has_made_cancel_are_not_added_term_by_term(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rng = np.random.default_rng(9)
+        half, rows = rng.normal(size=(200, 60)).astype(np.float32), rng.normal(size=(50, 200)).astype(np.float32)
+        weights, rows = np.concatenate((half, -half)), np.concatenate((rows, rows), axis=1)
+        added = 0
+
+        def counted(terms: list[float]) -> float:
+            nonlocal added
+            added += len(terms)
+            return fsum(terms)
+
+        fsum = math.fsum
+        monkeypatch.setattr(math, "fsum", counted)
+
+        assert not self.sums(weights, np.zeros(60, np.float32), rows).any()
+        assert 0 < added <= 50 * 60 * 20, "of 400 terms each"
 
     def test_a_zero_has_one_sign(self) -> None:
         rows, weights = np.zeros((2, 3), np.float32), np.full((3, 2), -1, np.float32)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
-import mmap
 import os
 import signal
 import subprocess
@@ -13,18 +13,20 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
 from hocket.packages import TrustRoots, open_package
+from hocket.packages.model import Lasso
 from services.expert_worker import mapping
 from services.expert_worker.cache import PackageCache
 from services.expert_worker.journal import Journal
-from services.expert_worker.mapping import read_or_map
-from tests.builders import apr_bytes, linear
-from tests.signing import NOW, envelope_of, roots
+from services.expert_worker.mapping import is_intact, read_or_map
+from tests.builders import METADATA, apr_bytes, edited, floats, linear
+from tests.signing import NOW, STRANGER_SEED, envelope_of, roots
 
 THRESHOLD_BYTES = mapping.MAPPED_BYTES_MIN
 LARGE_BYTES = 10_000
@@ -138,14 +140,39 @@ def test_a_file_is_read_where_there_are_no_leases(path: Path, monkeypatch: pytes
 
 
 def test_a_file_is_read_where_no_map_can_be_had(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.ENOMEM, "no room")
-
-    monkeypatch.setattr(mmap, "mmap", full)
+    monkeypatch.setattr(mapping, "_Map", Mock(side_effect=OSError(errno.ENOMEM, "no room")))
 
     data = read_or_map(path, MOST)
     assert isinstance(data, bytes)
     assert len(data) == LARGE_BYTES + 1
+
+
+def test_a_map_that_cannot_be_looked_after_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dup, left = os.dup, [OSError(errno.EMFILE, "too many open files")]
+
+    def first_fails(file: int) -> int:
+        if left:
+            raise left.pop()
+        return dup(file)
+
+    monkeypatch.setattr(os, "dup", first_fails)
+
+    assert isinstance(read_or_map(path, MOST), bytes)
+    gc.collect()
+    assert not fails_to_open_for_writing(path)
+
+
+def test_a_map_is_intact_until_somebody_wants_to_change_the_file(path: Path) -> None:
+    mapped = read_or_map(path, MOST)
+    assert mapped is not None
+    path.read_bytes()
+    assert is_intact(mapped)
+
+    assert fails_to_open_for_writing(path)
+    assert not is_intact(mapped)
+    copied = read_or_map(path, MOST, may_map=False)
+    assert isinstance(copied, bytes)
+    assert is_intact(copied)
 
 
 def test_no_file_stays_open(path: Path) -> None:
@@ -186,6 +213,29 @@ class TestPackages:
         del cached
         gc.collect()
         assert not fails_to_open_for_writing(path), "the decoded package holds nothing of the file"
+
+    @pytest.mark.parametrize("sound", [True, False])
+    def test_layouts_that_do_not_fit_and_proofs_that_do_not_hold_keep_nothing_of_the_file(
+        self, path: Path, *, sound: bool
+    ) -> None:
+        lasso = Lasso(floats(*[0.5] * LARGE_BYTES), 0.5, alpha=0.25)
+        data = apr_bytes(lasso, metadata=METADATA, compression="none")  # not said to be one: a Ridge is tried before
+        if not sound:
+            data = edited(data, len(data) - 5, b"\xff")
+        path.write_bytes(data)
+        releases = (envelope_of(data, STRANGER_SEED), envelope_of(data))
+
+        gc.disable()
+        try:
+            mapped = read_or_map(path, MOST)
+            assert isinstance(mapped, memoryview)
+            with contextlib.nullcontext() if sound else pytest.raises(HocketError) as refusal:
+                package = open_package(mapped, releases=releases, trust=roots(), now=NOW)
+                assert isinstance(package.model, Lasso)
+            del mapped, refusal
+            assert not fails_to_open_for_writing(path)
+        finally:
+            gc.enable()
 
     def test_a_package_that_was_cut_off_before_is_refused_by_its_digest(self, tmp_path: Path) -> None:
         data = apr_bytes(self.MODEL, compression="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,16 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import model as m
-from hocket.packages.apr.quantization import dequantize, dequantized_model, quantize, quantized_model
+from hocket.packages.apr import quantization
+from hocket.packages.apr.quantization import dequantize, dequantized_model, part_of, quantize, quantized_model
 from hocket.packages.model import QuantKind
 from services.expert_worker.app import WorkerApp
 from services.expert_worker.compute import stack
+from services.expert_worker.layout import lay_out
 from services.expert_worker.loader import prepare
 from services.expert_worker.parameters import Blocks, move, parameter, weights_type
 from services.expert_worker.settings import WorkerSettings
-from tests.builders import apr_bytes, dense, floats, linear, mixture, models
-from tests.unit.packages.test_apr_quantization import LAYOUTS
+from tests.builders import QUANTIZABLE, apr_bytes, dense, floats, linear, mixture, models
 from tests.worker_numerics import answer, assert_meets_the_oracle, lone, on_device, opened, tensor_experts
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def test_many_blocks_become_values_part_by_part(kind: QuantKind, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", QuantKind)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUANTIZABLE)
 def test_a_quantised_model_serves_as_what_its_blocks_stand_for(layout: str, kind: QuantKind) -> None:
     model = quantized_model(models()[layout], kind)
     rows = np.random.default_rng(3).normal(size=(40, 2)).astype(np.float32)
@@ -73,7 +75,7 @@ def test_a_quantised_model_serves_as_what_its_blocks_stand_for(layout: str, kind
 
 
 @pytest.mark.parametrize("kind", QuantKind)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUANTIZABLE)
 def test_the_facts_say_what_a_quantised_model_takes_when_it_computes(layout: str, kind: QuantKind) -> None:
     package = opened(apr_bytes(quantized_model(models()[layout], kind)))
     prepared = prepare(package)
@@ -83,6 +85,66 @@ def test_the_facts_say_what_a_quantised_model_takes_when_it_computes(layout: str
     assert package.facts.parameter_bytes == prepared.size_bytes == held
     plain = prepare(opened(apr_bytes(models()[layout])))
     assert plain.size_bytes == prepared.size_bytes
+
+
+class TestMemory:
+    """What is laid out has some values in progress, and never a second copy of all."""
+
+    ROWS = np.zeros((64, 2**14), np.float32)
+    CLASSES = np.arange(64, dtype=np.uint64)
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            m.KMeans(64, ROWS),
+            quantized_model(m.KMeans(64, ROWS), QuantKind.Q4_0),
+            m.KNearestNeighbors(1, ROWS, CLASSES),
+            m.GaussianNB(np.ones(64, np.float32), ROWS, ROWS + 1, CLASSES),
+            quantized_model(linear(*ROWS.reshape(-1)[: 2**19].tolist()), QuantKind.Q8_0),
+            dense((ROWS, np.zeros(2**14, np.float32), "identity")),
+        ],
+        ids=["clusters", "quantised clusters", "neighbours", "naive Bayes", "quantised weights", "layers"],
+    )
+    def test_laying_out_takes_little_memory_beside_the_parameters(
+        self, model: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in ("layout", "parameters"):
+            monkeypatch.setattr(f"services.expert_worker.{module}.VALUES_AT_ONCE", 2**15)
+        tracemalloc.start()
+        try:
+            lay_out(model, 64, half=True)
+            peak_bytes = tracemalloc.get_traced_memory()[1]  # of numpy; the parameters are torch's
+        finally:
+            tracemalloc.stop()
+
+        assert peak_bytes < self.ROWS.nbytes / 2
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([None, *QuantKind]), st.data())
+    def test_a_part_of_the_weights_is_that_part_of_their_values(
+        self, rows: int, width: int, kind: QuantKind | None, data: st.DataObject
+    ) -> None:
+        values = np.random.default_rng(rows * width).normal(size=(rows, width)).astype(np.float32)
+        weights = values if kind is None else quantize(values, kind)
+        start = data.draw(st.integers(0, values.size))
+        stop = data.draw(st.integers(start, values.size))
+
+        assert np.array_equal(part_of(weights, start, stop), quantization.floats(weights).reshape(-1)[start:stop])
+
+    def test_many_rows_are_laid_out_as_few_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng = np.random.default_rng(4)
+        rows, classes = rng.normal(size=(23, 7)).astype(np.float32), np.arange(23, dtype=np.uint64)
+        several: list[Any] = [
+            m.KMeans(23, rows),
+            quantized_model(m.KMeans(23, rows), QuantKind.Q8_0),
+            m.GaussianNB(np.full(23, 1 / 23, np.float32), rows, rows**2 + 1, classes),
+        ]
+        whole = [move(lay_out(model, 23, half=False)[0], CPU) for model in several]
+        monkeypatch.setattr("services.expert_worker.layout.VALUES_AT_ONCE", 20)
+
+        for model, tensors in zip(several, whole, strict=True):
+            for one, other in zip(tensors, move(lay_out(model, 23, half=False)[0], CPU), strict=True):
+                assert torch.equal(one, other)
 
 
 class TestHalf:

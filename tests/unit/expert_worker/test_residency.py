@@ -192,6 +192,21 @@ class TestLoading:
             assert (await refused(shelf.use(A))).reason is Reason.UNSIGNED
         assert shelf.brought == [A]
 
+    @pytest.mark.parametrize("reason", [Reason.DECRYPTION_FAILED, Reason.WRONG_RECIPIENT])
+    async def test_a_wrong_credential_is_tried_once_until_something_is_new(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, reason: Reason
+    ) -> None:
+        monkeypatch.setattr("services.expert_worker.residency._REFUSAL_SECONDS", -1.0)
+        shelf.failures = {A: HocketError(reason, "no"), B: HocketError(Reason.NOT_SERVABLE, "no")}
+        for _ in range(3):
+            assert (await refused(shelf.use(A))).reason is reason
+            await refused(shelf.use(B))
+        assert sorted(shelf.brought) == [A, B, B, B]
+
+        shelf.residency.forget_refusal(A)
+        del shelf.failures[A]
+        assert (await shelf.use(A)).digest == A
+
     async def test_a_remembered_refusal_keeps_nothing_of_the_package_in_memory(self, shelf: Shelf) -> None:
         shelf.failures[A] = HocketError(Reason.BAD_PAYLOAD, "no", field="x", digest=A)
         await refused(shelf.use(A))

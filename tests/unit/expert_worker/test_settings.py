@@ -11,6 +11,7 @@ import torch
 from hocket.errors import HocketError, Reason
 from hocket.packages import Password
 from hocket.settings import build, read_tables
+from hocket.v1.registry_pb2 import WorkerState
 from services.expert_worker.credentials import CredentialFile, read_all
 from services.expert_worker.device import (
     Shares,
@@ -22,6 +23,7 @@ from services.expert_worker.device import (
     shares,
 )
 from services.expert_worker.settings import WorkerSettings
+from services.registry.leases import Leases
 
 FOLDERS = {"data_dir": "/data", "trust_dir": "/trust"}
 DIGEST = "sha256:" + "a" * 64
@@ -79,6 +81,19 @@ def test_a_value_that_makes_no_sense_is_refused_with_advice(key: str, value: Any
     assert refusal.value.reason is Reason.BAD_REQUEST
     assert key in refusal.value.message
     built(**{key: sound})
+
+
+def test_credentials_are_for_no_more_packages_than_a_registry_lets_a_worker_announce() -> None:
+    file = {"key_file": "/run/secrets/key"}
+    credentials = {f"acme/m{number}": file for number in range(4096)}
+
+    settings = built(credentials=credentials)
+    leases = Leases(10.0, 1)
+    assert leases.renew(WorkerState(worker="w", address="a:1", device="cpu", unlocks=settings.credentials), 0.0)
+    with pytest.raises(HocketError) as refusal:
+        built(credentials={**credentials, DIGEST: file})
+    assert refusal.value.reason is Reason.BAD_REQUEST
+    assert "4096" in refusal.value.message
 
 
 def test_a_base_is_found_by_name_in_a_folder_of_bases() -> None:

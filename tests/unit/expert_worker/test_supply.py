@@ -3,16 +3,18 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.identity import digest_of
-from hocket.packages import Policy, TrustRoots
+from hocket.packages import Password, Policy, RecipientKey, TrustRoots
 from hocket.v1.expert_worker_pb2 import LOAD_STATE_FETCHING, LOAD_STATE_VERIFYING
 from services.expert_worker.authority import Standing
 from services.expert_worker.cache import CachedPackage, PackageCache
@@ -26,12 +28,16 @@ from tests.signing import ACME_ID, ACME_SEED, STRANGER_SEED, ZETA_SEED, envelope
 from tests.worker_registry import WorkerRegistry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from hocket.packages import Package
+    from services.expert_worker.loader import Prepared
 
 DATA = apr_bytes()
 RELEASE = envelope_of(DATA)
 TRUSTING = Standing(roots())
+PASSWORD = Password("correct horse battery staple")
 AT_ONCE_MAX = 2
 
 
@@ -114,14 +120,127 @@ async def test_a_large_package_is_mapped_until_its_experts_are_laid_out_and_no_l
     assert setting.registry.downloads == []
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [None, partial(HocketError, Reason.BAD_PAYLOAD), ValueError, IndexError],
+    ids=["nothing", "a refusal", "a value that cannot be", "a place that is not there"],
+)
+async def test_a_mapped_package_that_somebody_would_change_meanwhile_is_opened_again_from_a_copy(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Callable[[str], Exception] | None
+) -> None:
+    monkeypatch.setattr("services.expert_worker.mapping.MAPPED_BYTES_MIN", len(DATA) - 1)
+    digest = digest_of(DATA)
+    setting.cache.write(digest, DATA, [RELEASE])
+    path = tmp_path / "cache" / "sha256" / digest[7:9] / digest[7:]
+    opened: list[type] = []
+    laid_out: list[weakref.ref[Any]] = []
+    open_ = Standing.open
+
+    def watched(package: Package) -> Prepared:
+        prepared = prepare(package)
+        laid_out.append(weakref.ref(prepared.tensors[0]))
+        return prepared
+
+    def disturbed(standing: Standing, digest: str, data: Any, releases: Any) -> Any:
+        opened.append(type(data))
+        assert not any(tensor() is not None for tensor in laid_out), "what does not count is still in memory"
+        if len(opened) == 1:
+            with pytest.raises(BlockingIOError):
+                os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            if seen is not None:  # by this reader, of what was changed
+                raise seen("scripted")
+        return open_(standing, digest, data, releases)
+
+    monkeypatch.setattr(Standing, "open", disturbed)
+    monkeypatch.setattr(setting.supply, "_prepare", watched)
+    assert (await setting.bring(digest)).prepared.size_bytes == 16
+    assert opened == [memoryview, bytes]
+
+    await setting.bring(digest)
+    assert opened == [memoryview, bytes, memoryview], "nobody waits any more"
+    assert setting.registry.downloads == []
+
+
+async def test_a_bug_in_opening_an_intact_map_is_not_hidden_by_another_try(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.expert_worker.mapping.MAPPED_BYTES_MIN", len(DATA) - 1)
+    digest = digest_of(DATA)
+    setting.cache.write(digest, DATA, [RELEASE])
+    opened: list[type] = []
+
+    def broken(_: Standing, __: str, data: Any, ___: Any) -> Any:
+        opened.append(type(data))
+        raise ValueError("scripted")
+
+    monkeypatch.setattr(Standing, "open", broken)
+    with pytest.raises(ValueError, match="scripted"):
+        await setting.bring(digest)
+    assert opened == [memoryview]
+
+
 async def test_a_licence_that_has_ended_is_refused_unless_policy_accepts_it(setting: Setting) -> None:
     data = apr_bytes(metadata=ABOUT)
     digest = setting.registry.publish(data, [envelope_of(data)])
 
-    assert (await setting.refused(digest)).reason is Reason.LICENCE_EXPIRED
+    for _ in range(2):
+        assert (await setting.refused(digest)).reason is Reason.LICENCE_EXPIRED
 
     supplied = await setting.bring(digest, replace(TRUSTING, policy=Policy(allow_expired_licences=True)))
     assert supplied.proofs
+    assert setting.registry.downloads == [digest]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [(Password("another"), Reason.DECRYPTION_FAILED), (RecipientKey(b"\x09" * 32), Reason.WRONG_RECIPIENT)],
+)
+async def test_a_package_that_a_wrong_credential_does_not_open_is_fetched_once(
+    setting: Setting, wrong: Any, reason: Reason
+) -> None:
+    data = apr_bytes(encryption=PASSWORD)
+    digest = setting.registry.publish(data, [envelope_of(data)])
+
+    for _ in range(3):
+        refused = await setting.refused(digest, replace(TRUSTING, credentials={digest: wrong}))
+        assert refused.reason is reason
+    await setting.bring(digest, replace(TRUSTING, credentials={digest: PASSWORD}))
+
+    assert setting.registry.downloads == [digest]
+
+
+async def test_a_package_without_a_credential_is_asked_for_again_since_a_release_may_name_one(
+    setting: Setting,
+) -> None:
+    data = apr_bytes(encryption=PASSWORD)
+    digest = setting.registry.publish(data, [envelope_of(data)])
+    holding = replace(TRUSTING, credentials={"zeta/iris": PASSWORD})
+
+    assert (await setting.refused(digest, holding)).reason is Reason.ENCRYPTED
+    await setting.bring(digest, replace(TRUSTING, credentials={digest: PASSWORD}))
+    assert (await setting.refused(digest, holding)).reason is Reason.ENCRYPTED
+    setting.registry.publish(data, [envelope_of(data), envelope_of(data, ZETA_SEED, "zeta/iris@1.0.0")])
+
+    assert (await setting.bring(digest, holding)).proofs
+
+
+async def test_a_package_that_has_no_other_releases_than_it_had_is_not_downloaded_again(setting: Setting) -> None:
+    data = apr_bytes(encryption=PASSWORD)
+    digest = setting.registry.publish(data, [envelope_of(data)])
+    holding = replace(TRUSTING, credentials={"zeta/iris": PASSWORD})
+
+    def chunks() -> int:
+        return sum(state == LOAD_STATE_FETCHING and done_bytes > 0 for state, done_bytes, _ in setting.steps)
+
+    for _ in range(3):
+        assert (await setting.refused(digest, holding)).reason is Reason.ENCRYPTED
+    assert (await setting.refused(digest, revoking(ACME_ID))).reason is Reason.KEY_REVOKED
+    assert (len(setting.registry.downloads), chunks()) == (4, 2), "asked for, and stopped at the header"
+
+    setting.registry.publish(data, [envelope_of(data), envelope_of(data, ZETA_SEED, "zeta/other@1.0.0")])
+    for _ in range(2):
+        assert (await setting.refused(digest, holding)).reason is Reason.ENCRYPTED
+    assert (len(setting.registry.downloads), chunks()) == (6, 4), "a release is new, and then known"
 
 
 async def test_without_a_registry_what_is_not_cached_is_unreachable(setting: Setting) -> None:
@@ -146,12 +265,13 @@ async def test_a_yanked_digest_is_refused_before_anything_is_read(setting: Setti
     assert setting.registry.downloads == []
 
 
-async def test_an_adapter_expert_is_refused_with_words_and_not_kept(setting: Setting) -> None:
+async def test_an_adapter_expert_is_refused_with_words_and_fetched_once(setting: Setting) -> None:
     data = expert_package("expert-sql", "1.0.0")
     digest = setting.registry.publish(data, [envelope_of(data, name="acme/expert-sql@1.0.0", format="expert")])
-    refused = await setting.refused(digest)
-    assert (refused.reason, "answers text" in refused.message) == (Reason.NOT_SERVABLE, True)
-    assert setting.cache.read(digest) is None
+    for _ in range(2):
+        refused = await setting.refused(digest)
+        assert (refused.reason, "answers text" in refused.message) == (Reason.NOT_SERVABLE, True)
+    assert setting.registry.downloads == [digest]
     unsigned = setting.registry.publish(expert_package("expert-x", "1.0.0"))
     assert (await setting.refused(unsigned)).reason is Reason.UNSIGNED
 
@@ -240,11 +360,12 @@ async def test_policy_alone_may_admit_what_nobody_signed(setting: Setting) -> No
     ("model", "reason"),
     [(replace(linear(), coefficients=None), Reason.NOT_SERVABLE), (b"not a package at all", Reason.BAD_MAGIC)],
 )
-async def test_what_cannot_serve_is_refused_and_not_cached(setting: Setting, model: Any, reason: Reason) -> None:
+async def test_what_cannot_serve_is_refused_and_fetched_once(setting: Setting, model: Any, reason: Reason) -> None:
     data = model if isinstance(model, bytes) else apr_bytes(model)
     digest = setting.registry.publish(data, [envelope_of(data)])
-    assert (await setting.refused(digest)).reason is reason
-    assert setting.cache.read(digest) is None
+    for _ in range(3):
+        assert (await setting.refused(digest)).reason is reason
+    assert setting.registry.downloads == [digest]
 
 
 async def test_a_cached_file_that_is_no_package_is_not_fetched_again(setting: Setting) -> None:
@@ -280,10 +401,10 @@ async def test_only_so_many_packages_from_the_cache_are_in_memory_at_once(
     reads, read = [], setting.cache.read
     go_on = threading.Event()
 
-    def hold(which: str) -> CachedPackage | None:
+    def hold(which: str, **options: Any) -> CachedPackage | None:
         reads.append(which)
         go_on.wait(10)
-        return read(which)
+        return read(which, **options)
 
     monkeypatch.setattr(setting.cache, "read", hold)
     with ThreadPoolExecutor(8) as executor:

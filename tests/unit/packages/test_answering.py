@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,13 +33,39 @@ def test_every_kind_of_model_answers_as_the_reference_does(name: str) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_that_take_much_memory_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts, model = opened(builders.models()["KNearestNeighbors"])
+@pytest.mark.parametrize("workspace_values", [1, 6, 50, 200])
+@pytest.mark.parametrize("name", builders.models())
+def test_rows_that_take_much_memory_are_answered_in_parts(
+    name: str, workspace_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, model = opened(builders.models()[name])
     whole = answering.answer(model, facts, ROWS)
 
-    monkeypatch.setattr(answering, "_WORKSPACE_VALUES", 50)
+    monkeypatch.setattr(answering, "_WORKSPACE_VALUES", workspace_values)
 
-    np.testing.assert_array_equal(answering.answer(model, facts, ROWS), whole)
+    np.testing.assert_allclose(answering.answer(model, facts, ROWS), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("points", "parts", "blocks"), [(3, 1, 1), (2**16, 64, 8)])
+def test_no_part_is_empty_and_training_rows_are_compared_with_many_at_once(
+    points: int, parts: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = np.random.default_rng(0).normal(size=(points, 2)).astype(np.float32)
+    facts, model = opened(m.KNearestNeighbors(1, samples, np.zeros(points, np.uint64)))
+    pieces: list[int] = []
+    split = np.split
+
+    def counted(values: Any, at: Any) -> Any:
+        found = split(values, at)
+        pieces.extend(map(len, found))
+        return found
+
+    monkeypatch.setattr(answering, "_WORKSPACE_VALUES", 2**14)
+    monkeypatch.setattr(np, "split", counted)
+    answering.answer(model, facts, ROWS)
+
+    assert len(pieces) == parts + parts * blocks
+    assert min(pieces) > 0
 
 
 def test_a_quantised_model_answers_with_the_weights_that_it_has() -> None:
@@ -76,4 +101,3 @@ def test_a_model_that_cannot_answer_is_refused() -> None:
     with pytest.raises(HocketError) as refusal:
         answering.answer(model, facts, ROWS)
     assert refusal.value.reason is Reason.NOT_SERVABLE
-    assert replace(facts, not_servable=None).n_features is None

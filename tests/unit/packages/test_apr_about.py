@@ -10,7 +10,7 @@ from hocket.packages import apr
 from hocket.packages.apr import about
 from hocket.packages.apr.metadata import read_metadata, write_metadata
 from tests import builders
-from tests.unit.packages.test_apr_metadata import FULL
+from tests.builders import FULL
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 

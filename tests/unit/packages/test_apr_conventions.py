@@ -11,6 +11,7 @@ import pytest
 from hocket.errors import HocketError, Reason
 from hocket.packages import apr
 from hocket.packages import model as m
+from hocket.packages.limits import DEFAULT_LIMITS
 from tests import builders
 from tests.builders import dense, floats, grow, neighbors
 
@@ -232,6 +233,17 @@ def test_boosted_trees_need_the_width_that_their_splits_do() -> None:
 )
 def test_a_model_that_cannot_answer_says_why(model: m.Model, why: str) -> None:
     assert why in (facts(model).not_servable or "")
+
+
+def test_classes_are_counted_before_they_are_compared() -> None:
+    def limited(classes: list[int], most: int) -> m.Model:
+        payload = bytes.fromhex(f"00 00 00 01 0300000000000000 {np.array(classes, '<u8').tobytes().hex()} {SMOOTHING}")
+        container = apr.split(builders.raw_apr(payload, model_type_id=8))
+        return apr.decode(container, "sha256:", replace(DEFAULT_LIMITS, labels=most))[1]
+
+    assert refusal(limited, [3, 3, 3], 2).message == "the model has more than 2 classes"
+    assert "twice" in refusal(limited, [3, 3, 3], 3).message
+    assert limited([3, 4, 5], 3) is not None
 
 
 def test_a_class_that_never_is_does_no_harm() -> None:

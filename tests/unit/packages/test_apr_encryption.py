@@ -6,7 +6,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
+import nacl.exceptions
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
@@ -94,6 +96,18 @@ class TestBothModes:
         assert refusal(seal(PAYLOAD, to)[:-1], credential).reason is Reason.DECRYPTION_FAILED
 
 
+@pytest.mark.parametrize(
+    ("block", "credential"),
+    [(PASSWORD_BLOCK, PASSWORD), (block_for(KEY.recipient.public_key, SMALL_ORDER[0]), KEY)],
+    ids=["another password", "a secret that everybody knows"],
+)
+def test_a_refusal_without_its_traceback_keeps_nothing_of_the_block(block: bytes, credential: Any) -> None:
+    error = refusal(block, credential).with_traceback(None)
+
+    assert error.reason is Reason.DECRYPTION_FAILED
+    assert (error.__context__, error.__cause__) == (None, None)
+
+
 class TestRecipients:
     def test_another_key_than_the_one_named_is_refused_before_any_cryptography(self) -> None:
         block = seal(PAYLOAD, KEY.recipient)
@@ -153,6 +167,20 @@ class TestPasswords:
             Password("\ud800")
         assert caught.value.reason is Reason.BAD_REQUEST
         assert "ud800" not in caught.value.message
+
+    @pytest.mark.parametrize("failure", [MemoryError, nacl.exceptions.RuntimeError])
+    def test_no_room_to_make_a_key_is_a_refusal_that_passes(
+        self, failure: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(argon2id, "kdf", Mock(side_effect=failure))
+            error = refusal(PASSWORD_BLOCK, Password("hunter2"))
+            with pytest.raises(HocketError) as sealing:
+                seal(PAYLOAD, PASSWORD)
+        assert error.reason is sealing.value.reason is Reason.DEVICE_MEMORY
+        assert error.retry_after_seconds
+        assert error.__context__ is None, "whose frames would keep the password"
+        assert unseal(memoryview(PASSWORD_BLOCK), Password("hunter2")) == b"abc"
 
     def test_few_keys_are_derived_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         running, most = 0, 0

@@ -3,18 +3,22 @@ from __future__ import annotations
 import struct
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from hocket.errors import HocketError, Reason
 from hocket.packages import apr
-from hocket.packages.apr.layouts import candidates, read_model
+from hocket.packages.apr.bincode import Codec, Reader
+from hocket.packages.apr.layouts import Layout, candidates, read_model
 from hocket.packages.apr.quantization import quantize, quantized_model
 from hocket.packages.limits import DEFAULT_LIMITS, Limits
 from hocket.packages.model import DecisionTreeClassifier, ModelFacts, QuantKind
-from tests import apr_oracle, builders
+from tests import apr_oracle, archives, builders
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 LINEAR = "01 0200000000000000 00000040 000080bf 0000003f 01"
 EXPERTS = f"0200000000000000 {LINEAR} 01 0200000000000000 00000000 00004040 000080bf 01"
@@ -184,6 +188,83 @@ def test_a_payload_that_two_layouts_fit_is_refused_unless_the_writer_s_version_d
     with pytest.raises(HocketError, match=r"custom\.hocket\.layout") as error:
         read_model(payload, (layout, layout), "0.11.0", DEFAULT_LIMITS)
     assert error.value.reason is Reason.UNSUPPORTED_LAYOUT
+
+
+def test_what_fits_is_copied_once_and_what_it_could_have_been_not_at_all() -> None:
+    ridge = replace(builders.models()["Ridge"], coefficients=np.ones(2**20, np.float32))
+    payload = bytes(apr.split(builders.apr_bytes(ridge, compression="none")).payload)
+
+    cost = archives.cost(lambda: read_model(memoryview(payload), candidates(1, {}), "0.11.0", DEFAULT_LIMITS))
+
+    assert 2**22 < cost.peak_bytes < 1.1 * 2**22
+    model = read_model(memoryview(payload), candidates(1, {}), "0.11.0", DEFAULT_LIMITS)[1]
+    assert builders.same(model, ridge)
+
+
+def test_a_reading_that_is_not_the_first_to_fit_has_arrays_of_its_own() -> None:
+    payload = bytearray.fromhex("00 0000003f 01")
+    fitted = bytes.fromhex(LINEAR)
+    (linear,) = candidates(1, {"layout": "LinearRegression"})
+    unfitted = replace(linear, codec=Codec(lambda reader: _read_past(reader, payload), linear.codec.write))
+
+    layout, model = read_model(memoryview(fitted), (unfitted, linear), "0.11.0", DEFAULT_LIMITS)
+
+    assert layout is linear
+    assert not np.shares_memory(model.coefficients, np.frombuffer(fitted, np.uint8))  # type: ignore[union-attr] # linear
+
+
+def _read_past(reader: Reader, payload: bytearray) -> Any:
+    """The model of another payload, as if it were all of this one."""
+    reader.take(reader.rest)
+    return candidates(1, {"layout": "LinearRegression"})[0].codec.read(Reader(memoryview(payload), reader.limits))
+
+
+def calls(model: Any) -> int:
+    """Functions that are called to read a model, Python's and numpy's, within the limits that hold by default."""
+    container = apr.split(builders.apr_bytes(model, metadata=builders.METADATA))
+    count = 0
+
+    def see(_: FrameType, event: str, __: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    sys.setprofile(see)
+    try:
+        apr.decode(container, "sha256:")
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("stumps", [False, True])
+def test_reading_trees_takes_work_in_proportion_to_their_number_and_nodes(stumps: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    if stumps:
+        tree = builders.grow((0, 0.5, (0, 3), (1, 2)))
+        some, twice = (calls(builders.forest(*(tree,) * count)) for count in (1000, 2000))
+        assert some < 150 * 1000
+    else:
+        some, twice = (calls(DecisionTreeClassifier(builders.chain(depth))) for depth in (512, 1024))
+        assert some < 6 * 1025
+    assert twice < 2.1 * some
+
+
+def test_a_version_s_variant_that_fits_is_the_only_one_that_is_tried() -> None:
+    payload = memoryview(bytes.fromhex(LINEAR))
+    (layout,) = candidates(1, {"layout": "LinearRegression"})
+    tried = []
+
+    def reading(*, since_0_13: bool) -> Layout:
+        def read(reader: Reader) -> Any:
+            tried.append(since_0_13)
+            return layout.codec.read(reader)
+
+        return replace(layout, codec=Codec(read, layout.codec.write), since_0_13=since_0_13)
+
+    variants = (reading(since_0_13=False), reading(since_0_13=True))
+    for version, wanted in (("0.11.0", False), ("0.13.0", True)):
+        tried.clear()
+        read_model(payload, variants, version, DEFAULT_LIMITS)
+        assert tried == [wanted]
 
 
 def test_a_recorded_layout_decides_whatever_the_type_id() -> None:

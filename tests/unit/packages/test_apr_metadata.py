@@ -10,49 +10,7 @@ import pytest
 from hocket.errors import HocketError, Reason
 from hocket.packages.apr.metadata import read_metadata, write_metadata
 from hocket.packages.limits import DEFAULT_LIMITS
-
-FULL: dict[str, Any] = {
-    "created_at": "1764278947",
-    "aprender_version": "0.11.0",
-    "model_name": "everything",
-    "description": "ü" * 40,
-    "training": {"samples": 70000, "duration_ms": 2**40, "source": "mnist"},
-    "hyperparameters": {"alpha": 0.1, "nested": [None, True, -1, -40000, {"a": 1.5}]},
-    "metrics": {"accuracy": 1},
-    "custom": {"theirs": {"x": []}},
-    "distillation": "abc",
-    "distillation_info": {
-        "method": "Ensemble",
-        "teacher": {
-            "hash": "h",
-            "model_type": "Knn",
-            "param_count": 3,
-            "ensemble_teachers": [{"hash": "g", "model_type": "Custom", "param_count": 2**33}],
-        },
-        "params": {"temperature": 2.5, "alpha": 0.5, "beta": 0.25, "epochs": 2**32 - 1, "final_loss": 1.0},
-        "layer_mapping": [{"student_layer": 0, "teacher_layer": 1, "weight": 0.5}],
-    },
-    "license": {
-        "uuid": "u",
-        "hash": "h",
-        "expiry": "2031-01-31T00:00:00Z",
-        "seats": 300,
-        "licensee": "l",
-        "tier": "Team",
-    },
-    "model_card": {
-        "model_id": "m",
-        "name": "n",
-        "version": "1",
-        "created_at": "2025-11-27T00:00:00Z",
-        "framework_version": "aprender 0.11.0",
-        "training_data": {"name": "t", "samples": 5},
-        "target_hardware": ["cpu"],
-        "carbon": {"kg": 0.5},
-    },
-    "later": "kept",
-}
-
+from tests.builders import FULL
 
 NEEDED = {"created_at": "0", "aprender_version": "0.11.0"}
 

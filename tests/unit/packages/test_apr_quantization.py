@@ -18,21 +18,10 @@ from hocket.packages import model as m
 from hocket.packages.apr.quantization import dequantize, dequantized_model, floats, quantize, quantized_model
 from hocket.packages.model import Quantized, QuantKind
 from tests import builders
+from tests.builders import QUANTIZABLE
 
 VALUES = builders.floats(1, -1, 2, -2, 0.5, -0.5, 0, 0.25)
 RAMP = (np.arange(32, dtype=np.float32) - 16) / 8
-LAYOUTS = (
-    "LinearRegression",
-    "Ridge",
-    "Lasso",
-    "ElasticNet",
-    "LogisticRegression",
-    "LinearSVM",
-    "KMeans",
-    "KNearestNeighbors",
-    "MixtureOfExperts",
-    "DenseNetwork",
-)
 
 
 def refusal(action: Any, *args: Any, **named: Any) -> HocketError:
@@ -176,7 +165,7 @@ class TestRecords:
 
 class TestModels:
     @pytest.mark.parametrize("kind", QuantKind)
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", QUANTIZABLE)
     def test_a_quantised_model_survives_writing_and_reading(self, layout: str, kind: QuantKind) -> None:
         plain = builders.models()[layout]
         model = quantized_model(plain, kind)
@@ -195,7 +184,7 @@ class TestModels:
         ):
             assert getattr(facts, name) == getattr(before, name), name
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", QUANTIZABLE)
     def test_nobody_takes_a_quantised_model_for_a_plain_one(self, layout: str) -> None:
         model = quantized_model(builders.models()[layout], QuantKind.Q8_0)
         data = builders.apr_bytes(model, compression="none")
@@ -205,7 +194,7 @@ class TestModels:
 
         assert refusal(decode, bare).reason in {Reason.BAD_PAYLOAD, Reason.TOO_LARGE, Reason.UNSUPPORTED_LAYOUT}
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", QUANTIZABLE)
     def test_it_answers_as_what_its_blocks_stand_for(self, layout: str) -> None:
         model = quantized_model(builders.models()[layout], QuantKind.Q4_0)
 
@@ -222,7 +211,7 @@ class TestModels:
         licensed["custom"] = {"hocket": {"layout": "Quantized<LinearRegression>"}}
         assert decode(apr.write(model, metadata=licensed))[0].flags == ("LICENSED", "QUANTIZED")
 
-    @pytest.mark.parametrize("layout", sorted({*builders.models()} - {*LAYOUTS}))
+    @pytest.mark.parametrize("layout", sorted({*builders.models()} - {*QUANTIZABLE}))
     def test_trees_and_naive_bayes_cannot_be_quantised(self, layout: str) -> None:
         error = refusal(quantized_model, builders.models()[layout], QuantKind.Q8_0)
 

@@ -140,6 +140,21 @@ def test_with_a_release_that_proves_nothing_no_decoder_is_entered() -> None:
     assert entered(data, b"{}") == (Reason.BAD_RELEASE, set())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "quantised"])
+def test_of_a_package_whose_licence_has_ended_the_payload_is_neither_decrypted_nor_decoded(kind: str) -> None:
+    data = builders.apr_bytes(**MODELS[kind], metadata=builders.ABOUT, signing=builders.signer(ACME_SEED))
+    policy = Policy(allow_expired_licences=True)
+    credentials = {digest_of(data): PASSWORD if kind == "with a password" else KEY}
+
+    reason, seen = entered(data, credentials=credentials)
+
+    assert reason is Reason.LICENCE_EXPIRED
+    payload = tuple(f"hocket.packages.apr.{module}." for module in ("encryption", "payload", "layouts", "bincode"))
+    assert not {name for name in seen if name.startswith((*payload, *DECODERS))}
+    reason, seen = entered(data, credentials=credentials, policy=policy)
+    assert (reason, "hocket.packages.apr.payload.decompress" in seen) == (None, True)
+
+
 def test_bytes_that_are_none_of_the_ones_asked_for_are_only_hashed() -> None:
     data = signed("zstd", ACME_SEED)
 

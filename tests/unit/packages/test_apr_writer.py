@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hocket.errors import HocketError, Reason
-from hocket.packages import apr
+from hocket.packages import Password, RecipientKey, apr
 from hocket.packages.model import (
     DecisionTreeClassifier,
     LinearRegression,
@@ -70,11 +70,16 @@ def test_whole_metadata_and_a_field_of_it_exclude_each_other(field: dict[str, An
     assert refusal(metadata=builders.METADATA, **field) is Reason.BAD_REQUEST
 
 
-def test_a_licence_sets_the_flag_of_an_unsigned_file_only() -> None:
-    metadata = {**builders.METADATA, "license": {"uuid": "u", "hash": "h", "tier": "Team"}}
+@pytest.mark.parametrize(("part", "flag"), [("license", "LICENSED"), ("model_card", "HAS_MODEL_CARD")])
+def test_a_licence_or_a_card_sets_its_flag_however_the_file_is_stored(part: str, flag: str) -> None:
+    metadata = {**builders.METADATA, part: builders.ABOUT[part]}
 
-    assert read(builders.apr_bytes(metadata=metadata))[0].flags == ("LICENSED",)
-    assert read(builders.apr_bytes(metadata=metadata, signing=builders.signer()))[0].flags == ("SIGNED",)
+    for stored in ({}, {"signing": builders.signer()}, {"encryption": Password("x")}):
+        data = builders.apr_bytes(metadata=metadata, **stored)
+        flags = set(apr.describe(apr.split(data), "sha256:").flags)
+        assert flags - {"SIGNED", "ENCRYPTED"} == {flag}
+        data = builders.apr_bytes(metadata=builders.METADATA, **stored)
+        assert not set(apr.describe(apr.split(data), "sha256:").flags) - {"SIGNED", "ENCRYPTED"}
 
 
 def test_another_type_id_may_be_chosen() -> None:
@@ -99,6 +104,15 @@ def test_the_signature_covers_header_metadata_and_payload() -> None:
 
 def test_a_signer_must_answer_a_signature_and_a_key() -> None:
     assert refusal(signing=lambda _: (b"", b"")) is Reason.BAD_REQUEST
+
+
+def test_what_is_encrypted_is_signed_unless_its_author_says_that_it_is_not() -> None:
+    model, to = builders.linear(), RecipientKey(b"\x09" * 32).recipient
+
+    assert refusal(encryption=to) is Reason.BAD_REQUEST
+    assert apr.split(apr.write(model, encryption=to, signing=builders.signer())).signature is not None
+    assert apr.split(apr.write(model, encryption=to, signing=None)).signature is None
+    assert apr.split(apr.write(model)).signature is None
 
 
 def test_an_unknown_compression_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from hocket.errors import HocketError
 from tests import archives
-from tests.fuzz.harnesses import HARNESSES
+from tests.fuzz.harnesses import CORPUS, HARNESSES, inputs
 
 
 def outcomes(name: str) -> set[str]:
@@ -34,10 +34,19 @@ def test_fuzzing_begins_with_packages_that_are_read() -> None:
 @pytest.mark.parametrize("name", ["header", "metadata", "payload", "quantized"])
 def test_a_seed_costs_no_more_than_its_harness_allows(name: str) -> None:
     harness = HARNESSES[name]
-    for seed in harness.seeds():
+    for seed in inputs(name):
         cost = archives.cost(partial(harness.read, harness.prepare(seed)))
         assert cost.seconds <= harness.seconds_max
         assert cost.peak_bytes <= harness.memory_bytes_max
+
+
+@pytest.mark.parametrize("name", ["header", "metadata", "payload", "quantized"])
+def test_fuzzing_begins_with_small_inputs_that_earlier_runs_have_found(name: str) -> None:
+    found = {path.read_bytes() for path in CORPUS.joinpath(name).iterdir()}
+
+    assert found <= set(inputs(name))
+    assert not found & set(HARNESSES[name].seeds())
+    assert max(map(len, found)) <= 2**12
 
 
 def test_make_fuzz_runs_every_harness() -> None:

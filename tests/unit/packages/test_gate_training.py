@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hocket.errors import HocketError, Reason
+from hocket.packages import gate_training
 from hocket.packages.gate_training import align, train_gate
 
 RANDOM = np.random.default_rng(0)
@@ -89,6 +90,31 @@ def test_an_expert_that_never_does_best_gets_little_weight() -> None:
     assert shares[:, 2].mean() < 0.1
 
 
+def test_a_gate_is_the_multinomial_regression_of_who_does_best() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'hocket[sklearn]'")
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - an extra
+
+    random = np.random.default_rng(1)
+    best = (ROWS @ random.normal(0, 2, (3, 3)) + random.gumbel(size=(400, 3))).argmax(axis=1)
+    alone = np.eye(3)[best]
+    trained = train_gate(ROWS, align([alone[:, [i]] for i in range(3)], [None] * 3), [1.0] * 400, penalty=0.01)
+
+    seen = np.random.default_rng(0).permutation(400)[100:]
+    mean, spread = ROWS[seen].mean(axis=0), ROWS[seen].std(axis=0)
+    theirs = LogisticRegression(C=1 / (0.01 * 300), tol=1e-8, max_iter=1000)
+    theirs.fit((ROWS[seen] - mean) / spread, best[seen])
+    logits = theirs.decision_function((ROWS - mean) / spread)
+    ours = ROWS @ trained.weights + np.array(trained.bias)
+    np.testing.assert_allclose(ours - ours.mean(axis=1, keepdims=True), logits, atol=2e-3)
+    assert trained.converged
+
+
+def test_training_that_is_stopped_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_training, "_STEPS_MAX", 1)
+
+    assert not train_gate(ROWS, regressors(), TRUTH.tolist()).converged
+
+
 def test_columns_of_any_scale_and_constant_ones_do_no_harm() -> None:
     scaled = np.hstack([ROWS * [1e4, 1e-4, 1], np.full((400, 1), 7)]).astype(np.float32)
 
@@ -140,5 +166,9 @@ def test_training_says_what_it_lacks() -> None:
     assert refusal(ROWS, classifiers(), ["neither"] * 400) is Reason.BAD_REQUEST
     few = align([answers.outputs[:2, 0], answers.outputs[:2, 1]], [None, None])
     assert refusal(ROWS[:2], few, truth[:2]) is Reason.BAD_REQUEST
+    away = (np.zeros((3, 3)), np.array([0.0, 1e39, 0.0]), True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gate_training, "_fit", lambda *_, **__: away)
+        assert refusal(ROWS, answers, truth) is Reason.BAD_TENSOR
     tiny = (ROWS * 1e-38).astype(np.float32) * np.float32(1e-3)
     assert refusal(tiny, answers, truth) is Reason.BAD_TENSOR

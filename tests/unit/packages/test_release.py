@@ -136,6 +136,8 @@ class TestProof:
     def test_a_release_of_other_bytes_is_refused(self) -> None:
         other = Subject.of(Purpose.PACKAGE, DATA + b"!", "apr")
         assert reason_of(ENVELOPE, other) is Reason.DIGEST_MISMATCH
+        with pytest.raises(HocketError, match="the file was changed or damaged, fetch it again; or the release is"):
+            check(ENVELOPE, other)
         assert check(envelope_of(DATA + b"!"), other).kind == "release"
 
     def test_a_release_with_another_size_is_refused(self) -> None:

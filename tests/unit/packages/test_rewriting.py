@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from hocket.identity import digest_of
 from hocket.packages import apr, rewriting
 from hocket.packages import model as m
 from hocket.packages.apr.about import ModelCard, model_card
-from hocket.packages.apr.encryption import Password, RecipientKey
+from hocket.packages.apr.encryption import Password, RecipientKey, seal
 from hocket.packages.apr.header import Flag, Header
-from hocket.packages.apr.metadata import write_metadata
+from hocket.packages.apr.metadata import read_metadata, write_metadata
 from hocket.packages.apr.quantization import dequantized_model
 from tests import builders
 
@@ -41,7 +42,7 @@ CARD = ModelCard(
     others={"bias_risks": ["few flowers"]},
 )
 REWRITINGS: dict[str, Any] = {
-    "encrypted": lambda data, **more: rewriting.encrypted(data, KEY.recipient, **more),
+    "encrypted": lambda data, **more: rewriting.encrypted(data, KEY.recipient, **{"signing": None, **more}),
     "compressed": lambda data, **more: rewriting.compressed(data, "zstd-max", **more),
     "quantized": lambda data, **more: rewriting.quantized(data, m.QuantKind.Q8_0, **more),
     "with_card": lambda data, **more: rewriting.with_card(data, CARD, **more),
@@ -66,7 +67,7 @@ def refusal(rewrite: Any, *arguments: Any, **more: Any) -> Reason:
 @pytest.mark.parametrize("model", builders.models().values(), ids=list(builders.models()))
 def test_a_package_is_decrypted_to_what_was_encrypted(model: Any, to: Any, credential: Any) -> None:
     data = builders.apr_bytes(model)
-    sealed = rewriting.encrypted(data, to)
+    sealed = rewriting.encrypted(data, to, signing=None)
 
     clear = rewriting.decrypted(sealed, credential)
 
@@ -79,14 +80,14 @@ def test_a_package_is_decrypted_to_what_was_encrypted(model: Any, to: Any, crede
 
 
 def test_metadata_without_anything_of_ours_comes_back_byte_for_byte() -> None:
-    section = write_metadata({"zeta": 1.5, "created_at": "x", "aprender_version": "0.11.0", "custom": {"a": 2}})
-    sealed = builders.raw_apr(
-        b"".join([bytes(32), b"hint" * 2, bytes(12), bytes(16 + 4)]), section, flags=0x01, uncompressed_bytes=4
-    )
+    section = b"\x84\xa4zeta\xcb" + struct.pack(">d", 1.5) + b"\xaacreated_at\xd9\x01x"  # "x" need not be so long
+    section += b"\xb0aprender_version\xa60.11.0\xa6custom\x81\xa1a\xcc\x02"  # nor need 2
+    payload = bytes(apr.split(builders.apr_bytes(compression="none")).payload)
+    for to, credential in ((PASSWORD, PASSWORD), (KEY.recipient, KEY)):
+        sealed = builders.raw_apr(seal(payload, to), section, flags=0x01, uncompressed_bytes=len(payload))
 
-    assert refusal(rewriting.decrypted, sealed, PASSWORD) is Reason.DECRYPTION_FAILED
-    carded = rewriting.with_card(sealed, None)
-    assert bytes(apr.split(carded).metadata) == section
+        assert rewriting.decrypted(sealed, credential) == builders.raw_apr(payload, section)
+    assert write_metadata(read_metadata(section)) != section
 
 
 def test_metadata_keeps_its_order_and_what_nothing_is_about() -> None:
@@ -121,6 +122,14 @@ def test_a_signature_inside_does_not_survive_unless_it_is_made_anew(name: str) -
     VerifyKey(container.signature.public_key).verify(bytes(container.signed_bytes), container.signature.signature)
 
 
+def test_encrypting_without_a_signature_has_to_be_said() -> None:
+    encrypt: Any = rewriting.encrypted
+
+    with pytest.raises(TypeError, match="signing"):
+        encrypt(package(), PASSWORD)
+    assert encrypt(package(), PASSWORD, signing=None)
+
+
 def test_what_is_encrypted_is_signed_as_it_is_stored() -> None:
     container = apr.split(rewriting.encrypted(package(), PASSWORD, signing=SIGNING))
 
@@ -141,16 +150,16 @@ def test_an_altered_file_is_not_written_anew(name: str) -> None:
 
 def test_each_rewriting_wants_the_payload_as_it_needs_it() -> None:
     data = package()
-    sealed = rewriting.encrypted(data, PASSWORD)
+    sealed = rewriting.encrypted(data, PASSWORD, signing=None)
 
-    assert refusal(rewriting.encrypted, sealed, PASSWORD) is Reason.BAD_REQUEST
+    assert refusal(rewriting.encrypted, sealed, PASSWORD, signing=None) is Reason.BAD_REQUEST
     assert refusal(rewriting.compressed, sealed, "none") is Reason.ENCRYPTED
     assert refusal(rewriting.quantized, sealed, m.QuantKind.Q8_0) is Reason.ENCRYPTED
     assert refusal(rewriting.decrypted, data, PASSWORD) is Reason.BAD_REQUEST
     assert refusal(rewriting.decrypted, sealed, Password("other")) is Reason.DECRYPTION_FAILED
     assert refusal(rewriting.decrypted, sealed, KEY) is Reason.WRONG_RECIPIENT
     assert refusal(rewriting.compressed, data, "brotli") is Reason.BAD_REQUEST
-    assert refusal(rewriting.encrypted, builders.raw_apr(b"no model"), PASSWORD) is Reason.BAD_PAYLOAD
+    assert refusal(rewriting.encrypted, builders.raw_apr(b"no model"), PASSWORD, signing=None) is Reason.BAD_PAYLOAD
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd", "zstd-max", "lz4"])
@@ -199,12 +208,17 @@ def test_a_quantised_mixture_names_the_layout_of_its_experts() -> None:
     assert isinstance(model.gate.weights, m.Quantized)
 
 
-def test_a_card_and_a_licence_stay_marked_when_weights_are_quantised() -> None:
-    licence = {"uuid": "u", "hash": "h", "tier": "Team"}
-    data = package(metadata={**METADATA, "license": licence})
-    flags = opened(rewriting.quantized(rewriting.with_card(data, CARD), m.QuantKind.Q8_0))[0].flags
+@pytest.mark.parametrize("name", REWRITINGS)
+def test_flags_say_of_every_rewriting_what_is_in_the_file(name: str) -> None:
+    data = package(metadata={**METADATA, "license": {"uuid": "u", "hash": "h", "tier": "Team"}})
+    own = {"encrypted": {"ENCRYPTED"}, "quantized": {"QUANTIZED"}}.get(name, set())
 
-    assert flags == ("LICENSED", "QUANTIZED", "HAS_MODEL_CARD")
+    def flags(data: bytes, **more: Any) -> set[str]:
+        return set(apr.describe(apr.split(REWRITINGS[name](data, **more)), "sha256:").flags)
+
+    assert flags(rewriting.with_card(data, CARD)) == {"LICENSED", "HAS_MODEL_CARD", *own}
+    assert flags(rewriting.with_card(data, CARD), signing=SIGNING) == {"LICENSED", "HAS_MODEL_CARD", "SIGNED", *own}
+    assert flags(package()) == own | ({"HAS_MODEL_CARD"} if name == "with_card" else set())
 
 
 def test_a_card_is_put_in_replaced_and_taken_away() -> None:
@@ -226,7 +240,7 @@ def test_a_card_is_put_in_replaced_and_taken_away() -> None:
 
 
 def test_a_card_goes_into_an_encrypted_package_without_its_credential() -> None:
-    carded = rewriting.with_card(rewriting.encrypted(package(), PASSWORD), CARD)
+    carded = rewriting.with_card(rewriting.encrypted(package(), PASSWORD, signing=None), CARD)
 
     assert model_card(opened(carded, PASSWORD)[0].metadata) == CARD
 

@@ -125,9 +125,12 @@ def test_a_blob_that_is_shorter_or_missing_is_corrupt(blobs: Blobs) -> None:
 def test_the_same_bytes_again_heal_a_damaged_blob(blobs: Blobs) -> None:
     digest = kept(blobs)
     blobs.path(digest).write_bytes(b"damaged")
+    assert not blobs.is_whole(digest)
 
     kept(blobs)
 
+    assert blobs.is_whole(digest)
+    assert not blobs.is_whole("sha256:" + "0" * 64)
     assert read_all(blobs, digest, len(DATA)) == DATA
 
 

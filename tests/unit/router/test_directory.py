@@ -133,7 +133,10 @@ async def test_an_unknown_model_is_told_of_a_close_one() -> None:
         await until(lambda: revision_of(directory) == 1)
         with pytest.raises(HocketError, match=r"did you mean 'acme/low@1'\?"):
             directory.snapshot.resolve("acme/lov@1")
-        with pytest.raises(HocketError, match="hocket mixtures list"):
+        for short in ("low", "low@1"):
+            with pytest.raises(HocketError, match=r"did you mean 'acme/low@1'\?"):
+                directory.snapshot.resolve(short)
+        with pytest.raises(HocketError, match="`hocket list` shows the packages, `hocket mixtures list`"):
             directory.snapshot.resolve("nothing like it")
 
 

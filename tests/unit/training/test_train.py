@@ -58,6 +58,20 @@ def test_the_loss_falls_and_progress_is_told(done: tuple[Workshop, Outcome, list
     assert {each.phase for each in told} >= {"training", "evaluating"}
 
 
+def test_the_tokens_told_are_those_of_the_steps_that_were_taken(
+    done: tuple[Workshop, Outcome, list[Progress]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from training.__main__ import _print  # noqa: PLC0415 - slow
+
+    _, outcome, _ = done
+    of_all = outcome.steps * STEADY["batch_size"] / outcome.examples
+    assert outcome.tokens_learnt == pytest.approx(of_all * outcome.tokens, rel=0.05)
+    _print(replace(outcome, tokens=4000, tokens_learnt=600, seconds=2.0))
+    told = capsys.readouterr().out
+    assert "examples of 4000 tokens" in told
+    assert "600 tokens learnt in 2 s, 300 tokens/s" in told
+
+
 def test_the_best_checkpoint_is_kept(done: tuple[Workshop, Outcome, list[Progress]]) -> None:
     shop, outcome, told = done
     evaluated = {each.step: each.eval_loss for each in told if each.eval_loss is not None}
@@ -382,7 +396,7 @@ def test_the_script_trains_and_speaks_json(shop: Workshop, capsys: pytest.Captur
     assert main([*given, *options, "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["reason"] == "BAD_REQUEST"
     assert main([*given, *options, "--resume"]) == 0  # it is at its end already
-    assert "hocket expert pack" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == f"      hocket expert pack {shop.folder / 'out'}"
     assert main([*given, "--threads", "1", *options[2:], "--max-steps", "1", "--out", str(shop.folder / "other")]) == 0
     assert "loss" in capsys.readouterr().err
     assert main([*given, "--threads", "0"]) == 2
