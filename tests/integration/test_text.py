@@ -825,7 +825,9 @@ class TestWorker:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
         assert setting.app._text is not None
-        monkeypatch.setattr(setting.app._text.engine._passes, "_runner", type("Broken", (), {"run": staticmethod(broken)}))
+        monkeypatch.setattr(
+            setting.app._text.engine._passes, "_runner", type("Broken", (), {"run": staticmethod(broken)})
+        )
         assert (await setting.run_refused(setting.job())).reason is Reason.NOT_READY
         await asyncio.wait_for(setting.app.failed.wait(), SECONDS)
 

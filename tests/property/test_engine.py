@@ -362,8 +362,7 @@ def test_those_who_make_way_go_on_as_if_nothing_had_been(*, shared: bool, world:
 
     async def work() -> None:
         wanted = await world.alone(every)
-        memory = {"page_positions": 1, "page_count": 62, "arena_rows": 64, "shared": shared}
-        async with whole_engine(world.base, **memory) as lab:
+        async with whole_engine(world.base, page_positions=1, page_count=62, arena_rows=64, shared=shared) as lab:
             answers = await lab.ask_all([world.request(asked) for asked in every])
             if not shared:
                 assert lab.engine.state.counts.preemption_count > 0

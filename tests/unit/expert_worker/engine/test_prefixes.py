@@ -62,7 +62,7 @@ class TestPrefixCache:
         cache.release(awaited, awaited=True)
         cache.release(pinned)
         cache.release(left)
-        have = []
+        have: list[int] = []
         for counts in ((3, 2, 0), (3, 2, 0), (3, 2, 0), (3, 0, 0), (3, 0, 0), (2, 0, 0), (1, 0, 0)):
             have += cache.take(1) or ()
             assert (found(cache, 3, "a"), found(cache, 2, "p"), found(cache, 3, "l")) == counts
