@@ -17,6 +17,7 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -27,7 +28,7 @@ from services.expert_worker.engine.projection import Strips
 from services.expert_worker.engine.slab import zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from concurrent.futures import Future
 
     from torch import Tensor
@@ -150,6 +151,18 @@ class Arena:
     def strips(self, name: str) -> Strips:
         """Where experts lie side by side, for one projection."""
         return self._strips[name]
+
+    def stack(self, names: Sequence[str]) -> Tensor | None:
+        """The A of some projections, `[k, rows, in]`; None if they do not lie in one layer, equally far apart."""
+        strips = [self._strips[name].inputs for name in names]
+        first = strips[0]
+        starts = [strip.storage_offset() for strip in strips]
+        steps = {after - before for before, after in pairwise(starts)} or {0}
+        same = all(strip.shape == first.shape for strip in strips)
+        layers = {self.layout.columns[name].layer for name in names}
+        if len(steps) > 1 or min(steps) < 0 or len(layers) > 1 or not same:
+            return None
+        return first.as_strided((len(strips), *first.shape), (*steps, *first.stride()))
 
     def place(self, digest: str, *, outside: bool) -> Place:
         """The rows of an expert that is resident, in the layers or outside of them."""

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from hocket.errors import HocketError, Reason
-from services.expert_worker.engine.projection import Projection, Update, Vectors, Work
+from services.expert_worker.engine.projection import Projection, StepWork, Update, Vectors, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -70,7 +70,6 @@ class _Task:
     Attributes:
         is_head: Whether it sees only the rows that are kept.
         outside: Whether it lies outside the layers.
-        width: Inputs and outputs together.
         inputs: Experts with factors of the input.
         outputs: With factors of the output, its bias included.
         products: With factors of the output without its bias.
@@ -80,7 +79,6 @@ class _Task:
 
     is_head: bool
     outside: bool
-    width: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     products: tuple[int, ...]
@@ -93,13 +91,37 @@ def _task(base: nn.Linear, pieces: Sequence[tuple[int, Piece]], *, is_head: bool
     return _Task(
         is_head=is_head,
         outside=outside,
-        width=base.in_features + base.out_features,
         inputs=tuple(column for column, piece in pieces if piece.u is not None),
         outputs=tuple(column for column, whole in gated if whole),
         products=tuple(column for column, whole in gated if not whole),
         biases=tuple(column for column, piece in pieces if piece.c is not None),
         updates=tuple(column for column, piece in pieces if piece.a is not None),
     )
+
+
+_TEAMS: Final = {child: team for team in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) for child in team}
+"""Projections that read the same input in transformers' models. Another that does so too computes for itself."""
+
+
+def teams(names: Iterable[str]) -> list[list[str]]:
+    """Names of projections, those together that read the same input."""
+    found: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        found.setdefault((parent, _TEAMS.get(child, child)), []).append(name)
+    return list(found.values())
+
+
+def stacks(arena: Arena, teams: Iterable[list[str]]) -> dict[str, tuple[Tensor, int]]:
+    """The A of projections and of those they share their input with, and their place among them, by name."""
+    found: dict[str, tuple[Tensor, int]] = {}
+    for team in teams:
+        stack = arena.stack(team)
+        if stack is None:
+            found |= stacks(arena, [[name] for name in team])
+        else:
+            found |= {name: (stack, place) for place, name in enumerate(team)}
+    return found
 
 
 class Mixer:
@@ -125,14 +147,16 @@ class Mixer:
         self._arena = arena
         self._device = next(iter(projections.values())).weight.device
         self._method = method
-        self._works: dict[str, Work] = {}
-        self._tasks: tuple[tuple[str, ...], dict[_Task, list[str]]] = ((), {})
+        self._step = StepWork()
+        self._digests: tuple[str, ...] = ()
+        self._tasks: dict[_Task, list[str]] = {}
         self._projections = dict(projections)
+        self._width = sum(base.in_features + base.out_features for base in projections.values()) // len(projections)
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # theirs
         self._head = next((name for name, base in projections.items() if base is head), None)
         for name, base in projections.items():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Projection(name, base, arena.strips(name), self._works))
+            setattr(model.get_submodule(parent), child, Projection(name, base, arena.strips(name), self._step))
 
     def begin(self, counts: Sequence[tuple[int, Mixture]], kept: Tensor | None = None) -> None:
         """Prepare a step: have its experts there, and work out what each projection has to do.
@@ -171,38 +195,43 @@ class Mixer:
                     weights[part, columns[expert.digest]] = weight
         part_of_row = np.repeat(np.arange(len(counts)), [count for count, _ in counts])
         seen = part_of_row if kept is None else part_of_row[kept.cpu().numpy()]
+        if tuple(experts) != self._digests:
+            self._learn(experts)
         made: dict[tuple[bool, bool], _Rows] = {}
-        for task, names in self._tasks_of(experts).items():
+        works: dict[str, Work] = {}
+        for task, names in self._tasks.items():
             kind = task.is_head, task.outside
             if kind not in made:
                 places = [self._arena.place(digest, outside=task.outside) for digest in experts]
-                made[kind] = _Rows(seen if task.is_head else part_of_row, weights, places, self._device)
-            self._works.update(dict.fromkeys(names, made[kind].work(task, self._method)))
+                made[kind] = _Rows(seen if task.is_head else part_of_row, weights, places, self._width, self._device)
+            works.update(dict.fromkeys(names, made[kind].work(task, self._method)))
+        self._step.works = works
 
     def end(self) -> None:
         """End the step: projections are the base's again."""
-        self._works.clear()
+        self._step.clear()
 
-    def _tasks_of(self, experts: Mapping[str, AdapterExpert]) -> dict[_Task, list[str]]:
-        """What there is to do for these experts, and the projections it is to do for.
+    def _learn(self, experts: Mapping[str, AdapterExpert]) -> None:
+        """Find out what there is to do for these experts, and the projections that it is to do for.
 
         It depends on what experts are made of alone, and they are the same in most steps, so the last is kept.
         """
-        digests = tuple(experts)
-        if digests != self._tasks[0]:
-            tasks: dict[_Task, list[str]] = {}
-            for name, base in self._projections.items():
-                pieces = [
-                    (column, piece)
-                    for column, expert in enumerate(experts.values())
-                    if (piece := expert.pieces.get(name)) is not None
-                ]
-                if pieces:
-                    outside = self._arena.layout.columns[name].layer is None
-                    task = _task(base, pieces, is_head=name == self._head, outside=outside)
-                    tasks.setdefault(task, []).append(name)
-            self._tasks = digests, tasks
-        return self._tasks[1]
+        self._tasks = {}
+        for name, base in self._projections.items():
+            pieces = [
+                (column, piece)
+                for column, expert in enumerate(experts.values())
+                if (piece := expert.pieces.get(name)) is not None
+            ]
+            if pieces:
+                outside = self._arena.layout.columns[name].layer is None
+                task = _task(base, pieces, is_head=name == self._head, outside=outside)
+                self._tasks.setdefault(task, []).append(name)
+        self._step.stacks = {}
+        for task, names in self._tasks.items():
+            if task.updates:  # who changes its input first has it for itself
+                self._step.stacks |= stacks(self._arena, [[name] for name in names] if task.inputs else teams(names))
+        self._digests = tuple(experts)
 
 
 class _Rows:
@@ -214,6 +243,7 @@ class _Rows:
         part_of_row: int64 `[n]`.
         weights: `[parts, experts]`.
         places: Of the experts.
+        width: Inputs and outputs of a projection, on average.
         device: Where to compute.
     """
 
@@ -222,11 +252,13 @@ class _Rows:
         part_of_row: NDArray[np.int64],
         weights: NDArray[np.float32],
         places: Sequence[Place],
+        width: int,
         device: torch.device,
     ) -> None:
         self._part_of_row = part_of_row
         self._weights = weights
         self._places = places
+        self._width = width
         self._device = device
         self._part_of_row_there = torch.from_numpy(part_of_row).to(device)
         uses = weights[part_of_row] != 0
@@ -242,7 +274,7 @@ class _Rows:
             outputs=self._factors_of(task.outputs),
             products=self._factors_of(task.products),
             biases=self._vectors_of(task.biases, [self._places[member].biases for member in task.biases]),
-            updates=self._updates_of(task.updates, task.width, method),
+            updates=self._updates_of(task.updates, method),
         )
 
     def _factors_of(self, members: tuple[int, ...]) -> Vectors | None:
@@ -258,24 +290,24 @@ class _Rows:
             self._vectors[key] = Vectors(self._by_row(weights), where)
         return self._vectors[key]
 
-    def _updates_of(self, members: tuple[int, ...], width: int, method: Method | None) -> tuple[Update, ...]:
+    def _updates_of(self, members: tuple[int, ...], method: Method | None) -> tuple[Update, ...]:
         if not members:
             return ()
-        method = method or self._cheaper(members, width)
+        method = method or self._cheaper(members)
         key = method, members
         if key not in self._updates:
             make = self._concatenated if method is Method.CONCATENATED else self._segments
             self._updates[key] = tuple(make(members))
         return self._updates[key]
 
-    def _cheaper(self, members: tuple[int, ...], width: int) -> Method:
+    def _cheaper(self, members: tuple[int, ...]) -> Method:
         costs = _CPU if self._device.type == "cpu" else _CUDA
         heights = sum(self._height(member) for member in members)
-        concatenated = len(self._runs(members)) * costs.update + width * heights * len(self._part_of_row)
+        concatenated = len(self._runs(members)) * costs.update + self._width * heights * len(self._part_of_row)
         segments = len(members) * costs.update
         for member in members:
             gathered = 0 if isinstance(self._tokens[member], slice) else costs.moved
-            segments += width * self._token_counts[member] * (self._height(member) + gathered)
+            segments += self._width * self._token_counts[member] * (self._height(member) + gathered)
         return Method.CONCATENATED if concatenated <= segments else Method.SEGMENTS
 
     def _concatenated(self, members: tuple[int, ...]) -> Iterator[Update]:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from services.expert_worker.engine.products import expand_into, shrink
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -72,20 +74,24 @@ class Update:
     weights: Tensor
     absent: Tensor | None = None
 
-    def add_to(self, y: Tensor, x: Tensor, strips: Strips) -> None:
-        """Add to `y [T, out]` what `x [T, in]` gives; both float32."""
-        b = strips.outputs[self.start : self.stop].to(torch.float32)
-        if isinstance(self.tokens, slice):
-            y[self.tokens].addmm_(self._shrunk(x[self.tokens], strips), b)
-        else:
-            y.index_add_(0, self.tokens, self._shrunk(x.index_select(0, self.tokens), strips) @ b)
-
-    def _shrunk(self, x: Tensor, strips: Strips) -> Tensor:
-        shrunk = (x @ strips.inputs[self.start : self.stop].to(torch.float32).T).mul_(self.weights)
+    def shrunk(self, x: Tensor, stack: Tensor) -> Tensor:
+        """What lies between A and B, weighted: float32 `[k, n, rows]`, of `x [T, in]` and the A of k projections."""
+        rows = x[self.tokens] if isinstance(self.tokens, slice) else x.index_select(0, self.tokens)
+        shrunk = shrink(rows, stack[:, self.start : self.stop]).mul_(self.weights)
         if self.absent is not None:
             # Not left to a weight of 0: where an expert of another request overflows, 0 times infinity is not 0.
             shrunk.masked_fill_(self.absent, 0)
         return shrunk
+
+    def add_to(self, y: Tensor, shrunk: Tensor, outputs: Tensor) -> None:
+        """Add to `y [T, out]` what lies between, `[n, rows]`, times the B of one projection; all float32 but B."""
+        b = outputs[self.start : self.stop]
+        if isinstance(self.tokens, slice):
+            expand_into(y[self.tokens], shrunk, b)
+        else:
+            added = y.new_zeros((len(shrunk), y.shape[1]))
+            expand_into(added, shrunk, b)
+            y.index_add_(0, self.tokens, added)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +113,42 @@ class Work:
     updates: tuple[Update, ...]
 
 
+class StepWork:
+    """What projections do in the step that is computed; nothing between steps.
+
+    Projections that read the same input and do the same with it, as those of queries, keys and values do, share one
+    product with all of their A: the first of them computes it, the others find it.
+
+    Attributes:
+        works: By the name of the projection; not there means nothing.
+        stacks: `[k, rows, in]`, the A of a projection and of those it shares its input with, and its place among them.
+    """
+
+    def __init__(self) -> None:
+        self.works: Mapping[str, Work] = {}
+        self.stacks: Mapping[str, tuple[Tensor, int]] = {}
+        self._last: tuple[Tensor, Tensor, list[Tensor]] | None = None
+
+    def clear(self) -> None:
+        """The step is over."""
+        self.works = {}
+        self._last = None
+
+    def shrunk(self, name: str, x: Tensor, updates: tuple[Update, ...]) -> Iterator[Tensor]:
+        """What lies between A and B of a projection, for each of its updates.
+
+        Args:
+            name: Of the projection.
+            x: Its input, as it came: whoever shares it has got the same tensor.
+            updates: Those of its work.
+        """
+        stack, which = self.stacks[name]
+        if self._last is None or self._last[0] is not x or self._last[1] is not stack:
+            rows = x.reshape(-1, x.shape[-1])
+            self._last = x, stack, [update.shrunk(rows, stack) for update in updates]
+        return (shrunk[which] for shrunk in self._last[2])
+
+
 class Projection(nn.Module):
     """A linear layer of the base, and experts on top of it where a step has any.
 
@@ -114,15 +156,15 @@ class Projection(nn.Module):
         name: Its own.
         base: The layer.
         strips: Where experts lie.
-        works: What they do in this step, by the name of the projection; not there means nothing.
+        step: What is done in this step.
     """
 
-    def __init__(self, name: str, base: nn.Linear, strips: Strips, works: Mapping[str, Work]) -> None:
+    def __init__(self, name: str, base: nn.Linear, strips: Strips, step: StepWork) -> None:
         super().__init__()
         self.base = base
         self._name = name
         self._strips = strips
-        self._works = works
+        self._step = step
 
     @property
     def weight(self) -> Tensor:
@@ -136,7 +178,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., out]` of `[..., in]`: rows of the batch, in the order for which the step was made."""
-        work = self._works.get(self._name)
+        work = self._step.works.get(self._name)
         if work is None:
             return self.base(x)  # type: ignore[no-any-return]  # modules are not typed
         strips = self._strips
@@ -154,7 +196,7 @@ class Projection(nn.Module):
         if work.biases is not None:
             total = total + work.biases.sum_of(strips.outputs)
         if work.updates:
-            rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-            for update in work.updates:
-                update.add_to(total, rows, strips)
+            shrunk = self._step.shrunk(self._name, x, work.updates)
+            for update, each in zip(work.updates, shrunk, strict=True):
+                update.add_to(total, each, strips.outputs)
         return total.to(y.dtype).view(y.shape)

@@ -112,6 +112,7 @@ class Scheduler:
         self._tenants = TokenCounters()
         self._rows_max = limits.step_tokens
         self._narrow_steps = 0
+        self._restarting = False
         self._turn = 0
         self._number = 0
         self._hit_count = 0
@@ -170,7 +171,8 @@ class Scheduler:
         """Let run what fits, the first in rank first.
 
         What does not fit is passed by others, until it has waited long enough: then nobody else is admitted until it
-        fits.
+        fits. After a `restart` one is admitted alone until rows of it have been computed: pages of others could lie where
+        its experts want rows once more.
 
         Args:
             now: On the clock of the sequences' arrival.
@@ -184,6 +186,8 @@ class Scheduler:
             return admitted
         crowd = self._crowd(sequence for sequence in self.running if not self.is_paused(sequence))
         for sequence in self.in_turn():
+            if self._restarting and crowd.sequences:
+                break
             if self._begin(sequence, crowd, now) or self._displace(sequence, crowd, now):
                 admitted.append(sequence)
             elif now - sequence.arrival_time >= self._limits.patience_seconds:
@@ -215,6 +219,7 @@ class Scheduler:
     def advance(self, share: Share) -> None:
         """Take note that a share has been computed: whoever begins with the same tokens finds its whole pages now."""
         sequence = share.sequence
+        self._restarting = False
         sequence.computed_count += share.row_count
         self._charge(sequence, sequence.computed_count)
         kept, whole = sequence.kept_page_count, sequence.computed_count // sequence.page_positions
@@ -237,6 +242,7 @@ class Scheduler:
 
         Whoever is admitted first then has the lowest pages, and room for its experts.
         """
+        self._restarting = True
         for sequence in tuple(self.running):
             self._preempt(sequence)
         self._cache.clear()

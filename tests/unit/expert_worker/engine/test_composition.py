@@ -69,13 +69,13 @@ def test_a_device_that_computes_otherwise_does_not_pass(folder: Path, monkeypatc
     """What the checks are for: an update that comes to a hundredth too much is seen."""
     from services.expert_worker.engine.projection import Update  # noqa: PLC0415 - beside its only use
 
-    inner = Update._shrunk
+    inner = Update.shrunk
 
-    def too_much(update: Update, *arguments: object) -> torch.Tensor:
-        return 1.01 * inner(update, *arguments)  # type: ignore[arg-type]  # passed on
+    def too_much(update: Update, x: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        return 1.01 * inner(update, x, stack)
 
     wanted = composition.composed_logits(folder, DEVICE, torch.float32)
-    monkeypatch.setattr(Update, "_shrunk", too_much)
+    monkeypatch.setattr(Update, "shrunk", too_much)
     with pytest.raises(AssertionError):
         composition.assert_batches_compose(DEVICE, torch.float32, None)
     found = composition.composed_logits(folder, DEVICE, torch.float32)

@@ -14,11 +14,15 @@ from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.expert import AdapterExpert, Piece
 from services.expert_worker.engine.mixing import Method, Mixer
-from services.expert_worker.engine.projection import Projection
+from services.expert_worker.engine.projection import Projection, Update
 from tests.adapters import HEAD, KINDS, SHAPES, Known, ToyBase, arena_of, assert_close, dense, toy_expert
+from tests.bases import LAYERS, tiny_base
+from tests.engines import NAME, expert_of, opened, random_package
+from tests.passes import Passes, ids_of, part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -329,15 +333,56 @@ def test_the_arena_keeps_no_expert_alive() -> None:
 
 def test_few_rows_are_computed_for_all_experts_at_once_and_many_by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     base = ToyBase()
-    experts = [toy_expert(base, "lora", rank=64, seed=seed) for seed in range(8)]
-    updates: dict[str, Any] = {}
+    experts = [toy_expert(base, "lora", ["block.0.up"], rank=64, seed=seed) for seed in range(8)]
     mixer = mixed(base, arena_of(base, 512))
-    monkeypatch.setattr(mixer, "end", lambda: None)
+    calls = counted(monkeypatch)
+    for rows, count in ((1, 1), (400, 8)):
+        requests = [(rows, [(known, 1.0)]) for known in experts]
+        run(base, mixer, rows_for(requests), requests)
+        assert len(calls) == count
+        calls.clear()
 
-    def count(rows: int) -> int:
-        mixer.begin([(rows, ((known.expert, 1.0),)) for known in experts])
-        updates.update(mixer._works)
-        return len(updates["block.0.up"].updates)
 
-    assert count(1) == 1
-    assert count(400) == 8
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many projections each product with rows of A is for, from now on."""
+    calls: list[int] = []
+    inner = Update.shrunk
+
+    def shrunk(update: Update, x: Tensor, stack: Tensor) -> Tensor:
+        calls.append(len(stack))
+        return inner(update, x, stack)
+
+    monkeypatch.setattr(Update, "shrunk", shrunk)
+    return calls
+
+
+@pytest.mark.parametrize("method", [Method.CONCATENATED, Method.SEGMENTS])
+@pytest.mark.parametrize(
+    ("modules", "products"),
+    [
+        (("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), [3, 1, 2, 1]),
+        (("q_proj", "v_proj"), [2]),
+        (("k_proj", "o_proj", "up_proj"), [1, 1, 1]),
+    ],
+)
+def test_projections_that_read_the_same_input_share_one_product(
+    tmp_path: Path, method: Method, modules: tuple[str, ...], products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = opened(tiny_base(tmp_path / NAME))
+    arena = arena_of(base, 64)
+    mixer = Mixer(base.causal_lm, base.projections, arena, method=method)
+    passes = Passes(base, mixer=mixer)
+    mixture = ((expert_of(random_package(modules=modules), base), 0.5),)
+    calls = counted(monkeypatch)
+    passes.run([part(0, ids_of(5), passes.take(5), mixture=mixture)])
+    assert calls == products * LAYERS
+
+
+def test_inputs_that_experts_change_are_not_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base = opened(tiny_base(tmp_path / NAME))
+    passes = Passes(base, mixer=Mixer(base.causal_lm, base.projections, arena_of(base, 64)))
+    lora = expert_of(random_package(modules=("gate_proj", "up_proj", "down_proj")), base)
+    ia3 = expert_of(random_package("ia3", ("k_proj", "down_proj")), base)
+    calls = counted(monkeypatch)
+    passes.run([part(0, ids_of(5), passes.take(5), mixture=((lora, 0.5), (ia3, 1.0)))])
+    assert calls == [2, 1] * LAYERS
