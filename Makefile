@@ -91,6 +91,9 @@ bench: $(VENV)/.installed ## Measure against bare gRPC; results go to benchmarks
 	@$(BIN)/python -m benchmarks.breakdown
 	@$(BIN)/python -m benchmarks.packages
 	@$(BIN)/python -m benchmarks.engine
+	@$(BIN)/python -m benchmarks.decoding
+	@$(BIN)/python -m benchmarks.expert_memory
+	@$(BIN)/python -m benchmarks.prefixes
 
 bench-peers: $(VENV)/.installed .venv-mlserver/.installed .venv-ray/.installed ## Measure beside MLServer and Ray Serve
 	@$(BIN)/python -m benchmarks.peers
@@ -105,6 +108,9 @@ bench-peers: $(VENV)/.installed .venv-mlserver/.installed .venv-ray/.installed #
 bench-gpu: $(VENV)/.installed ## The same on one CUDA device
 	@$(BIN)/python -m benchmarks.serving --device cuda
 	@$(BIN)/python -m benchmarks.engine --device cuda
+	@$(BIN)/python -m benchmarks.decoding --device cuda
+	@$(BIN)/python -m benchmarks.expert_memory --device cuda
+	@$(BIN)/python -m benchmarks.prefixes --device cuda
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .venv-mlserver .venv-ray .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from services.expert_worker.engine.sampling import Sampling
@@ -56,7 +57,7 @@ class Answered:
     @property
     def gaps(self) -> list[float]:
         """Seconds from each token to the next."""
-        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.times)]
 
 
 async def answer(engine: Engine, text: Text, begin: float | None = None) -> Answered:
@@ -99,4 +100,3 @@ def seconds_of(answered: Sequence[Answered]) -> float:
 def first_seconds_of(answered: Sequence[Answered]) -> float:
     """Until the first token of the first answer."""
     return min(each.first_seconds for each in answered)
-

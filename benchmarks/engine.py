@@ -97,7 +97,9 @@ async def _beside(
     ]  # fmt: skip
 
 
-async def _beside_transformers(rig: Rig, model: Any, prompt_tokens: int, new_tokens: int, long_tokens: int) -> list[Row]:
+async def _beside_transformers(
+    rig: Rig, model: Any, prompt_tokens: int, new_tokens: int, long_tokens: int
+) -> list[Row]:
     """The base alone, by an engine that knows of no experts."""
     sides = {
         "transformers generate": partial(_generate, model),

@@ -12,29 +12,25 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
-import itertools
 import statistics
 import time
 import zlib
-from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 import zstandard
 
-from benchmarks.answers import Text, answer
-from benchmarks.rig import RANK, adapter_files, another, arena_for, load, measure_shapes, running
+from benchmarks.answers import Text, answer, answer_all
+from benchmarks.rig import adapter_files, another, arena_for, load, measure_shapes, running, synchronise
 from hocket.identity import digest_of
 from hocket.packages import Policy
 from hocket.packages.expert.writer import write_archive
 from hocket.trust_folder import TrustFolder
 from services.expert_worker.authority import Authority
-from services.expert_worker.engine.sampling import Sampling
-from services.expert_worker.engine.sequence import Delta, TextRequest
-from services.expert_worker.loader import Prepared, place, prepare
+from services.expert_worker.engine.expert import AdapterExpert
+from services.expert_worker.loader import place, prepare
 from services.expert_worker.residency import Residency
 from services.expert_worker.supply import Supplied
 
@@ -42,11 +38,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from benchmarks.rig import Measured, Rig, Row
     from services.expert_worker.authority import Standing
+    from services.expert_worker.engine.arena import Arena
     from services.expert_worker.engine.engine import Engine
-    from services.expert_worker.engine.expert import AdapterExpert
-    from services.expert_worker.loader import Served
+    from services.expert_worker.engine.expert import Mixture
+    from services.expert_worker.loader import Prepared, Served
     from services.expert_worker.supply import Report
 
 _INFLATE: Final[Mapping[str, Callable[[bytes], bytes]]] = {
@@ -60,6 +59,9 @@ _ARENA_EXPERTS: Final = 8
 _RUNNING: Final = 4
 """Answers that go on while others come."""
 _WARM_STEPS: Final = 5
+_ALONE: Final = "alone"
+_STAYS: Final = "others by an expert that stays"
+_COMES: Final = "others by experts that come"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +98,212 @@ class Host:
         folder.mkdir(parents=True, exist_ok=True)
         self._rig = rig
         self._folder = folder
-        self._shared: Prepared | None = None
+        self._brought: Supplied | None = None
+        self._placed: tuple[Served, ...] = ()
         authority = Authority(TrustFolder(folder / "trust"), Policy(allow_unsigned=True))
         self.residency = Residency(budget_bytes, 8, 60.0, authority, self._bring, self._place, lambda: None)
-        device_bytes, host_bytes = (budget_bytes, None) if rig.device.type == "cpu" else (0, budget_bytes)
-        self.residency.divide(device_bytes, host_bytes)
 
     def add(self, data: bytes) -> str:
         """Put a file there."""
         digest = digest_of(data)
-        (self._folder / digest.replace(":", "-")).write_bytes(data)
+        self.path(digest).write_bytes(data)
         return digest
 
-    async def fill(self, digest: str, count: int) -> None:
-        """Have so many resident: with the numbers of one, whose memory they share, under digests of their own."""
-        for number in range(count):
-            await self.cold(f"{digest}#{number}")
+    def path(self, digest: str) -> Path:
+        """Where a file is."""
+        return self._folder / digest.replace(":", "-")
 
-    async def cold(self, digest: str) -> None:
+    async def cold(self, digest: str) -> AdapterExpert:
         """Load an expert that is not there."""
-        self.residency.release(await self.residency.acquire(digest, 600.0))
+        package = await self.residency.acquire(digest, 600.0)
+        self.residency.release(package)
+        (expert,) = package.experts
+        if not isinstance(expert, AdapterExpert):
+            raise TypeError("not an adapter")
+        return expert
 
-    async def _bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
-        del report
-        whole, _, number = digest.partition("#")
-        supplied = await asyncio.to_thread(self._open, whole, standing)
-        if not number:
-            return supplied
-        self._shared = self._shared or supplied.prepared
-        return replace(supplied, prepared=replace(self._shared, digest=digest))
+    async def fill(self, count: int, digest: str) -> None:
+        """Have so many resident: with the numbers of a file's, and digests of their own."""
+        await self.cold(digest)
+        self.residency.drop(digest)
+        for number in range(len(self.residency.packages), count):
+            await self.cold(f"copy {number}")
+
+    async def _bring(self, digest: str, standing: Standing, _report: Report) -> Supplied:
+        if self._brought is not None and digest.startswith("copy"):
+            return replace(self._brought, prepared=replace(self._brought.prepared, digest=digest))
+        self._brought = await asyncio.to_thread(self._open, digest, standing)
+        return self._brought
 
     async def _place(self, prepared: Prepared) -> tuple[Served, ...]:
-        return await asyncio.to_thread(place, prepared, self._rig.device)
+        if not prepared.digest.startswith("copy"):
+            self._placed = await asyncio.to_thread(place, prepared, self._rig.device)
+        return self._placed
 
     def _open(self, digest: str, standing: Standing) -> Supplied:
-        data = (self._folder / digest.replace(":", "-")).read_bytes()
-        package, evidence = standing.open(digest, data, ())
+        package, evidence = standing.open(digest, self.path(digest).read_bytes(), ())
         return Supplied(prepare(package, self._rig.base), evidence, package.provenance.proofs)
 
 
-async def _cold(rig: Rig, plan: Plan, files: Mapping[str, bytes]) -> list[Row]:
-    raise NotImplementedError
+def _row(step: str, size: int, seconds: list[float], floor_seconds: float, budget: str = "-") -> Row:
+    middle = statistics.median(seconds)
+    return {
+        "step": step, "MB": size / 1e6, "ms": 1e3 * middle, "p99 ms": 1e3 * float(np.quantile(seconds, 0.99)),
+        "longest ms": 1e3 * max(seconds), "floor ms": 1e3 * floor_seconds, "x its floor": middle / floor_seconds,
+        "budget": budget,
+    }  # fmt: skip
+
+
+async def _load_cold(
+    rig: Rig, plan: Plan, arena: Arena, host: Host, digest: str, inflate: Callable[[bytes], bytes]
+) -> dict[str, list[float]]:
+    """Seconds of each load, and of the parts that nobody can do without; beside what is resident there."""
+    data = host.path(digest).read_bytes()
+    parts: dict[str, Callable[[], object]] = {
+        "read": host.path(digest).read_bytes,
+        "hash": lambda: hashlib.sha256(data).digest(),
+        "inflate": lambda: inflate(data),
+    }
+    times: dict[str, list[float]] = {name: [] for name in (*parts, "cold")}
+    for _ in range(plan.loads + 1):  # the first one warms
+        for name, part in parts.items():
+            times[name].append(rig.seconds(part))
+        host.residency.drop(digest)
+        begin = time.perf_counter()
+        expert = await host.cold(digest)
+        await asyncio.to_thread(arena.bring_now, [another(expert)])
+        synchronise(rig.device)
+        times["cold"].append(time.perf_counter() - begin)
+    host.residency.drop(digest)
+    return {name: each[1:] for name, each in times.items()}
+
+
+async def _cold(rig: Rig, plan: Plan, arena: Arena, files: Mapping[str, bytes]) -> tuple[list[Row], dict[str, str]]:
+    """From a file to where it computes, beside what reading, hashing and inflating that file alone take."""
+    host = Host(rig, rig.folder / "packages", 2 * plan.residents[-1] * sum(map(len, files.values())))
+    digests = {name: host.add(data) for name, data in archives(files).items()}
+    rows: list[Row] = []
+    medians: dict[str, list[float]] = {}
+    for count in plan.residents:
+        await host.fill(count, digests["zstd"])
+        for name, digest in digests.items():
+            times = await _load_cold(rig, plan, arena, host, digest, _INFLATE[name])
+            floor_seconds = max(statistics.median(times["read"]), statistics.median(times["hash"]))
+            size = host.path(digest).stat().st_size
+            if count == plan.residents[0]:
+                rows += [_row(f"{name}: {part}", size, times[part], floor_seconds) for part in times if part != "cold"]
+            step = f"{name}: cold, beside {count} resident"
+            rows.append(_row(step, size, times["cold"], floor_seconds, _COLD_BUDGET))
+            medians.setdefault(name, []).append(statistics.median(times["cold"]))
+    few, many = plan.residents[0], plan.residents[-1]
+    flat = ", ".join(f"{each[-1] / each[0]:.2f} x ({name})" for name, each in medians.items())
+    return rows, {
+        "floor of cold loads": "the longer of reading the file, which is in the page cache, and hashing it",
+        "cold loads are flat": f"beside {many} resident experts {flat} what they take beside {few}",
+    }
+
+
+def memory_of(expert: AdapterExpert) -> Tensor:
+    """The bytes in which all tensors of an expert lie."""
+    tensor = next(piece.a for piece in expert.pieces.values() if piece.a is not None)
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def _hot(rig: Rig, plan: Plan, arena: Arena, expert: AdapterExpert) -> list[Row]:
+    """From host memory to where it computes, beside one copy of the same bytes."""
+    memory = memory_of(expert)
+    there = torch.empty_like(memory, device=rig.device)
+    steps: dict[str, Callable[[], object]] = {
+        "copy of an expert's bytes": lambda: there.copy_(memory, non_blocking=True),
+        "hot: from host memory into the arena": lambda: arena.bring_now([another(expert)]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(plan.loads + 1):
+        for name, step in steps.items():
+            times[name].append(rig.seconds(step))
+    floor, hot = steps
+    floor_seconds = statistics.median(times[floor][1:])
+    return [
+        _row(floor, memory.nbytes, times[floor][1:], floor_seconds),
+        _row(hot, memory.nbytes, times[hot][1:], floor_seconds, _HOT_BUDGET),
+    ]
+
+
+async def _gaps(rig: Rig, engine: Engine, steps: int, ask: Callable[[], Mixture] | None) -> tuple[list[float], int]:
+    """Seconds from token to token of running answers, and how many others were answered meanwhile.
+
+    Args:
+        rig: Where.
+        engine: Which.
+        steps: How many.
+        ask: Who answers the others, one token each, one after the other; None for no others.
+    """
+    going_on = True
+    count = 0
+
+    async def others(ask: Callable[[], Mixture]) -> None:
+        nonlocal count
+        while going_on:
+            await answer(engine, Text(rig.prompt(3), ask(), 1))
+            count += 1
+
+    asking = None if ask is None else asyncio.create_task(others(ask))
+    answered = await answer_all(engine, [Text(rig.prompt(3), (), steps + _WARM_STEPS) for _ in range(_RUNNING)])
+    going_on = False
+    if asking is not None:
+        await asking
+    return answered[0].gaps[_WARM_STEPS - 1 :], count
+
+
+async def _swapping(rig: Rig, plan: Plan, arena: Arena, expert: AdapterExpert) -> tuple[list[Row], dict[str, str]]:
+    """What running answers feel of experts that come."""
+    sides: dict[str, Callable[[], Mixture] | None] = {
+        _ALONE: None,
+        _STAYS: lambda: ((expert, 1.0),),
+        _COMES: lambda: ((another(expert), 1.0),),
+    }
+    gaps: dict[str, list[float]] = {name: [] for name in sides}
+    counts = dict.fromkeys(sides, 0)
+    positions = 2 * _RUNNING * (plan.steps + rig.page_positions)
+    async with running(rig.base, arena, threads=rig.threads, positions=positions) as engine:
+        for turn in range(rig.rounds + 1):
+            for name, ask in sides.items():
+                found, count = await _gaps(rig, engine, plan.steps if turn else _WARM_STEPS, ask)
+                if turn:
+                    gaps[name] += found
+                    counts[name] += count
+    stays, comes = gaps[_STAYS], gaps[_COMES]
+    floor_seconds = statistics.median(stays)
+    rows = [
+        _row(f"token to token, {name}", 0 if name == _ALONE else expert.size_bytes, each, floor_seconds)
+        for name, each in gaps.items()
+    ]
+    p99 = float(np.quantile(comes, 0.99) / np.quantile(stays, 0.99))
+    return rows, {
+        "no stall": f"while {counts[_COMES]} experts were swapped, beside "
+        f"{counts[_STAYS]} answers without a swap: from token to token "
+        f"{statistics.median(comes) / floor_seconds:.2f} x, p99 {p99:.2f} x, longest {max(comes) / max(stays):.2f} x",
+    }
+
+
+def plan_of(rig: Rig) -> Plan:
+    """What there is time for."""
+    return Plan(residents=(1, 50, 500), loads=30 if rig.is_quick else 5, steps=300 if rig.is_quick else 60)
+
+
+async def measure(rig: Rig, plan: Plan | None = None) -> Measured:
+    """One shape."""
+    plan = plan or plan_of(rig)
+    files = adapter_files(rig.base, rig.folder / "expert", 0)
+    expert = load(write_archive(files), rig.base)
+    arena = arena_for(rig.base, _ARENA_EXPERTS)
+    for _ in range(_ARENA_EXPERTS):  # memory that was never written to takes longer
+        arena.bring_now([another(expert)])
+    cold, cold_notes = await _cold(rig, plan, arena, files)
+    hot = await asyncio.to_thread(_hot, rig, plan, arena, expert)
+    swapping, swapping_notes = await _swapping(rig, plan, arena, expert)
+    return cold + hot + swapping, {**cold_notes, **swapping_notes}
+
+
+if __name__ == "__main__":
+    asyncio.run(measure_shapes(__doc__, "expert-memory", measure))

@@ -28,6 +28,7 @@ from hocket.bases import BaseModel
 from hocket.packages import Policy, TrustRoots, open_package
 from hocket.packages.adapter import AdapterConfig, AdapterKind
 from hocket.packages.expert.writer import draft_manifest, gather, pretty, write_archive
+from hocket.telemetry.logs import configure_logs
 from services.expert_worker.device import compute_threads
 from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.base import Serving, open_base
@@ -115,7 +116,6 @@ class Rig:
 
     def seconds(self, run: Callable[[], object]) -> float:
         """What something takes, until the device has done it as well."""
-        gc.collect()
         synchronise(self.device)
         begin = time.perf_counter()
         run()
@@ -249,9 +249,7 @@ async def running(
         await engine.stop()
 
 
-async def measure_shapes(
-    description: str | None, name: str, measure: Callable[[Rig], Awaitable[Measured]]
-) -> None:
+async def measure_shapes(description: str | None, name: str, measure: Callable[[Rig], Awaitable[Measured]]) -> None:
     """Run a benchmark of the engine from the command line, for each shape; `--no-save` only prints.
 
     Args:
@@ -265,6 +263,7 @@ async def measure_shapes(
     parser.add_argument("--threads", type=int, default=compute_threads(0), help="threads of each side on a CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    configure_logs("warning")
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs
     device = torch.device("cuda:0" if arguments.device == "cuda" else "cpu")
@@ -276,7 +275,10 @@ async def measure_shapes(
         rounds = arguments.rounds if shape == "small" or device.type == "cuda" else 1
         with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
             rig = open_rig(shape, SHAPES[shape], Path(folder), device, arguments.threads, rounds)
+            gc.collect()
+            gc.freeze()  # or every look for garbage goes through all that transformers has made
             rows, notes = await measure(rig)
+            gc.unfreeze()
         record(f"{name}-{shape}{suffix}", rows, {**about, **notes}, save=not arguments.no_save)
         del rig
         gc.collect()

@@ -6,6 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 from tests.trainings import Workshop, workshop
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 # A shell's background job ignores it, and with it every program that a test starts and then interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Out of the box it shows the variables of every frame, which takes seconds where these are tensors.
+structlog.configure(
+    processors=[structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)],
+)
 
 
 @pytest.fixture(scope="session")

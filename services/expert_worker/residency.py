@@ -6,9 +6,10 @@ dropping what is neither; when that is not enough, loads wait until something en
 longest waiting first: one that is too large for now holds up nobody else. A request waits until its own deadline; only
 a load that no request waits for gives up by itself.
 
-Who makes room is decided by GreedyDual-Size (Cao and Irani 1997): each use gives a package the worth of bringing it
-back, for each of its bytes, on top of what the last one that left was worth. So what was used longest ago leaves first
-among equals, and a large package before a small one, which takes nearly as long to bring back.
+Who makes room is decided by GreedyDual-Size (Cao and Irani 1997): each use, when it begins and when it ends, gives a
+package the worth of bringing it back, for each of its bytes, on top of the most that one that left was worth. So what
+was used longest ago leaves first among equals, and a large package before a small one, which takes nearly as long to
+bring back.
 
 Tensor experts lie where they compute. Adapter experts lie in host memory, folded, and are copied from there to where
 running experts lie side by side (`engine/arena.py`). On a CPU both are in one memory, with one budget.
@@ -117,7 +118,7 @@ class Budget:
     Args:
         total_bytes: What packages may take together.
         used_bytes: What they take.
-        worth: Of what made room last.
+        worth: The most that what has made room was worth.
     """
 
     total_bytes: int
@@ -201,6 +202,8 @@ class Residency:
         self._leaving: dict[str, ResidentPackage] = {}
         self._loadings: dict[str, _Loading] = {}
         self._refusals: dict[str, tuple[HocketError, Standing, float]] = {}
+        self._unplaced: dict[str, int] = {}
+        """Bytes of packages that were read ahead and found no room: they are not read again while there is none."""
         self._freed = asyncio.Event()
         self._gathering = asyncio.Lock()  # lets in whoever waits longest
         self._stopping = False
@@ -258,14 +261,13 @@ class Residency:
         package = self._residents.get(digest)
         if package is not None:
             package.in_use_count += 1
-            package.last_use_time = time.time()
-            package.worth = self._worth_of(package)
-            self._residents.move_to_end(digest)
+            self._note_use(package)
         return package
 
     def release(self, package: ResidentPackage) -> None:
         """End one use."""
         package.in_use_count -= 1
+        self._note_use(package)
         if not package.in_use_count:
             if package.detached:
                 self._forget(package)
@@ -353,10 +355,12 @@ class Residency:
 
         Nothing leaves memory for them, and nobody is told how it ends.
         """
+        left_bytes = self.host.total_bytes - self.host.used_bytes
         for digest in digests:
             if len(self._loadings) >= min(_PREFETCHES_MAX, self._loading_max) or self._stopping:
                 break
-            if digest not in self._residents and digest not in self._loadings:
+            known = digest in self._residents or digest in self._loadings
+            if not known and self._unplaced.get(digest, 0) <= left_bytes:
                 with suppress(HocketError):  # refused a moment ago
                     loading, _ = self._begin(digest)
                     loading.ahead = True
@@ -512,6 +516,9 @@ class Residency:
         size_bytes, budget = supplied.prepared.size_bytes, self._budget(supplied.prepared.facts)
         loading.report(LOAD_STATE_PLACING, 0, size_bytes)
         if loading.ahead and budget.used_bytes + size_bytes > budget.total_bytes:
+            if len(self._unplaced) >= _REFUSALS_MAX:
+                self._unplaced.clear()
+            self._unplaced[digest] = size_bytes
             raise _still_loading(digest)
         if not self._take(digest, size_bytes, budget):
             del supplied  # what waits for memory must not take it: it is read again, from the cache
@@ -594,10 +601,17 @@ class Residency:
             if missing <= 0:
                 break
             self.drop(package.digest)
-            budget.worth = package.worth
+            budget.worth = max(budget.worth, package.worth)  # what was in use for long is worth what it was then
             missing -= package.size_bytes
             metrics.EXPERT_EVICTIONS.inc()
         return True
+
+    def _note_use(self, package: ResidentPackage) -> None:
+        """A package is used now."""
+        package.last_use_time = time.time()
+        package.worth = self._worth_of(package)
+        if self._residents.get(package.digest) is package:
+            self._residents.move_to_end(package.digest)
 
     def _worth_of(self, package: ResidentPackage) -> float:
         """What a package that is used now is worth: seconds that it takes to bring back, for each byte."""

@@ -152,7 +152,7 @@ def place_text(
     any adapter all hold it.
 
     Of those that hold it every router sends the turns of a session to the same one, by rendezvous hashing, as long as
-    it is not busy: what it has computed for the last turn is there.
+    it is not busy: what it has computed for the last turn is there. While it is, they go to the next in that order.
 
     Args:
         digests: Of the adapters.
@@ -170,6 +170,7 @@ def _in_order(able: Sequence[Worker], digests: frozenset[str], loads: Loads, ses
     holders = [worker for worker in able if digests <= worker.resident]
     if session:
         holders.sort(key=lambda worker: _affinity(session, worker.name), reverse=True)
+        holders.sort(key=lambda worker: loads.of_worker(worker.name) >= BUSY_COUNT)
     elif len(holders) > 1:
         first, second = random.sample(holders, 2)
         if loads.of_worker(second.name) < loads.of_worker(first.name):

@@ -32,9 +32,37 @@ COMPILE_SECONDS_MAX = 10.0
 STEP_SECONDS_MAX = 2.0
 TOKENS = 60
 COUNTS = [0, 1, 2, 3, 7, 30, 100, 500, 2000]
-TERMINALS = ['"a"', '"b"', '"ab"', '"aaaa"', '"é"', "[a-z]", "[^a]", "[a-c]", ".", "[ \\t\\n]", '""', '"select"', "[0-9]"]
+TERMINALS = [
+    '"a"',
+    '"b"',
+    '"ab"',
+    '"aaaa"',
+    '"é"',
+    "[a-z]",
+    "[^a]",
+    "[a-c]",
+    ".",
+    "[ \\t\\n]",
+    '""',
+    '"select"',
+    "[0-9]",
+]
 NAMES = [f"r{number}" for number in range(8)]
-PATTERNS = ["a", "[a-z]", ".", "(a|b)", "(a|ab)", "(a|a)", "\\d", "\\w", "[^x]", "(a*)", "(a|b|ab)*", "\\p{L}", "(?i:ab)"]
+PATTERNS = [
+    "a",
+    "[a-z]",
+    ".",
+    "(a|b)",
+    "(a|ab)",
+    "(a|a)",
+    "\\d",
+    "\\w",
+    "[^x]",
+    "(a*)",
+    "(a|b|ab)*",
+    "\\p{L}",
+    "(?i:ab)",
+]
 
 
 class Grammars:
@@ -79,7 +107,9 @@ class Grammars:
             begin, place = self.dice.randrange(len(donor)), self.dice.randrange(len(text))
             piece = donor[begin : begin + self.dice.choice([1, 2, 5, 40, 200])]
             left_out = self.dice.choice([0, 1, 5, 40])
-            text = text[:place] + self.dice.choice([piece, "", "*", "+", "?", "{0,500}", "|"]) + text[place + left_out :]
+            text = (
+                text[:place] + self.dice.choice([piece, "", "*", "+", "?", "{0,500}", "|"]) + text[place + left_out :]
+            )
         return text
 
     def large(self) -> str:
@@ -133,7 +163,9 @@ class Schemas:
     def schema(self, depth: int) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for _ in range(self.dice.randint(1, 4)):
-            made |= self.dice.choice([self.kind, self.numbers, self.strings, self.lists, self.objects, self.several])(depth)
+            made |= self.dice.choice([self.kind, self.numbers, self.strings, self.lists, self.objects, self.several])(
+                depth
+            )
         return made
 
     def kind(self, _depth: int) -> dict[str, Any]:

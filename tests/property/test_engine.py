@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.mixing import Method
+from services.expert_worker.engine.pages import SCRATCH_PAGES
 from services.expert_worker.engine.scheduler import EngineLimits
 from tests.bases import tiny_base
 from tests.engines import (
@@ -368,6 +369,23 @@ def test_those_who_make_way_go_on_as_if_nothing_had_been(*, shared: bool, world:
                 assert lab.engine.state.counts.preemption_count > 0
         for asked, told, alone in zip(every, answers, wanted, strict=True):
             assert_same(world.request(asked), told, alone, TOKENS_MAX)
+
+    run(work())
+
+
+def test_pages_of_others_in_the_way_of_the_first_one_s_experts_stop_nobody_for_ever(world: World) -> None:
+    """The first may grow to where its own experts' rows begin, and so the second's first page lies among them."""
+    wide = world.experts["wide"]
+
+    async def work() -> None:
+        async with whole_engine(world.base, page_count=8, arena_rows=wide.rank, shared=True) as lab:
+            slab = lab.arena.slab
+            pages_max = (slab.layer_bytes - wide.rank * slab.row_bytes) // slab.page_bytes - SCRATCH_PAGES
+            longest = asking(prompt_ids(8, 1), ((wide, 1.0),), max_tokens=pages_max * 16 - 8)
+            other = asking(prompt_ids(8, 2), max_tokens=9)
+            answers = await lab.ask_all([longest, other])
+            assert [len(told.ids) for told in answers] == [longest.max_tokens, 9]
+            assert lab.engine.state.counts.preemption_count > 0
 
     run(work())
 

@@ -17,15 +17,18 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from services.expert_worker.engine.int8 import dequantise
 from services.expert_worker.engine.layout import put_vector
 from services.expert_worker.engine.projection import Strips
 from services.expert_worker.engine.slab import zeros
+from services.expert_worker.engine.standing import rounded
+from services.expert_worker.engine.transfer import there
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -168,6 +171,24 @@ class Arena:
         """The rows of an expert that is resident, in the layers or outside of them."""
         seat = self._seats[digest]
         return seat.outside if outside else seat.layers
+
+    def window(self, digests: Collection[str], *, outside: bool) -> range:
+        """The rows at the end, as many as a power of two or all, that hold those of some experts that are there.
+
+        Where others lie among them, so that it would be more rows than it could be, these change places first. That
+        costs what two steps take to read the larger window.
+        """
+        count = self._outside_count if outside else self.slab.row_count
+        places = [self.place(digest, outside=outside) for digest in digests]
+        places = [place for place in places if place.start < place.end]
+        if not places:
+            return range(count, count)
+        needed = sum(place.end - place.start for place in places)
+        if rounded(count - min(place.start for place in places)) > rounded(needed):
+            self._push_together(outside=outside, since=min(place.start for place in places), last=frozenset(digests))
+            places = [self.place(digest, outside=outside) for digest in digests]
+        first = min(place.start for place in places if place.start < place.end)
+        return range(max(0, count - rounded(count - first)), count)
 
     def fits(self, experts: Collection[AdapterExpert], page_count: int = 0) -> bool:
         """Whether these experts could compute together beside so many pages; a function of these alone.
@@ -363,27 +384,46 @@ class Arena:
         taken = self._taken(outside=False)
         return taken[0][0] >= first
 
-    def _push_together(self, *, outside: bool) -> None:
-        """Move those that are there to the end, as far as what is on its way lets them."""
-        end = self._outside_count if outside else self.slab.row_count
-        layers = [self._outside] if outside else self._layers
-        seats = sorted(
-            self._seats.values(), key=lambda seat: (seat.outside if outside else seat.layers).start, reverse=True
-        )
-        for seat in seats:
+    def _push_together(self, *, outside: bool, since: int = 0, last: Collection[str] = ()) -> None:
+        """Move those that are there to the end, as far as what is on its way lets them.
+
+        Args:
+            outside: Whether outside the layers.
+            since: Those before this row stay where they are.
+            last: These come last.
+        """
+        stop = self._outside_count if outside else self.slab.row_count
+        group: list[tuple[bool, Place, _Seat]] = []
+        for digest, seat in self._seats.items():
             place = seat.outside if outside else seat.layers
-            count = place.end - place.start
-            if count and place.end != end and seat.arrival is None:
-                by = end - place.end
-                for rows in layers:
-                    rows[place.start + by : end] = rows[place.start : place.end].clone()
-                place = _moved(place, by)
-                if outside:
-                    seat.outside = place
-                else:
-                    seat.layers = place
-            if count:
-                end = place.start
+            if since <= place.start < place.end:
+                group.append((digest in last, place, seat))
+        group.sort(key=lambda each: each[1].start, reverse=True)
+        while group:
+            free = [*takewhile(lambda each: each[2].arrival is None, group)]
+            self._pack(sorted(free, key=lambda each: not each[0]), stop, outside=outside)
+            stop = group[len(free)][1].start if len(free) < len(group) else 0
+            del group[: len(free) + 1]
+
+    def _pack(self, group: list[tuple[bool, Place, _Seat]], stop: int, *, outside: bool) -> None:
+        """Put experts side by side so that the first given ends at a row, the second where that begins, and so on."""
+        sources: list[range] = []
+        start = stop
+        for _, place, seat in group:
+            moved = _moved(place, start - place.end)
+            start = moved.start
+            if not sources and moved == place:
+                stop = start
+                continue
+            sources.append(range(place.start, place.end))
+            if outside:
+                seat.outside = moved
+            else:
+                seat.layers = moved
+        if sources:
+            order = there(np.concatenate([*map(np.array, reversed(sources))]), self._device)
+            for rows in [self._outside] if outside else self._layers:
+                rows[start:stop] = rows.index_select(0, order)
 
     def _upload(self, expert: AdapterExpert, seat: _Seat, before: torch.cuda.Event | None) -> None:
         """Copy an expert to its rows; returns when it is there. In the thread for that."""

@@ -15,15 +15,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from hocket.errors import HocketError, Reason
+from services.expert_worker.engine.transfer import into, there
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from services.expert_worker.engine.pages import KvPool
@@ -46,6 +49,7 @@ class Step:
     Args:
         pool: Where keys and values lie.
         parts: What is computed, in the order in which the rows are packed.
+        table_width: Most pages of a part in passes that it is renewed for; 0 for those of these parts.
 
     Attributes:
         pool: Where keys and values lie.
@@ -55,28 +59,38 @@ class Step:
         windows: The window of each layer that has been computed, by its index; None for one that sees everything.
     """
 
-    def __init__(self, pool: KvPool, parts: Sequence[Part]) -> None:
+    def __init__(self, pool: KvPool, parts: Sequence[Part], table_width: int = 0) -> None:
         self.pool = pool
         self._parts = parts
         self.row_counts = [part.row_count for part in parts]
-        size = pool.page_positions
-        self.slots = torch.tensor(
-            [
-                part.pages[position // size] * size + position % size
-                for part in parts
-                for position in range(part.start, part.start + part.row_count)
-            ],
-            device=pool.device,
-        )
-        self.kernel = _Kernel(pool, parts) if _has_kernel(pool) else None
+        self.slots = there(_slots(pool, parts), pool.device)
+        self.kernel = _Kernel(pool, parts, table_width) if has_kernel(pool) else None
         self.windows: dict[int, int | None] = {}
         self._reads: dict[int | None, list[_Read]] = {}
+
+    def renew(self, parts: Sequence[Part]) -> None:
+        """Be about other parts of as many rows each; every tensor stays where it is."""
+        self._parts = parts
+        self._reads.clear()
+        into(self.slots, _slots(self.pool, parts))
+        if self.kernel is not None:
+            self.kernel.renew(parts)
 
     def reads(self, window: int | None) -> list[_Read]:
         """What each part reads in layers with that window."""
         if window not in self._reads:
             self._reads[window] = [_read(self.pool, part, window) for part in self._parts]
         return self._reads[window]
+
+
+def _slots(pool: KvPool, parts: Sequence[Part]) -> NDArray[np.int64]:
+    """Where the keys and values of each row are put."""
+    size = pool.page_positions
+    slots = []
+    for part in parts:
+        positions = np.arange(part.start, part.start + part.row_count)
+        slots.append(np.asarray(part.pages)[positions // size] * size + positions % size)
+    return np.concatenate(slots)
 
 
 def attend(  # noqa: PLR0913 - transformers' interface
@@ -167,7 +181,7 @@ def _read(pool: KvPool, part: Part, window: int | None) -> _Read:
         hidden = (positions > rows) | (positions <= rows - (end if window is None else window))
         mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=pool.device).masked_fill_(hidden, -torch.inf)
     return _Read(
-        pages=None if in_place else torch.tensor(pages, device=pool.device),
+        pages=None if in_place else there(np.array(pages), pool.device),
         span=slice(first + offset, end + offset),
         mask=mask,
         causal=causal,
@@ -202,7 +216,7 @@ class _Positions:
         return keys, values
 
 
-def _has_kernel(pool: KvPool) -> bool:
+def has_kernel(pool: KvPool) -> bool:
     """Whether PyTorch's paged flash attention can be used on this pool."""
     return (
         pool.device.type == "cuda"
@@ -221,29 +235,27 @@ class _Kernel:
     the sums over positions are split.
     """
 
-    def __init__(self, pool: KvPool, parts: Sequence[Part]) -> None:
+    def __init__(self, pool: KvPool, parts: Sequence[Part], table_width: int) -> None:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - not in every PyTorch that serves on a CPU
 
         self._attend = varlen_attn
         self._pool = pool
         rows = [part.row_count for part in parts]
-        lengths = [part.start + part.row_count for part in parts]
-        tables = [
-            list(part.pages[: (length - 1) // pool.page_positions + 1])
-            for part, length in zip(parts, lengths, strict=True)
-        ]
-        self._pages = None
-        if not pool.in_place:  # they are copied side by side, and found there by their new places
-            every = [page for table in tables for page in table]
-            self._pages = torch.tensor(every, device=pool.device)
-            places = iter(range(len(every)))
-            tables = [[next(places) for _ in table] for table in tables]
-        widest = max(map(len, tables))
-        self._row_max, self._length_max = max(rows), max(lengths)
-        self._lengths = self._int32(lengths)
-        self._row_ends = torch.nn.functional.pad(self._int32(rows).cumsum(0, dtype=torch.int32), (1, 0))
-        self._length_ends = torch.nn.functional.pad(self._lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        self._tables = self._int32([table + [0] * (widest - len(table)) for table in tables])
+        lengths = _lengths(parts)
+        pages, tables = _tables(pool, lengths, parts, table_width)
+        self._pages = None if pages is None else there(pages, pool.device)
+        self._row_max, self._length_max = max(rows), table_width * pool.page_positions or int(lengths.max())
+        self._row_ends = there(_ends(rows), pool.device)
+        self._lengths = there(lengths, pool.device)
+        self._length_ends = there(_ends(lengths), pool.device)
+        self._tables = there(tables, pool.device)
+
+    def renew(self, parts: Sequence[Part]) -> None:
+        """Attend for other parts of as many rows each, in a pool that is read in place."""
+        lengths = _lengths(parts)
+        into(self._lengths, lengths)
+        into(self._length_ends, _ends(lengths))
+        into(self._tables, _tables(self._pool, lengths, parts, self._tables.shape[1])[1])
 
     def __call__(self, layer: int, query: Tensor, scaling: float, window: int | None) -> Tensor:
         """Attention of one layer; `query` and answer are `[T, heads, head_dim]`."""
@@ -262,8 +274,33 @@ class _Kernel:
             num_splits=1,
         )
 
-    def _int32(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=self._pool.device)
+
+def _lengths(parts: Sequence[Part]) -> NDArray[np.int32]:
+    """Positions of each part and of what is before it."""
+    return np.array([part.start + part.row_count for part in parts], np.int32)
+
+
+def _ends(counts: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
+    """Where each of them begins if they stand one after the other, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+def _tables(
+    pool: KvPool, lengths: NDArray[np.int32], parts: Sequence[Part], width: int
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int32]]:
+    """The pages to copy side by side first, if the pool is not read in place; and `[parts, width]`, those of each part.
+
+    After the last one of a part stand zeros; a width of 0 stands for that of the longest.
+    """
+    counts = [-(-int(length) // pool.page_positions) for length in lengths]
+    tables = np.zeros((len(parts), width or max(counts)), np.int32)
+    for table, part, count in zip(tables, parts, counts, strict=True):
+        table[:count] = part.pages[:count]
+    if pool.in_place:
+        return None, tables
+    for table, count, end in zip(tables, counts, np.cumsum(counts), strict=True):
+        table[:count] = range(end - count, end)
+    return np.concatenate([part.pages[:count] for part, count in zip(parts, counts, strict=True)]), tables
 
 
 AttentionInterface.register(NAME, attend)

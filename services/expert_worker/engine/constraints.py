@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum, auto
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final
@@ -23,7 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from hocket.errors import HocketError, Reason
 from hocket.packages import strict_json
 from hocket.text_limits import CONSTRAINT_BYTES_MAX
-from services.expert_worker.engine.lark import to_lark
+from services.expert_worker.engine.lark import HEADER, to_lark
 from services.expert_worker.tokenising import SmallestFirst
 
 if TYPE_CHECKING:
@@ -38,10 +40,24 @@ _ANSWERS_MAX: Final = 100
 """Answers after which a constraint is compiled anew."""
 _LIMITS: Final = LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
 """A state takes some 2 KB; published grammars have hundreds."""
-_JSON_OPTIONS: Final[Any] = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": r"[ \t\r\n]{1,32}"}
-"""Nothing of a schema is left out, and a model cannot go on for ever with blanks."""
+_JSON_OPTIONS: Final = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"[ \t\r\n]{1,32}",
+    "json_allowed_escapes": r"nrbtf\"",
+}
+r"""Nothing of a schema is left out, a model cannot go on for ever with blanks, and no name of a property can be spelled
+in a second way (`\u0061`), in which llguidance would not know it again."""
 _JSON_EXTENSION: Final = "x-guidance"
-"""By which a schema could loosen that."""
+"""Where a schema says that; its own would loosen it."""
+_EXACT_MAX: Final = 2**53
+"""llguidance counts in float64."""
+_INT64_MAX: Final = 2**63 - 1
+"""A usual bound, which comes out right."""
+_MULTIPLE: Final = "multipleOf"
+_MULTIPLE_MAX: Final = 10_000
+"""What the numbers of `multipleOf` may be multiples of together, zeros at their ends left out: there is a state for each
+remainder of it, and no limit of llguidance's knows them."""
 _QUOTED_CHARS: Final = 200
 
 
@@ -199,9 +215,54 @@ def _json_grammar(text: str) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise _refusal(ConstraintKind.JSON_SCHEMA, "it is neither an object nor true")
-    schema.pop(_JSON_EXTENSION, None)
-    grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
-    return grammar
+    _check_exact(schema)
+    return f"{HEADER}\nstart: %json {json.dumps(schema | {_JSON_EXTENSION: _JSON_OPTIONS})}"
+
+
+def _check_exact(part: Any) -> None:  # noqa: ANN401 - a JSON value
+    """Refuse what llguidance would enforce only nearly: integers that it rounds, and counts that it can be cheated of.
+
+    It knows the properties again that a schema names, but counts another one each time it comes, and a reader once.
+    """
+    if isinstance(part, int) and abs(part) > _EXACT_MAX and part != _INT64_MAX:
+        raise _refusal(ConstraintKind.JSON_SCHEMA, f"the integer {part} is beyond 2^53, where numbers are not exact")
+    if isinstance(part, dict):
+        least, named = part.get("minProperties"), part.get("required")
+        if isinstance(least, (int, float)) and least > 1 + (len(named) if isinstance(named, list) else 0):
+            raise _refusal(
+                ConstraintKind.JSON_SCHEMA,
+                f"minProperties is {least}, and an object could reach that by one property twice: name all but one of "
+                "them in required",
+            )
+        part = [*part.values()]
+    if isinstance(part, list):
+        for each in part:
+            _check_exact(each)
+
+
+def _check_multiples(schema: Any) -> None:
+    """Return if the numbers of every `multipleOf` have a common multiple that is small enough."""
+    common = 1
+    waiting = [schema]
+    while waiting:
+        match waiting.pop():
+            case dict() as each:
+                number = each.get(_MULTIPLE)
+                if isinstance(number, (int, float)) and not isinstance(number, bool) and number:
+                    common = math.lcm(common, _digits(number))
+                waiting += each.values()
+            case list() as each:
+                waiting += each
+        if common > _MULTIPLE_MAX:
+            raise _refusal(
+                ConstraintKind.JSON_SCHEMA,
+                f"the numbers of {_MULTIPLE} have no common multiple up to {_MULTIPLE_MAX}, without zeros at its end",
+            )
+
+
+def _digits(number: float) -> int:
+    """A number without its sign, its point, and zeros at its end."""
+    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits)))
 
 
 _GRAMMARS: Final = {ConstraintKind.JSON_SCHEMA: _json_grammar, ConstraintKind.GBNF: _grammar}
@@ -215,5 +276,6 @@ def _refusal(kind: ConstraintKind, why: str) -> HocketError:
 
 def _said(matcher: LLMatcher) -> str:
     """Why llguidance does not go on, in its words."""
-    said = " ".join(matcher.get_error().partition("<state>")[0].split())
+    said = matcher.get_error().partition("<state>")[0].partition("\n   1 | ")[0]  # where it lists what it read
+    said = " ".join(said.rpartition("failed to compile JSON schema: ")[2].split())
     return said[:_QUOTED_CHARS] or "no token may come next"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _RULES_MAX: Final = 1000
 _DEPTH_MAX: Final = 32
 _REPEAT_MAX: Final = 2000
+_BRANCHES_MAX: Final = 500
+"""Alternatives with rules in them. Where all of them can stand at one place, the parser's work for a character grows
+with their number's cube."""
 ROOT: Final = "root"
 """The rule to begin with."""
 _LAST_CHARACTER: Final = 0x10FFFF
@@ -103,7 +106,7 @@ def read(grammar: str) -> Rules:
 
     Raises:
         HocketError: `BAD_GRAMMAR` if it is none, uses what it does not define, or is larger than 64 KiB, 1,000 rules,
-            32 nested groups or 2,000 repetitions.
+            500 alternatives with rules in them, 32 nested groups or 2,000 repetitions.
     """
     if len(grammar.encode()) > CONSTRAINT_BYTES_MAX:
         raise refusal(f"it is larger than {CONSTRAINT_BYTES_MAX} bytes")
@@ -125,6 +128,19 @@ def references(node: Node) -> Iterator[str]:
                 yield from references(each)
         case Repeat(repeated):
             yield from references(repeated)
+
+
+def _branches(node: Node) -> int:
+    """Alternatives with rules in them."""
+    match node:
+        case Choice(nodes):
+            return sum(map(_branches, nodes)) + sum(next(references(each), None) is not None for each in nodes)
+        case Series(nodes):
+            return sum(map(_branches, nodes))
+        case Repeat(repeated):
+            return _branches(repeated)
+        case _:
+            return 0
 
 
 class _Reader:
@@ -152,6 +168,8 @@ class _Reader:
         wanted = {ROOT}.union(*map(references, rules.values()))
         for name in sorted(wanted - rules.keys()):
             raise refusal(f"there is no rule {name[:_QUOTED_CHARS]!r}")
+        if sum(map(_branches, rules.values())) > _BRANCHES_MAX:
+            raise refusal(f"more than {_BRANCHES_MAX} alternatives with rules in them")
         return rules
 
     def _choice(self) -> Node:

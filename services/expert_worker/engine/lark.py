@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
     from services.expert_worker.engine.gbnf import Node, Rules
 
+HEADER: Final = '%llguidance {"no_forcing": true}'
+"""Where a text can only go on in one way, llguidance would allow no other tokens than those that the tokenizer makes of
+it: of the name of a special token that one, by which an answer would end, or show nothing."""
 _WORDS: Final = re.compile(r"\w+|\W")
 
 
@@ -160,7 +163,7 @@ class _Writer:
 
     def text(self) -> str:
         """The grammar."""
-        lines = ["%llguidance {}", f"start: r{self._numbers[ROOT]}"]
+        lines = [HEADER, f"start: r{self._numbers[ROOT]}"]
         lines += [f"r{self._numbers[name]}: {self._rule(node)}" for name, node in self._rules.items()]
         written = 0
         while written < len(self._repeated):  # as below

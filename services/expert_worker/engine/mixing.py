@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 
 from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.projection import Projection, StepWork, Update, Vectors, Work
+from services.expert_worker.engine.standing import Members, StandingWork, rounded
+from services.expert_worker.engine.transfer import there
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -65,32 +67,29 @@ _CUDA: Final = _Costs(update=1_000_000_000, moved=100)
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What experts do to a projection, by their columns; the same for many projections.
+    """What experts do to a projection; the same for many projections.
 
     Attributes:
         is_head: Whether it sees only the rows that are kept.
         outside: Whether it lies outside the layers.
-        inputs: Experts with factors of the input.
-        outputs: With factors of the output, its bias included.
-        products: With factors of the output without its bias.
-        biases: With biases.
-        updates: With low-rank updates.
+        members: Which experts do what.
     """
 
     is_head: bool
     outside: bool
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    products: tuple[int, ...]
-    biases: tuple[int, ...]
-    updates: tuple[int, ...]
+    members: Members
+
+    @property
+    def likeness(self) -> tuple[bool | int, ...]:
+        """What it has in common with tasks of other experts that the same standing work can do."""
+        who = self.members
+        counts = map(len, (who.inputs, who.outputs, who.products, who.biases))
+        return self.is_head, self.outside, bool(who.updates), *map(rounded, counts)
 
 
-def _task(base: nn.Linear, pieces: Sequence[tuple[int, Piece]], *, is_head: bool, outside: bool) -> _Task:
+def _members(base: nn.Linear, pieces: Sequence[tuple[int, Piece]]) -> Members:
     gated = [(column, piece.gates_bias or base.bias is None) for column, piece in pieces if piece.o is not None]
-    return _Task(
-        is_head=is_head,
-        outside=outside,
+    return Members(
         inputs=tuple(column for column, piece in pieces if piece.u is not None),
         outputs=tuple(column for column, whole in gated if whole),
         products=tuple(column for column, whole in gated if not whole),
@@ -150,6 +149,8 @@ class Mixer:
         self._step = StepWork()
         self._digests: tuple[str, ...] = ()
         self._tasks: dict[_Task, list[str]] = {}
+        self._likeness: Hashable = ()
+        self._standing: dict[Hashable, list[StandingWork]] = {}
         self._projections = dict(projections)
         self._width = sum(base.in_features + base.out_features for base in projections.values()) // len(projections)
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # theirs
@@ -158,28 +159,87 @@ class Mixer:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Projection(name, base, arena.strips(name), self._step))
 
-    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: Tensor | None = None) -> None:
+    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: NDArray[np.int64] | None = None) -> None:
         """Prepare a step: have its experts there, and work out what each projection has to do.
 
         Whoever plans steps brings their experts first; those that are not there yet are waited for.
 
         Args:
             counts: The batch, piece by piece: how many rows, and the experts that compute them with their weights.
-            kept: int64, the rows that the language model's head will see; None for all. Best on the host: reading it
-                from a device waits for that.
+            kept: The rows that the language model's head will see; None for all.
 
         Raises:
             HocketError: `DEVICE_MEMORY` if there is no room for all of them.
         """
+        experts, weights = self._bring([mixture for _, mixture in counts])
+        if not experts:
+            return
+        part_of_row = np.repeat(np.arange(len(counts)), [count for count, _ in counts])
+        seen = part_of_row if kept is None else part_of_row[kept]
+        made: dict[tuple[bool, bool], _Rows] = {}
+        works: dict[str, Work] = {}
+        for task, names in self._tasks.items():
+            kind = task.is_head, task.outside
+            if kind not in made:
+                places = [self._arena.place(digest, outside=task.outside) for digest in experts]
+                made[kind] = _Rows(seen if task.is_head else part_of_row, weights, places, self._width, self._device)
+            works.update(dict.fromkeys(names, made[kind].work(task.members, self._method)))
+        self._step.works = works
+
+    def begin_standing(self, mixtures: Sequence[Mixture]) -> Hashable:
+        """Prepare a step of one row for each mixture, all of them kept, in tensors that stay where they are.
+
+        Returns:
+            What steps have in common that do the same with the same tensors, whatever numbers are in them.
+
+        Raises:
+            HocketError: As `begin`.
+        """
+        experts, weights = self._bring(mixtures)
+        if not experts:
+            return ()
+        windows = {outside: self._arena.window(experts, outside=outside) for outside in (False, True)}
+        likeness = (len(mixtures), *windows.values(), self._likeness)
+        standing = self._standing.get(likeness)
+        if standing is None:
+            standing = self._standing[likeness] = [
+                StandingWork(
+                    task.members,
+                    len(mixtures),
+                    windows[task.outside],
+                    self._arena.layout.vector_rows,
+                    self._device,
+                )
+                for task in self._tasks
+            ]
+        works: dict[str, Work] = {}
+        for (task, names), work in zip(self._tasks.items(), standing, strict=True):
+            places = [self._arena.place(digest, outside=task.outside) for digest in experts]
+            work.fill(task.members, weights, places)
+            works.update(dict.fromkeys(names, work.work))
+        self._step.works = works
+        return likeness
+
+    def forget(self, likeness: Hashable) -> None:
+        """Let go of the tensors for steps that nobody will ask for any more."""
+        self._standing.pop(likeness, None)
+
+    def end(self) -> None:
+        """End the step: projections are the base's again."""
+        self._step.clear()
+
+    def _bring(self, mixtures: Sequence[Mixture]) -> tuple[dict[str, AdapterExpert], NDArray[np.float32]]:
+        """Have the experts of a step there: them, by digest, and their weights, `[mixtures, experts]`."""
         self.end()
         experts = {
             expert.digest: expert
-            for _, mixture in counts
+            for mixture in mixtures
             for expert, weight in mixture
             if weight != 0.0 and expert.pieces
         }
+        weights = np.zeros((len(mixtures), len(experts)), np.float32)
         if not experts:
-            return
+            return experts, weights
         if not self._arena.bring_now(experts.values()):
             raise HocketError(
                 Reason.DEVICE_MEMORY,
@@ -188,28 +248,13 @@ class Mixer:
                 retry_after_seconds=_RETRY_SECONDS,
             )
         columns = {digest: column for column, digest in enumerate(experts)}
-        weights = np.zeros((len(counts), len(experts)), np.float32)
-        for part, (_, mixture) in enumerate(counts):
+        for row, mixture in enumerate(mixtures):
             for expert, weight in mixture:
                 if expert.digest in columns:
-                    weights[part, columns[expert.digest]] = weight
-        part_of_row = np.repeat(np.arange(len(counts)), [count for count, _ in counts])
-        seen = part_of_row if kept is None else part_of_row[kept.cpu().numpy()]
+                    weights[row, columns[expert.digest]] = weight
         if tuple(experts) != self._digests:
             self._learn(experts)
-        made: dict[tuple[bool, bool], _Rows] = {}
-        works: dict[str, Work] = {}
-        for task, names in self._tasks.items():
-            kind = task.is_head, task.outside
-            if kind not in made:
-                places = [self._arena.place(digest, outside=task.outside) for digest in experts]
-                made[kind] = _Rows(seen if task.is_head else part_of_row, weights, places, self._width, self._device)
-            works.update(dict.fromkeys(names, made[kind].work(task, self._method)))
-        self._step.works = works
-
-    def end(self) -> None:
-        """End the step: projections are the base's again."""
-        self._step.clear()
+        return experts, weights
 
     def _learn(self, experts: Mapping[str, AdapterExpert]) -> None:
         """Find out what there is to do for these experts, and the projections that it is to do for.
@@ -225,12 +270,14 @@ class Mixer:
             ]
             if pieces:
                 outside = self._arena.layout.columns[name].layer is None
-                task = _task(base, pieces, is_head=name == self._head, outside=outside)
+                task = _Task(name == self._head, outside, _members(base, pieces))
                 self._tasks.setdefault(task, []).append(name)
         self._step.stacks = {}
         for task, names in self._tasks.items():
-            if task.updates:  # who changes its input first has it for itself
-                self._step.stacks |= stacks(self._arena, [[name] for name in names] if task.inputs else teams(names))
+            if task.members.updates:  # who changes its input first has it for itself
+                alone = [[name] for name in names]
+                self._step.stacks |= stacks(self._arena, alone if task.members.inputs else teams(names))
+        self._likeness = tuple((task.likeness, tuple(names)) for task, names in self._tasks.items())
         self._digests = tuple(experts)
 
 
@@ -260,21 +307,21 @@ class _Rows:
         self._places = places
         self._width = width
         self._device = device
-        self._part_of_row_there = torch.from_numpy(part_of_row).to(device)
+        self._part_of_row_there = there(part_of_row, device)
         uses = weights[part_of_row] != 0
         self._tokens = [_compact(np.flatnonzero(column)) for column in uses.T]
         self._token_counts = uses.sum(axis=0).tolist()
         self._vectors: dict[tuple[tuple[int, ...], tuple[range, ...]], Vectors] = {}
         self._updates: dict[tuple[Method, tuple[int, ...]], tuple[Update, ...]] = {}
 
-    def work(self, task: _Task, method: Method | None) -> Work:
+    def work(self, members: Members, method: Method | None) -> Work:
         """What projections have to do; the method None chooses by cost."""
         return Work(
-            inputs=self._factors_of(task.inputs),
-            outputs=self._factors_of(task.outputs),
-            products=self._factors_of(task.products),
-            biases=self._vectors_of(task.biases, [self._places[member].biases for member in task.biases]),
-            updates=self._updates_of(task.updates, method),
+            inputs=self._factors_of(members.inputs),
+            outputs=self._factors_of(members.outputs),
+            products=self._factors_of(members.products),
+            biases=self._vectors_of(members.biases, [self._places[member].biases for member in members.biases]),
+            updates=self._updates_of(members.updates, method),
         )
 
     def _factors_of(self, members: tuple[int, ...]) -> Vectors | None:
@@ -285,7 +332,7 @@ class _Rows:
             return None
         key = members, tuple(rows)
         if key not in self._vectors:
-            where = torch.tensor([row for each in rows for row in each], device=self._device)
+            where = there(np.array([row for each in rows for row in each]), self._device)
             weights = np.repeat(self._weights[:, members], [len(each) for each in rows], axis=1)
             self._vectors[key] = Vectors(self._by_row(weights), where)
         return self._vectors[key]
@@ -327,8 +374,8 @@ class _Rows:
             tokens, place = self._tokens[member], self._places[member]
             if self._token_counts[member]:
                 weights = self._by_row(self._weights[:, [member]])
-                there = tokens if isinstance(tokens, slice) else torch.from_numpy(tokens).to(self._device)
-                yield Update(place.start, place.stop, there, weights[there])
+                which = tokens if isinstance(tokens, slice) else there(tokens, self._device)
+                yield Update(place.start, place.stop, which, weights[which])
 
     def _runs(self, members: tuple[int, ...]) -> list[list[int]]:
         """Members that lie next to each other, from the lowest on."""
@@ -345,7 +392,7 @@ class _Rows:
 
     def _by_row(self, by_part: NDArray[np.float32]) -> Tensor:
         """What holds for parts, for each row: float32 `[n, columns]`, on the device."""
-        return torch.from_numpy(by_part).to(self._device).index_select(0, self._part_of_row_there)
+        return there(by_part, self._device).index_select(0, self._part_of_row_there)
 
 
 def _compact(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:

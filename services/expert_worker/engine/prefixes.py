@@ -174,25 +174,33 @@ class PrefixCache:
     def pin(self, tenant: str, session: str, pages: Sequence[int], end_time: float) -> None:
         """Have a session keep these pages, in place of those it had; of too many the first.
 
+        Sessions that begin alike share pages, so their number is bounded as well: by that of the pages they may have.
+
         Args:
             tenant: Whose session.
             session: Which.
-            pages: In use, in order; those that cannot be found are left out.
-            end_time: Until when, on the clock of `expire`.
+            pages: As `find` gave them.
+            end_time: Until when, on the clock of `expire`; no earlier than those before.
         """
         self._unpin((tenant, session))
         pinned_max = int(_PINNED_SHARE * self._pages.count)
-        kept = tuple(page for page in pages if page in self._keys)[:pinned_max]
-        while self._pins and len(self._pinned.keys() | kept) > pinned_max:
+        kept = tuple(pages)[:pinned_max]
+        if not kept:
+            return
+        while len(self._pins) >= pinned_max or (self._pins and len(self._pinned.keys() | kept) > pinned_max):
             self._unpin(next(iter(self._pins)))
-        if kept:
-            self._pins[tenant, session] = _Pin(kept, end_time)
-            self._pinned.update(kept)
+        self._pins[tenant, session] = _Pin(kept, end_time)
+        self._pinned.update(kept)
+        for page in kept:
+            if page not in self._users:
+                self._idle.pop(page, None)
+                self._awaited.pop(page, None)
+                self._idle_pinned.add(page)
 
     def expire(self, now: float) -> None:
         """Let go of the pins that have ended."""
-        for name in [name for name, pin in self._pins.items() if pin.end_time <= now]:
-            self._unpin(name)
+        while self._pins and next(iter(self._pins.values())).end_time <= now:
+            self._unpin(next(iter(self._pins)))
 
     def clear(self) -> None:
         """Forget everything that nobody has."""

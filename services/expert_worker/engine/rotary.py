@@ -147,8 +147,10 @@ def _freeze(rope: dict[str, Any], config: PreTrainedConfig, length: int) -> None
         stretch = factor * max(length, native) / native - (factor - 1)
         rope |= {"rope_type": "default", "rope_theta": _ntk_theta(rope, config, stretch)}
     elif rope["rope_type"] == "longrope":
-        chosen = rope["long_factor" if length > rope["original_max_position_embeddings"] else "short_factor"]
-        rope |= {"long_factor": chosen, "short_factor": chosen}
+        which = "long" if length > rope["original_max_position_embeddings"] else "short"
+        for what in ("factor", "mscale"):  # the latter is Phi-3.5-MoE's
+            if (chosen := rope.get(f"{which}_{what}")) is not None:
+                rope |= {f"long_{what}": chosen, f"short_{what}": chosen}
 
 
 def _scale(rope: dict[str, Any], kind: str, factor: float, config: PreTrainedConfig) -> None:
@@ -164,11 +166,16 @@ def _scale(rope: dict[str, Any], kind: str, factor: float, config: PreTrainedCon
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     elif kind == "ntk-by-parts":
         rope |= {"rope_type": "yarn", "attention_factor": 1.0}
+    if getattr(config, "head_dim", 0) is None:  # Mixtral's: transformers multiplies by it for YaRN
+        config.head_dim = _head_dim(config)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _ntk_theta(rope: dict[str, Any], config: PreTrainedConfig, stretch: float) -> float:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    rotated = int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
     return float(rope["rope_theta"] * stretch ** (rotated / (rotated - 2)))
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from services.expert_worker.engine.attention import Step
+from services.expert_worker.engine.transfer import there
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from services.expert_worker.engine.base import Base
     from services.expert_worker.engine.expert import Mixture
+    from services.expert_worker.engine.graphs import Graphs
     from services.expert_worker.engine.pages import KvPool
     from services.expert_worker.engine.part import Part
 
@@ -22,12 +26,12 @@ if TYPE_CHECKING:
 class Mixer(Protocol):
     """What composes experts during a pass: whoever has wrapped the base's projections."""
 
-    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: Tensor) -> None:
+    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: NDArray[np.int64]) -> None:
         """Make ready for a pass.
 
         Args:
             counts: The rows of each part, in packed order, and who computes them.
-            kept: `[n]`, int64, ascending, on the host: the rows that reach `lm_head`.
+            kept: `[n]`, ascending: the rows that reach `lm_head`.
         """
 
     def end(self) -> None:
@@ -37,7 +41,7 @@ class Mixer(Protocol):
 class NoMixer:
     """Composes nothing: for the base alone, whatever the mixtures."""
 
-    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: Tensor) -> None:
+    def begin(self, counts: Sequence[tuple[int, Mixture]], kept: NDArray[np.int64]) -> None:
         """See `Mixer`."""
 
     def end(self) -> None:
@@ -51,16 +55,18 @@ class Runner:
         base: The model.
         pool: Where keys and values of its sequences lie.
         mixer: Composes experts.
+        graphs: Computes the steps that have been recorded; None computes all of them as they come.
 
     Attributes:
         windows: The sliding window that each layer asked for in the last pass, by its index; None for one without.
     """
 
-    def __init__(self, base: Base, pool: KvPool, mixer: Mixer) -> None:
+    def __init__(self, base: Base, pool: KvPool, mixer: Mixer, graphs: Graphs | None = None) -> None:
         self.windows: dict[int, int | None] = {}
         self._base = base
         self._pool = pool
         self._mixer = mixer
+        self._graphs = graphs
         self._embed = base.causal_lm.get_input_embeddings()
 
     def run(self, parts: Sequence[Part]) -> Tensor:
@@ -71,25 +77,28 @@ class Runner:
                 positions within the context.
 
         Returns:
-            `[sampled parts, vocabulary]`, float32, in the order of the parts; a tensor of inference mode.
+            `[sampled parts, vocabulary]`, float32, in the order of the parts; a tensor of inference mode, that lasts
+            until the next pass.
         """
+        if self._graphs is not None and self._graphs.takes(parts):
+            return self._graphs.run(parts)
         kept = []
         row = 0
         for part in parts:
             row += part.row_count
             if part.sampled:
                 kept.append(row - 1)
-        positions = [position for part in parts for position in range(part.start, part.start + part.row_count)]
-        kept_rows = torch.tensor(kept, dtype=torch.int64)
+        positions = np.concatenate([np.arange(part.start, part.start + part.row_count) for part in parts])
+        kept_rows = np.array(kept, np.int64)
         step = Step(self._pool, parts)
         self._mixer.begin([(part.row_count, part.mixture) for part in parts], kept_rows)
         try:
             with torch.inference_mode():  # spares the bookkeeping of autograd, a tenth of the time of small models
                 answer = self._base.causal_lm(
                     **self._inputs(parts),
-                    position_ids=self._int64(positions)[None],
+                    position_ids=there(positions, self._base.device)[None],
                     use_cache=False,
-                    logits_to_keep=kept_rows.to(self._base.device),
+                    logits_to_keep=there(kept_rows, self._base.device),
                     return_dict=True,
                     step=step,
                 )
@@ -112,4 +121,4 @@ class Runner:
         return {"inputs_embeds": torch.cat(rows)[None]}
 
     def _int64(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._base.device)
+        return there(np.array(numbers, np.int64), self._base.device)

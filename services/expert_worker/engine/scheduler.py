@@ -171,8 +171,8 @@ class Scheduler:
         """Let run what fits, the first in rank first.
 
         What does not fit is passed by others, until it has waited long enough: then nobody else is admitted until it
-        fits. After a `restart` one is admitted alone until rows of it have been computed: pages of others could lie where
-        its experts want rows once more.
+        fits. After a `restart` one is admitted alone until rows of it have been computed: pages of others could lie
+        where its experts want rows once more.
 
         Args:
             now: On the clock of the sequences' arrival.
@@ -271,7 +271,7 @@ class Scheduler:
             self.running.remove(sequence)
             asked = sequence.request
             if asked.session and self._limits.session_seconds:
-                kept = sequence.pages[: sequence.kept_page_count]
+                kept = self._cache.find(sequence.page_keys(sequence.kept_page_count))  # its own, or others' like them
                 self._cache.pin(asked.tenant, asked.session, kept, now + self._limits.session_seconds)
             self._cache.release(sequence.pages)
         else:

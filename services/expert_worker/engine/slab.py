@@ -128,10 +128,13 @@ class Slab:
         return True
 
     def _move(self, boundary: int) -> None:
-        """Move the boundary. What rows have had becomes zeros before it is a page: kernels read whole pages."""
-        if boundary > self._boundary:
-            for layer in self._layers:
-                layer[self._boundary : boundary].zero_()
+        """Move the boundary. What changes sides becomes zeros: products run over whole pages, and over rows of nobody.
+
+        With weights of 0; but bytes of the other side can be no number, which times 0 is not 0.
+        """
+        begin, end = sorted((self._boundary, boundary))
+        for layer in self._layers:
+            layer[begin:end].zero_()
         self._boundary = boundary
 
     def _row_start(self, row: int) -> int:

@@ -686,6 +686,42 @@ class TestPinsAndHints:
             await shelf.load(B, C, D)
         assert A not in shelf.resident
 
+    async def test_what_was_in_use_for_long_counts_as_used_until_then_and_makes_nothing_newer_leave_first(
+        self, tmp_path: Path
+    ) -> None:
+        shelf = Shelf(tmp_path)
+        long = await shelf.use(A)
+        others = [f"sha256:{number:064x}" for number in range(20)]
+        await shelf.load(*others)
+        shelf.residency.release(long)
+        await shelf.load(B)
+        assert shelf.resident == [B, A]
+        await shelf.load(C, D)
+        assert shelf.resident == [D, C]
+
+    async def test_room_that_one_in_use_for_long_has_made_does_not_turn_the_order_round(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path)
+        await shelf.load(A)
+        for number in range(20):
+            await shelf.load(f"sha256:{number:064x}")
+        stale, fresh = shelf.residency.packages[1], shelf.residency.packages[0].digest
+        stale.worth = 0.0
+        await shelf.load(B)
+        assert shelf.resident == [B, fresh]
+        await shelf.load(C)
+        assert shelf.resident == [C, B]
+
+    async def test_a_hint_that_found_no_room_is_not_read_again_until_there_is_some(self, shelf: Shelf) -> None:
+        await shelf.load(A, B)
+        for _ in range(3):
+            shelf.residency.prefetch([C])
+            await until_loaded(shelf)
+        assert shelf.brought == [A, B, C]
+        shelf.residency.drop(A)
+        shelf.residency.prefetch([C])
+        await until_loaded(shelf)
+        assert shelf.resident == [C, B]
+
     async def test_hints_are_loaded_while_there_is_room_and_push_nothing_out(self, shelf: Shelf) -> None:
         await shelf.load(A)
         shelf.residency.prefetch([A, B])

@@ -192,6 +192,16 @@ def test_a_worker_that_is_lost_moves_its_own_sessions_alone() -> None:
         assert after[0] == (before[1] if before[0] == "a" else before[0])
 
 
+@pytest.mark.parametrize("digests", [frozenset(), SET], ids=["base alone", "set"])
+def test_while_the_home_of_a_session_is_busy_the_next_that_holds_the_set_takes_it(digests: frozenset[str]) -> None:
+    workers = [able(name, "d", "e") for name in "abc"]
+    home, second, third = in_session("s", workers, digests=digests)
+    assert in_session("s", workers, loads_of(**{home: BUSY_COUNT - 1}), digests)[0] == home
+    assert in_session("s", workers, loads_of(**{home: BUSY_COUNT}), digests) == [second, third, home]
+    every = loads_of(**dict.fromkeys("abc", BUSY_COUNT))
+    assert in_session("s", workers, every, digests) == [home, second, third]
+
+
 def test_a_busy_worker_gives_a_session_away_as_well() -> None:
     workers = [able("old", "d", "e"), able("new")]
     assert in_session("s", workers, loads_of(old=BUSY_COUNT - 1)) == ["old", "new"]

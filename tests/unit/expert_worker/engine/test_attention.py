@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.int8 import dequantise, quantise
 from services.expert_worker.engine.pages import KvPool, KvShape
 from tests.passes import part
+from tests.recordings import as_on_cuda
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,49 +120,17 @@ def test_attention_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) 
         attended(new_pool(), [part(0, [0], [1])], numbers(1))
 
 
-def varlen_by_hand(query: Tensor, key: Tensor, value: Tensor, row_ends: Tensor, *rest: Any, **more: Any) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` is documented to do, one sequence at a time."""
-    length_ends, row_max, length_max = rest
-    assert more["enable_gqa"] is True
-    assert more["num_splits"] == 1
-    assert {each.dtype for each in (row_ends, length_ends, more["seqused_k"], more["block_table"])} == {torch.int32}
-    assert row_max == row_ends.diff().max()
-    assert length_max == length_ends.diff().max()
-    assert length_ends.diff().tolist() == more["seqused_k"].tolist()
-    left, right = more["window_size"]
-    assert right == 0
-    found = []
-    for index, length in enumerate(more["seqused_k"].tolist()):
-        rows = query[row_ends[index] : row_ends[index + 1]]
-        keys, values = (each[more["block_table"][index]].flatten(0, 1)[:length] for each in (key, value))
-        ahead = torch.arange(length) - (length - len(rows) + torch.arange(len(rows)))[:, None]
-        sees = (ahead <= 0) & ((left < 0) | (ahead >= -left))
-        answer = scaled_dot_product_attention(
-            rows.transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=sees,
-            scale=more["scale"],
-            enable_gqa=True,
-        )
-        found.append(answer[0].transpose(0, 1))
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("stored_as", [None, torch.int8])
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_kernel_is_told_the_same_as_the_loop_does(
     monkeypatch: pytest.MonkeyPatch, window: int | None, stored_as: torch.dtype | None
 ) -> None:
-    from services.expert_worker.engine import attention  # noqa: PLC0415 - imports transformers
-
     parts = [part(0, [0] * 9, [5, 2, 9]), part(0, [0] * 2, [1])]
     later = [part(9, [0], [5, 2, 9]), part(2, [0] * 5, [1, 7])]
     first, second = numbers(11, seed=4), numbers(6, seed=5)
     pool = new_pool(stored_as=stored_as)
     wanted = [attended(pool, parts, first, sliding_window=window), attended(pool, later, second, sliding_window=window)]
-    monkeypatch.setattr(attention, "_has_kernel", lambda _: True)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    as_on_cuda(monkeypatch)
     pool = new_pool(stored_as=stored_as)
     found = [attended(pool, parts, first, sliding_window=window), attended(pool, later, second, sliding_window=window)]
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)

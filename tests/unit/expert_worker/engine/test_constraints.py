@@ -102,6 +102,14 @@ async def test_special_tokens_are_no_text(constraints: Constraints, tokenizer: A
     assert follow(matcher, tokenizer, "<|im_end|>")  # spelled out
 
 
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|im_start|>"])
+async def test_the_name_of_a_special_token_is_text_where_nothing_else_can_follow(
+    constraints: Constraints, tokenizer: Any, name: str
+) -> None:
+    for constraint, text in ((grammar(f'root ::= "a{name}b"'), f"a{name}b"), (schema({"const": name}), f'"{name}"')):
+        assert follow(await constraints.matcher(constraint), tokenizer, text)
+
+
 async def test_answers_do_not_move_each_other(constraints: Constraints, tokenizer: Any) -> None:
     first = await constraints.matcher(grammar('root ::= "ab"'))
     second = await constraints.matcher(grammar('root ::= "ab"'))
@@ -219,6 +227,11 @@ class TestSchemas:
                 json.dumps({"title": "a" * (CONSTRAINT_BYTES_MAX - 13)}),
             ),
             ({"x-guidance": {"lenient": True}, "not": {}}, "not", {"x-guidance": {"lenient": True}}),
+            ({"const": 2**53 + 1}, "2^53", {"const": 2**53}),
+            ({"items": {"enum": [-(2**53) - 1]}}, "2^53", {"items": {"enum": [-(2**53)]}}),
+            ({"type": "integer", "maximum": 2**63 - 2}, "2^53", {"type": "integer", "maximum": 2**63 - 1}),
+            ({"minProperties": 2}, "minProperties", {"minProperties": 1}),
+            ({"anyOf": [{"minProperties": 2.5}]}, "minProperties", {"minProperties": 2, "required": ["a"]}),
         ],
     )
     async def test_what_cannot_be_enforced_is_refused(
@@ -226,12 +239,19 @@ class TestSchemas:
     ) -> None:
         refused = await refusal(constraints, schema(broken))
         assert (refused.reason, why in refused.message) == (Reason.BAD_SCHEMA, True), refused.message
+        assert "llguidance" not in refused.message
         await constraints.matcher(schema(sound))
 
     async def test_a_schema_cannot_change_what_json_is(self, constraints: Constraints, tokenizer: Any) -> None:
         loosened = schema({"type": "array", "x-guidance": {"item_separator": ";"}})
         assert not follow(await constraints.matcher(loosened), tokenizer, "[1;2]")
         assert follow(await constraints.matcher(loosened), tokenizer, "[1,2]")
+
+    async def test_a_property_has_one_spelling(self, constraints: Constraints, tokenizer: Any) -> None:
+        wanted = schema({"type": "object", "properties": {"a": {"type": "integer"}}})
+        assert follow(await constraints.matcher(wanted), tokenizer, r'{"a": 1, "b\n": "x"}')
+        for text in (r'{"\u0061": "x"}', r'{"a": 1, "\u0061": "x"}', '{"a": 1, "a": "x"}'):
+            assert not follow(await constraints.matcher(wanted), tokenizer, text)
 
     async def test_blanks_have_an_end(self, constraints: Constraints, tokenizer: Any) -> None:
         wanted = schema({"type": "array"})

@@ -59,7 +59,8 @@ def mixed(base: ToyBase, arena: Arena | None = None, method: Method | None = Non
 
 def run(base: ToyBase, mixer: Mixer, x: Tensor, requests: Sequence[Request], kept: Tensor | None = None) -> Tensor:
     """One step: `[n, 50]`."""
-    mixer.begin([(rows, tuple((known.expert, w) for known, w in mixture)) for rows, mixture in requests], kept)
+    rows_kept = None if kept is None else kept.numpy()
+    mixer.begin([(rows, tuple((known.expert, w) for known, w in mixture)) for rows, mixture in requests], rows_kept)
     try:
         answer: Tensor = base.causal_lm(x[None], kept)[0]
     finally:

@@ -115,6 +115,30 @@ class TestPrefixCache:
         cache.release(cache.take(7) or [])
         assert found(cache, 2, "a") == 0
 
+    def test_what_is_pinned_while_nobody_has_it_goes_with_the_pinned(self) -> None:
+        cache = PrefixCache(Pages(9))
+        for name, awaited in (("a", False), ("b", True)):
+            cache.release(keyed(cache, 2, name), awaited=awaited)
+        cache.pin("", "s", cache.find([b"a0", b"a1"]), 10.0)
+        cache.pin("", "t", cache.find([b"b0", b"b1"]), 10.0)
+        assert (cache.idle_count, cache.used_count) == (4, 0)
+        cache.release(keyed(cache, 2, "c"))
+        cache.release(cache.take(4) or [])
+        assert (found(cache, 2, "a"), found(cache, 2, "b"), found(cache, 2, "c")) == (2, 2, 0)
+        cache.clear()
+        assert (cache.idle_count, cache.used_count) == (0, 0)
+
+    def test_sessions_that_share_their_pages_are_bounded_as_well(self) -> None:
+        cache = PrefixCache(Pages(9))
+        pages = keyed(cache, 1, "a")
+        for number in range(100):
+            cache.pin("", str(number), pages, float(number))
+        assert len(cache._pins) == 4
+        cache.expire(98.0)
+        assert len(cache._pins) == 1
+        cache.expire(99.0)
+        assert (len(cache._pins), len(cache._pinned)) == (0, 0)
+
     def test_everything_can_be_forgotten(self) -> None:
         pages = Pages(9)
         cache = PrefixCache(pages)

@@ -310,6 +310,14 @@ def test_it_does_not_change_with_its_files(how: str, tmp_path: Path) -> None:
     assert torch.equal(Passes(base).logits(ids_of(5), 5), before)
 
 
+def test_inputs_beyond_float16_are_seen_and_not_answered_wrongly(bases: dict[str, Base]) -> None:
+    rows = torch.zeros(2, HIDDEN)
+    rows[0, 3], rows[1, 3] = 70_000.0, 60_000.0
+    with torch.inference_mode():
+        found = {how: bases[how].projections[UP](rows).isfinite().all(-1).tolist() for how in HOW}
+    assert found == {"int8": [False, True], "nf4": [True, True]}  # int8 takes inputs in float16
+
+
 def test_bitsandbytes_says_nothing(bases: dict[str, Base], caplog: pytest.LogCaptureFixture) -> None:
     assert logging.getLogger("bitsandbytes.autograd._functions").getEffectiveLevel() == logging.ERROR
     for how in HOW:

@@ -170,6 +170,29 @@ def test_longrope_takes_the_factors_of_texts_as_long_as_the_context(length: int,
     )
 
 
+@pytest.mark.parametrize(("length", "mscale"), [(128, 1.1), (129, 1.3)])
+def test_longrope_with_lengths_of_its_own_for_cosines_takes_those_of_the_context(length: int, mscale: float) -> None:
+    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding  # noqa: PLC0415 - seconds
+
+    factors = {"long_factor": LONG, "short_factor": SHORT, "long_mscale": 1.3, "short_mscale": 1.1}
+    config = config_of(
+        {"rope_type": "longrope", **factors, "original_max_position_embeddings": 128}, kind="phimoe", head_dim=DIM
+    )
+    settle_rope(config, "auto", length)
+    rotary = PhimoeRotaryEmbedding(config)
+    for longest in (1, 500):
+        cosines, _ = rotary(torch.zeros(1), torch.tensor([[0, longest]]))
+        torch.testing.assert_close(cosines[0, 0], torch.full((DIM,), mscale))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "ntk-by-parts"])
+def test_a_configuration_may_leave_open_how_many_numbers_a_head_has(kind: str) -> None:
+    config = config_of(kind="mixtral")
+    assert config.head_dim is None
+    settle_rope(config, kind, 8 * NATIVE)
+    np.testing.assert_allclose(rotary_of(config)[0], by_parts(8), rtol=1e-6)
+
+
 def test_half_of_a_head_can_be_rotated() -> None:
     config = config_of({"partial_rotary_factor": 0.5})
     settle_rope(config, "ntk", 8 * NATIVE)

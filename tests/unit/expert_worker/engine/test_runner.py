@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from services.expert_worker.engine.base import Base
@@ -183,8 +185,7 @@ class RecordingMixer:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def begin(self, counts: list[tuple[int, Mixture]], kept: Tensor) -> None:
-        assert kept.device == CPU  # reading it must not wait for a device
+    def begin(self, counts: list[tuple[int, Mixture]], kept: NDArray[np.int64]) -> None:
         self.told.append((counts, kept.tolist()))
 
     def end(self) -> None:

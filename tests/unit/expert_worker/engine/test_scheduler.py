@@ -392,7 +392,7 @@ class TestMakingWay:
         answer_some(scheduler, 4)
         assert (slow.preemption_count, other.preemption_count) == (1, 0)
 
-    def test_restarting_frees_everything_and_lets_the_first_begin_at_the_first_page(self) -> None:
+    def test_restarting_frees_everything_and_lets_the_first_begin_alone_at_the_first_page(self) -> None:
         scheduler, pages = scheduling()
         every = [waiting(9, 9) for _ in range(3)]
         for each in every:
@@ -400,8 +400,11 @@ class TestMakingWay:
         answer_some(scheduler, 9)
         scheduler.restart()
         assert (scheduler.running, pages.free_count) == ([], 100)
-        assert scheduler.admit(0.0) == every
+        assert scheduler.admit(0.0) == every[:1]
         assert (every[0].pages[0], every[0].computed_count) == (1, 0)
+        assert scheduler.admit(0.0) == []
+        compute(scheduler, every[0], 1)
+        assert scheduler.admit(0.0) == every[1:]
 
 
 class TestPriority:
@@ -618,6 +621,23 @@ class TestSessions:
         for begin in range(2, 9):
             self.one(scheduler, "", begin)
         assert [self.one(scheduler, "", ord(name)).cached_token_count for name in "abc"] == [0, 8, 8]
+
+    def test_one_that_began_alike_with_another_at_once_keeps_the_pages_of_both(self) -> None:
+        scheduler, pages = scheduling(page_count=8)
+        first, second = waiting(9, 1, begin=1), waiting(13, 1, begin=1, session="s")
+        for each in (first, second):
+            scheduler.add(each)
+        assert scheduler.admit(0.0) == [first, second]
+        for each in (first, second):
+            compute(scheduler, each)
+            scheduler.drop(each, 0.0)
+        assert (scheduler.counts.cached_page_count, pages.free_count) == (3, 5)
+        for begin in range(2, 9):
+            self.one(scheduler, "", begin)
+        again = waiting(13, 1, begin=1)
+        scheduler.add(again)
+        scheduler.admit(0.0)
+        assert again.cached_token_count == 12
 
     def test_they_make_room_for_whoever_needs_it(self) -> None:
         scheduler, pages = scheduling(page_count=8)
