@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,21 @@ if TYPE_CHECKING:
 _BATCH: Final = 16
 _PAGE_POSITIONS: Final = 64
 """Of transformers' own pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        prompt_tokens: Of each answer of a batch.
+        new_tokens: Of each answer of a batch.
+        long_tokens: Of the prompt whose first token is waited for.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    long_tokens: int
 
 
 def _greedy(**settings: int) -> GenerationConfig:
@@ -97,31 +113,31 @@ async def _beside(
     ]  # fmt: skip
 
 
-async def _beside_transformers(
-    rig: Rig, model: Any, prompt_tokens: int, new_tokens: int, long_tokens: int
-) -> list[Row]:
+async def _beside_transformers(rig: Rig, model: Any, plan: Plan) -> list[Row]:
     """The base alone, by an engine that knows of no experts."""
     sides = {
         "transformers generate": partial(_generate, model),
         "transformers generate_batch": partial(_generate_batch, model),
     }
-    positions = 2 * (_BATCH * (prompt_tokens + new_tokens + rig.page_positions) + long_tokens)
+    positions = 2 * (_BATCH * (plan.prompt_tokens + plan.new_tokens + rig.page_positions) + plan.long_tokens)
     async with running(rig.base, None, threads=rig.threads, positions=positions) as engine:
         rows = await _beside(
             rig,
             engine,
-            f"{_BATCH} answers of {new_tokens} tokens",
-            lambda: [Text(rig.prompt(prompt_tokens), (), new_tokens) for _ in range(_BATCH)],
+            f"{_BATCH} answers of {plan.new_tokens} tokens",
+            lambda: [Text(rig.prompt(plan.prompt_tokens), (), plan.new_tokens) for _ in range(_BATCH)],
             sides,
         )
         return rows + await _beside(
-            rig, engine, f"first token after {long_tokens}", lambda: [Text(rig.prompt(long_tokens), (), 1)], sides
+            rig,
+            engine,
+            f"first token after {plan.long_tokens}",
+            lambda: [Text(rig.prompt(plan.long_tokens), (), 1)],
+            sides,
         )
 
 
-async def _beside_peft(
-    rig: Rig, model: Any, arena: Arena, experts: Sequence[AdapterExpert], prompt_tokens: int, new_tokens: int
-) -> list[Row]:
+async def _beside_peft(rig: Rig, model: Any, arena: Arena, experts: Sequence[AdapterExpert], plan: Plan) -> list[Row]:
     """A batch in which everybody has an adapter of their own."""
     config = LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM", inference_mode=True
@@ -137,13 +153,13 @@ async def _beside_peft(
             peft.set_adapter(name)
             _generate(peft, [text])
 
-    positions = 2 * len(experts) * (prompt_tokens + new_tokens + rig.page_positions)
+    positions = 2 * len(experts) * (plan.prompt_tokens + plan.new_tokens + rig.page_positions)
     async with running(rig.base, arena, threads=rig.threads, positions=positions) as engine:
         return await _beside(
             rig,
             engine,
             f"{len(experts)} adapters, one each",
-            lambda: [Text(rig.prompt(prompt_tokens), ((expert, 1.0),), new_tokens) for expert in experts],
+            lambda: [Text(rig.prompt(plan.prompt_tokens), ((expert, 1.0),), plan.new_tokens) for expert in experts],
             {
                 "PEFT, one after the other": one_by_one,
                 "PEFT, mixed batch": lambda texts: _generate(peft, texts, adapter_names=names),
@@ -151,15 +167,22 @@ async def _beside_peft(
         )
 
 
-async def measure(rig: Rig) -> Measured:
+def plan_of(rig: Rig) -> Plan:
+    """What there is time for."""
+    if rig.is_quick:
+        return Plan(prompt_tokens=32, new_tokens=64, long_tokens=512)
+    return Plan(prompt_tokens=16, new_tokens=8, long_tokens=256)
+
+
+async def measure(rig: Rig, plan: Plan | None = None) -> Measured:
     """One shape."""
-    prompt_tokens, new_tokens, long_tokens = (32, 64, 512) if rig.is_quick else (16, 8, 256)
+    plan = plan or plan_of(rig)
     path = rig.folder / f"base-{rig.shape}"
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=rig.base.dtype, attn_implementation="sdpa")
     model = model.to(rig.device).eval()
-    rows = await _beside_transformers(rig, model, prompt_tokens, new_tokens, long_tokens)
+    rows = await _beside_transformers(rig, model, plan)
     experts = experts_of(rig, _BATCH)
-    rows += await _beside_peft(rig, model, arena_for(rig.base, _BATCH), experts, prompt_tokens, new_tokens)
+    rows += await _beside_peft(rig, model, arena_for(rig.base, _BATCH), experts, plan)
     by_work: dict[str, dict[str, float]] = {}
     for row in rows:
         by_work.setdefault(row["work"], {})[row["side"]] = row["seconds"]

@@ -24,7 +24,7 @@ from services.expert_worker.engine.constraints import Constraint, ConstraintKind
 from tests.grammars import bits
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 EOS: Final = 2
 _SPECIALS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -16,6 +16,7 @@ from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.folding import fold
 from services.expert_worker.engine.mixing import Method, Mixer
 from services.expert_worker.engine.pages import default_page_positions
+from services.expert_worker.engine.products import expand_into, shrink, split
 from services.expert_worker.engine.sampling import Choice, Sampling, SamplingRow, choose
 from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.loader import Prepared, place, prepare
@@ -34,6 +35,7 @@ from tests.adapters import (
 )
 from tests.engines import asking, prompt_ids, random_package, whole_engine
 from tests.passes import Passes, ids_of, part
+from tests.recordings import Twins
 from tests.worker_numerics import opened as opened_package
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from services.expert_worker.engine.base import Base
     from services.expert_worker.engine.expert import AdapterExpert, Mixture
+    from services.expert_worker.engine.graphs import Record
     from tests.engines import Told
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 0.05}
@@ -199,6 +202,46 @@ def assert_logits_compose(folder: Path, device: torch.device, dtype: torch.dtype
     assert float((found - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
 
 
+def assert_recorded_steps(folder: Path, device: torch.device, dtype: torch.dtype, record: Record) -> None:
+    """Steps that are recorded and played are those that are computed as they come, while experts come and go."""
+    base = opened(folder, device, dtype)
+    experts = [placed(each, base) for each in packages()[:-1]]
+    twins = Twins(
+        base,
+        arena=arena_of(base, 64),
+        record=record,
+        tolerance=TOLERANCE[dtype],
+        page_positions=default_page_positions(device),
+    )
+    mixed: list[Mixture] = [(), *[((expert, 1.0),) for expert in experts], tuple((expert, 0.3) for expert in experts)]
+    for number, mixture in enumerate(mixed):
+        twins.prompt(number, mixture)
+    for at in (20, 21):
+        for count in (1, 2, 3, len(mixed)):
+            twins.step(*((number, at, mixture) for number, mixture in enumerate(mixed[:count])))
+            twins.step(*((number, at, mixed[count - number - 1]) for number in range(count)))
+    twins.close()
+
+
+def assert_steps_do_not_wait(folder: Path, device: torch.device, dtype: torch.dtype, record: Record) -> None:
+    """Prompts and steps, recorded and not, are computed on CUDA without waiting for it."""
+    base = opened(folder, device, dtype)
+    mixture: Mixture = tuple((placed(each, base), 0.5) for each in packages()[:-1])
+    arena = arena_of(base, 64)
+    twins = Twins(base, arena=arena, record=record, page_positions=default_page_positions(device))
+    tables = [twins.passes.take(40) for _ in range(2)]
+    prompts = [part(0, ids_of(20, number), table, mixture=mixture) for number, table in enumerate(tables)]
+    steps = [part(20, ids_of(1), table, mixture=mixture) for table in tables]
+    for run, parts in ((twins.passes.run, prompts), (twins.passes.run, steps), (twins.recorded, steps)):
+        run(parts)  # experts come, steps are recorded, libraries set themselves up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(parts)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    twins.close()
+
+
 def assert_places(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """What a worker has placed is what it has prepared, byte by byte; adapter experts wait in host memory."""
     base = opened(folder, device, dtype)
@@ -251,10 +294,25 @@ def assert_chooses(device: torch.device) -> None:
         assert not isinstance(found, HocketError) or found.reason is Reason.BAD_ANSWER
 
 
+def assert_products(device: torch.device) -> None:
+    """Products with rows of experts are exact but for the order in which float32 adds up."""
+    random = torch.Generator().manual_seed(1)
+    x, middle = torch.randn(5, 64, generator=random).bfloat16(), torch.randn(5, 24, generator=random)
+    rows = torch.randn(3, 24, 128, generator=random).bfloat16()
+    stack = rows[:, :, 32:96].to(device)
+    found = shrink(x.to(device), stack).cpu().double()
+    torch.testing.assert_close(found, x.double() @ stack.cpu().double().mT, rtol=1e-5, atol=1e-5)
+    y = torch.randn(5, 128, generator=random)
+    sums = y.clone().to(device)
+    expand_into(sums, middle.to(device), rows[0].to(device))
+    assert torch.equal(torch.stack(split(middle.to(device), torch.bfloat16)).float().sum(0).cpu(), middle)
+    torch.testing.assert_close(sums.cpu().double(), y + middle.double() @ rows[0].double(), rtol=1e-5, atol=1e-5)
+
+
 # --- the whole engine
 
 
-async def answers(folder: Path, device: torch.device, dtype: torch.dtype) -> list[Told]:
+async def answers(folder: Path, device: torch.device, dtype: torch.dtype, record: Record | None = None) -> list[Told]:
     """Of requests with every mixture, in one batch and in chunks, half of them drawn."""
     base = opened(folder, device, dtype)
     experts = [placed(package, base) for package in packages()]
@@ -264,15 +322,17 @@ async def answers(folder: Path, device: torch.device, dtype: torch.dtype) -> lis
     ]
     limits = EngineLimits(step_tokens=40, sequences_max=16, queue_max=100)
     positions = default_page_positions(device)
-    async with whole_engine(base, page_positions=positions, page_count=32, limits=limits) as lab:
+    async with whole_engine(base, page_positions=positions, page_count=32, limits=limits, record=record) as lab:
         told = await lab.ask_all(requests)
         assert max(map(len, lab.watch.passes)) == len(requests)
     return told
 
 
-async def assert_engine_answers(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+async def assert_engine_answers(
+    folder: Path, device: torch.device, dtype: torch.dtype, record: Record | None = None
+) -> None:
     """A device's texts are a CPU's: token by token in float32, and as probable at first in others."""
-    wanted, found = await answers(folder, _CPU, torch.float32), await answers(folder, device, dtype)
+    wanted, found = await answers(folder, _CPU, torch.float32), await answers(folder, device, dtype, record)
     for there, here in zip(found, wanted, strict=True):
         assert len(there.ids) == _TOKENS
         assert there.finish is not None

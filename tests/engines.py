@@ -297,12 +297,14 @@ async def whole_engine(
     shared: bool = False,
     limits: EngineLimits = LIMITS,
     kv_dtype: Any = None,
+    record: Any = None,
     **mixing: Any,
 ) -> AsyncIterator[Lab]:
     """An engine over a base, that no other engine may use meanwhile. Nothing may be left when the block ends well.
 
-    Pages and rows of the arena are apart, or `shared`: one memory for both that is as large.
+    Pages and rows of the arena are apart, or `shared`: one memory for both that is as large. `record` records steps.
     """
+    from services.expert_worker.engine.graphs import Graphs  # noqa: PLC0415 - imports transformers
     from services.expert_worker.engine.runner import Runner  # noqa: PLC0415 - imports transformers
 
     page_bytes = page_positions * base.kv_shape.position_bytes(kv_dtype or base.dtype) // base.kv_shape.layers
@@ -328,7 +330,8 @@ async def whole_engine(
         slab=slab,
     )
     pages = Pages(SCRATCH_PAGES + page_count, slab)
-    watch = Watch(Runner(base, pool, mixer), arena, page_count, page_positions, limits)
+    graphs = record and Graphs(base, pool, mixer, rows_max=limits.sequences_max, record=record)
+    watch = Watch(Runner(base, pool, mixer, graphs), arena, page_count, page_positions, limits)
     engine = Engine(
         watch,
         pages,

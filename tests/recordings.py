@@ -12,11 +12,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from tests.passes import Passes, ids_of, part
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pytest
     from torch import Tensor
+
+    from services.expert_worker.engine.arena import Arena
+    from services.expert_worker.engine.base import Base
+    from services.expert_worker.engine.expert import Mixture
+    from services.expert_worker.engine.graphs import Record
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -59,18 +66,76 @@ def _has_mask(indices: Any) -> bool:
     return any(index is not None and index.dtype is torch.bool for index in indices)
 
 
-class Recorder:
-    """Records steps as a CUDA graph would."""
+def on_tape(compute: Callable[[], None]) -> Callable[[], None]:
+    """Record a step as a CUDA graph would."""
+    tape = Tape()
+    with tape:
+        compute()
+    return tape.play
 
-    def __init__(self) -> None:
-        self.tapes: list[Tape] = []
 
-    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
-        tape = Tape()
-        with tape:
-            compute()
-        self.tapes.append(tape)
-        return tape.play
+class Twins:
+    """The same sequences twice: in steps that are recorded, and in steps that are computed as they come.
+
+    Args:
+        base: Whose projections are wrapped until `close`.
+        arena: Where experts lie.
+        rows_max: Most sequences of a recorded step.
+        record: How steps are recorded.
+        tolerance: Most that logits may differ, as a share of their norm.
+
+    Attributes:
+        recordings: What has been recorded.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        arena: Arena,
+        rows_max: int = 16,
+        record: Record = on_tape,
+        tolerance: float = 1e-5,
+        page_positions: int = 16,
+    ) -> None:
+        from services.expert_worker.engine.graphs import Graphs  # noqa: PLC0415 - imports transformers
+        from services.expert_worker.engine.mixing import Mixer  # noqa: PLC0415 - as above
+        from services.expert_worker.engine.runner import Runner  # noqa: PLC0415 - as above
+
+        self.base = base
+        self.arena = arena
+        self.mixer = Mixer(base.causal_lm, base.projections, arena)
+        self.passes = Passes(base, page_positions=page_positions, mixer=self.mixer)
+        self.recordings: list[Callable[[], None]] = []
+        self._record = record
+        self._tolerance = tolerance
+        graphs = Graphs(base, self.passes.pool, self.mixer, rows_max=rows_max, record=self._noted)
+        self.recorded = Runner(base, self.passes.pool, self.mixer, graphs).run
+        self._tables: dict[int, list[int]] = {}
+
+    def _noted(self, compute: Callable[[], None]) -> Callable[[], None]:
+        self.recordings.append(self._record(compute))
+        return self.recordings[-1]
+
+    def prompt(self, number: int, mixture: Mixture, count: int = 20) -> None:
+        """Begin a sequence."""
+        self._tables[number] = self.passes.take(count + 20, scattered=True)
+        self.passes.run([part(0, ids_of(count, number), self._tables[number], mixture=mixture)])
+
+    def step(self, *rows: tuple[int, int, Mixture]) -> None:
+        """A token of some sequences: number, position, experts. Both ways come to the same."""
+        parts = [part(at, [ids_of(99, n)[at]], self._tables[n], mixture=mixture) for n, at, mixture in rows]
+        wanted = self.passes.run(parts)
+        found = self.recorded(parts)
+        assert found.shape == wanted.shape
+        apart = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert float(apart.max()) <= self._tolerance
+
+    def close(self) -> None:
+        """Give the base its projections back."""
+        for name, linear in self.base.projections.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.base.causal_lm.get_submodule(parent), child, linear)
 
 
 def varlen_attn(

@@ -14,7 +14,7 @@ from hocket.cli.decisions import why
 from hocket.client import TextDelta, TextFinish, TextPlanned, TextStart
 from hocket.errors import HocketError, Reason
 from hocket.v1.plan_pb2 import Mode
-from hocket.v1.text_pb2 import TEXT_FINISH_REASON_LENGTH, ConstraintKind, TextFinishReason
+from hocket.v1.text_pb2 import TEXT_FINISH_REASON_END, TEXT_FINISH_REASON_LENGTH, ConstraintKind, TextFinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -60,6 +60,7 @@ class Telling:
         self._planned: TextPlanned | None = None
         self._deltas: list[TextDelta] = []
         self._finish: TextFinish | None = None
+        self._is_constrained = False
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +79,12 @@ class Telling:
                 _print_summary(self._planned.plan, self._finish, self._colours)
             if self._finish.degradations:
                 output.say(f"Note: {'; '.join(map(_explained, self._finish.degradations))}", stderr=True)
+            if self._is_constrained and self._finish.reason != TEXT_FINISH_REASON_END:
+                output.say(
+                    "Note: only the beginning of what the answer must be: --max-tokens, the base's context or a stop "
+                    "text ended it",
+                    stderr=True,
+                )
 
     def show(self, events: Generator[Event, None, None]) -> None:
         """Show an answer to its end. An interrupt ends the call as well.
@@ -100,6 +107,7 @@ class Telling:
                 if self._debug:
                     _print_plan(event)
             case TextStart():
+                self._is_constrained = event.HasField("constraint")
                 if self._debug:
                     _print_start(event)
             case TextDelta():

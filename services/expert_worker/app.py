@@ -270,6 +270,7 @@ class WorkerApp:
             None if self._text is None else self._text.base,
             half=self._settings.half,
             int8_adapters=self._settings.adapters == "int8",
+            page_locked_adapters=self._device.type == "cuda",
         )
 
     async def _place(self, prepared: Prepared) -> tuple[Served, ...]:

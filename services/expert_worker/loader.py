@@ -16,6 +16,7 @@ from hocket.rpc.convert import VALUES_MAX
 from services.expert_worker.engine.folding import fold
 from services.expert_worker.journal import raw_digest
 from services.expert_worker.layout import family_of, lay_out
+from services.expert_worker.page_locked import CudaLocker, in_pages, page_locked
 from services.expert_worker.parameters import move
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from services.expert_worker.compute import Kernel
     from services.expert_worker.engine.expert import AdapterExpert
     from services.expert_worker.engine.folding import Foldable
+    from services.expert_worker.page_locked import Locker
     from services.expert_worker.parameters import Parameter
 
 _RETRY_SECONDS = 1.0
@@ -94,21 +96,28 @@ class Prepared:
         tensors: Every parameter; nothing else takes device memory. Quantised blocks become values there.
         assemble: From the same tensors, moved: the experts by ordinal.
         facts: What an adapter expert says about itself, for composing it; None for tensor experts.
+        in_pages: Whether each tensor will have memory pages of its own.
     """
 
     digest: str
     tensors: tuple[Parameter, ...]
     assemble: Callable[[Sequence[Tensor]], tuple[Served, ...]]
     facts: AdapterFacts | None = None
+    in_pages: bool = False
 
     @property
     def size_bytes(self) -> int:
-        """Bytes the experts will take on the device."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Bytes the experts will take where they wait for requests."""
+        return sum(in_pages(tensor.nbytes) if self.in_pages else tensor.nbytes for tensor in self.tensors)
 
 
 def prepare(
-    package: Package, base: Foldable | None = None, *, half: bool = False, int8_adapters: bool = False
+    package: Package,
+    base: Foldable | None = None,
+    *,
+    half: bool = False,
+    int8_adapters: bool = False,
+    page_locked_adapters: bool = False,
 ) -> Prepared:
     """Lay out a package's experts for computing. The result shares no memory with the package.
 
@@ -118,6 +127,8 @@ def prepare(
         half: Whether linear models and dense networks hold their weights in float16. Everything else is as it is, and
             what is computed with them too.
         int8_adapters: Whether adapter experts hold their A and B as int8.
+        page_locked_adapters: Whether adapter experts will wait in page-locked host memory, as `place` has them beside a
+            CUDA device: in whole pages.
 
     Raises:
         HocketError: `NOT_SERVABLE` if the package says that it cannot answer, or is an adapter expert and there is no
@@ -129,7 +140,7 @@ def prepare(
     if isinstance(facts, AdapterFacts) or isinstance(model, Adapter):
         assert isinstance(facts, AdapterFacts)  # noqa: S101 - both are, or neither
         assert isinstance(model, Adapter)  # noqa: S101 - both are, or neither
-        return _prepare_adapter(facts, model, base, int8=int8_adapters)
+        return _prepare_adapter(facts, model, base, int8=int8_adapters, in_pages=page_locked_adapters)
     tensors, kernels = lay_out(model, facts.output_columns, half=half)
     wider, raw = facts.n_features is None, raw_digest(facts.digest)
     width = facts.n_features_min if facts.n_features is None else facts.n_features
@@ -143,7 +154,9 @@ def prepare(
     return Prepared(facts.digest, tensors, assemble)
 
 
-def _prepare_adapter(facts: AdapterFacts, adapter: Adapter, base: Foldable | None, *, int8: bool) -> Prepared:
+def _prepare_adapter(
+    facts: AdapterFacts, adapter: Adapter, base: Foldable | None, *, int8: bool, in_pages: bool
+) -> Prepared:
     if base is None:
         raise HocketError(
             Reason.NOT_SERVABLE,
@@ -151,7 +164,7 @@ def _prepare_adapter(facts: AdapterFacts, adapter: Adapter, base: Foldable | Non
             "(`hocket base add`, then worker.base)",
         )
     folded = fold(adapter, facts, base, int8=int8)
-    return Prepared(facts.digest, (folded.flat,), lambda moved: (folded.build(moved[0]),), facts)
+    return Prepared(facts.digest, (folded.flat,), lambda moved: (folded.build(moved[0]),), facts, in_pages)
 
 
 def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
@@ -166,7 +179,7 @@ def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
     if device.type == "cpu":
         return prepared.assemble(move(prepared.tensors, device))
     if prepared.facts is not None:
-        return prepared.assemble(_page_locked(prepared))
+        return prepared.assemble(_page_locked(prepared, CudaLocker(device)))
     # Its event, not the stream: what the engine starts after the copy is not waited for. The thread sleeps meanwhile.
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
     try:
@@ -182,10 +195,10 @@ def place(prepared: Prepared, device: torch.device) -> tuple[Served, ...]:
     return prepared.assemble(moved)
 
 
-def _page_locked(prepared: Prepared) -> list[Tensor]:
+def _page_locked(prepared: Prepared, locker: Locker) -> list[Tensor]:
     try:
-        return [tensor.pin_memory() for tensor in move(prepared.tensors, torch.device("cpu"))]
-    except RuntimeError as error:
+        return [page_locked(tensor, locker) for tensor in move(prepared.tensors, torch.device("cpu"))]
+    except OSError as error:
         raise HocketError(
             Reason.DEVICE_MEMORY,
             f"the host can lock no {prepared.size_bytes} bytes more of its memory: set worker.host_bytes lower",

@@ -59,6 +59,8 @@ class WorkerSettings:
         slab_bytes: Memory on that device that the keys and values of texts and the experts that compute have together,
             each as much as the other leaves; 0 for a share, as `budget_bytes`.
         kv_dtype: What keys and values are stored as: `int8`, or `auto` for what the base computes in.
+        cuda_graphs: Record steps in which every text gets one token, on a CUDA device in half precision, and play them
+            again; otherwise every step is computed as it comes, which is slower and easier to look into.
         adapters: What experts' A and B are held as: `int8`, or `auto` for float32 or bfloat16, as the base computes.
         cache_bytes: Disk for the cache of packages; what was used longest ago makes room, what is in memory stays.
         compute_threads: Threads of one pass on a CPU; 0 for half of the cores.
@@ -105,6 +107,7 @@ class WorkerSettings:
     host_bytes: int = 0
     slab_bytes: int = 0
     kv_dtype: str = "auto"
+    cuda_graphs: bool = True
     adapters: str = "auto"
     cache_bytes: int = 10 * 2**30
     compute_threads: int = 0

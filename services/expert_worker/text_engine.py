@@ -22,6 +22,7 @@ from services.expert_worker.device import available_bytes, budget_bytes, compute
 from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.base import Serving, open_base
 from services.expert_worker.engine.engine import Engine
+from services.expert_worker.engine.graphs import Graphs, can_be_recorded, cuda_recorder
 from services.expert_worker.engine.layout import RowLayout
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, Pages, default_page_positions
@@ -154,8 +155,12 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         slab=slab,
     )
     pages = Pages(slab.page_count, slab)
+    mixer = Mixer(base.causal_lm, base.projections, arena)
+    graphs = None
+    if settings.cuda_graphs and can_be_recorded(pool):
+        graphs = Graphs(base, pool, mixer, rows_max=settings.sequences_max, record=cuda_recorder(device))
     engine = Engine(
-        Runner(base, pool, Mixer(base.causal_lm, base.projections, arena)),
+        Runner(base, pool, mixer, graphs),
         pages,
         page_positions=page_positions,
         context_length=context_length,

@@ -52,6 +52,28 @@ def test_logits_of_composed_experts(folder: Path, dtype: torch.dtype) -> None:
     composition.assert_logits_compose(folder, DEVICE, dtype)
 
 
+def test_recorded_steps(folder: Path) -> None:
+    from services.expert_worker.engine.graphs import cuda_recorder  # noqa: PLC0415 - imports transformers
+
+    composition.assert_recorded_steps(folder, DEVICE, torch.bfloat16, cuda_recorder(DEVICE))
+
+
+async def test_the_whole_engine_with_recorded_steps(folder: Path) -> None:
+    from services.expert_worker.engine.graphs import cuda_recorder  # noqa: PLC0415 - imports transformers
+
+    await composition.assert_engine_answers(folder, DEVICE, torch.bfloat16, cuda_recorder(DEVICE))
+
+
+def test_nothing_before_the_logits_waits_for_the_device(folder: Path) -> None:
+    from services.expert_worker.engine.graphs import cuda_recorder  # noqa: PLC0415 - imports transformers
+
+    composition.assert_steps_do_not_wait(folder, DEVICE, torch.bfloat16, cuda_recorder(DEVICE))
+
+
+def test_products_with_rows_of_experts() -> None:
+    composition.assert_products(DEVICE)
+
+
 def test_tokens_are_chosen_alike() -> None:
     composition.assert_chooses(DEVICE)
 

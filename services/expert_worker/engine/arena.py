@@ -31,7 +31,7 @@ from services.expert_worker.engine.standing import rounded
 from services.expert_worker.engine.transfer import there
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from concurrent.futures import Future
 
     from torch import Tensor
@@ -99,6 +99,11 @@ class _Seat:
     layers: Place
     outside: Place
     arrival: Future[None] | None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has come."""
+        return self.arrival is None or (self.arrival.done() and self.arrival.exception() is None)
 
 
 class Arena:
@@ -212,14 +217,12 @@ class Arena:
         self._soon = frozenset(expert.digest for expert in soon)
         for digest, seat in tuple(self._seats.items()):
             if seat.arrival is not None and seat.arrival.done():
-                if seat.arrival.exception() is None:
+                if seat.is_there:
                     seat.arrival = None
                 elif digest not in self._held | self._soon:  # who is waited for is heard of where it is waited for
                     del self._seats[digest]
         self._count()
-        for expert in (*soon, *experts):
-            if expert.digest in self._seats:
-                self._seats.move_to_end(expert.digest)
+        self._note_use((*soon, *experts))
 
     def bring(self, expert: AdapterExpert, *, ahead: bool = False) -> bool:
         """Have an expert come, if it has to and can; whether it is there.
@@ -241,11 +244,14 @@ class Arena:
         return self._settle(expert.digest, seat)
 
     def bring_now(self, experts: Collection[AdapterExpert]) -> bool:
-        """Hold these and wait until they are there; False if there is no room for all of them.
+        """Wait until these are there, and hold them if they had to come; False if there is no room for all of them.
 
         Raises:
             Exception: As `bring`.
         """
+        if all(expert.digest in self._seats and self._seats[expert.digest].is_there for expert in experts):
+            self._note_use(experts)
+            return True
         self.hold(experts)
         for expert in experts:
             while (seat := self._seats.get(expert.digest) or self._seat(expert)) is None:
@@ -263,6 +269,11 @@ class Arena:
     def close(self) -> None:
         """End its thread, once nothing is brought any more."""
         self._uploading.shutdown()
+
+    def _note_use(self, experts: Iterable[AdapterExpert]) -> None:
+        for expert in experts:
+            if expert.digest in self._seats:
+                self._seats.move_to_end(expert.digest)
 
     def _settle(self, digest: str, seat: _Seat) -> bool:
         """Take note that an expert has come; let its rows go if it could not."""
@@ -400,7 +411,7 @@ class Arena:
                 group.append((digest in last, place, seat))
         group.sort(key=lambda each: each[1].start, reverse=True)
         while group:
-            free = [*takewhile(lambda each: each[2].arrival is None, group)]
+            free = [*takewhile(lambda each: each[2].is_there, group)]
             self._pack(sorted(free, key=lambda each: not each[0]), stop, outside=outside)
             stop = group[len(free)][1].start if len(free) < len(group) else 0
             del group[: len(free) + 1]

@@ -216,6 +216,7 @@ def _json_grammar(text: str) -> str:
     if not isinstance(schema, dict):
         raise _refusal(ConstraintKind.JSON_SCHEMA, "it is neither an object nor true")
     _check_exact(schema)
+    _check_multiples(schema)
     return f"{HEADER}\nstart: %json {json.dumps(schema | {_JSON_EXTENSION: _JSON_OPTIONS})}"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import structlog
 import torch
 
-from services.expert_worker.engine.attention import Step
+from services.expert_worker.engine.attention import Step, has_kernel
 from services.expert_worker.engine.part import Part
 from services.expert_worker.engine.standing import rounded
 from services.expert_worker.engine.transfer import into
@@ -164,6 +164,11 @@ class Graphs:
             step=inputs.step,
         )
         inputs.logits.copy_(answer.logits[0])
+
+
+def can_be_recorded(pool: KvPool) -> bool:
+    """Whether attention does the same for every step of a size: where it is one kernel that reads pages in place."""
+    return has_kernel(pool) and pool.in_place
 
 
 def cuda_recorder(device: torch.device) -> Record:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hocket.errors import HocketError, Reason
+from services.expert_worker.engine.transfer import there
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -211,8 +212,8 @@ def _constrained(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[tor
     if not masks:
         return logits, failures
     forbidden = np.unpackbits(~np.stack([*masks.values()]), axis=-1, count=logits.shape[-1], bitorder="little")
-    where = torch.tensor([*masks], device=logits.device)
-    rest = logits[where].masked_fill_(torch.from_numpy(forbidden).to(logits.device).bool(), -math.inf)
+    where = there(np.array([*masks]), logits.device)
+    rest = logits.index_select(0, where).masked_fill_(there(forbidden.view(np.bool_), logits.device), -math.inf)
     return logits.index_copy(0, where, rest), failures
 
 
@@ -223,7 +224,7 @@ def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tenso
         return logits
 
     def put(arrays: list[np.ndarray[Any, Any]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(logits.device)
+        return there(np.concatenate(arrays), logits.device)
 
     where = put([np.full(len(ids), index) for index, _, ids, _ in pasts]), put([ids for _, _, ids, _ in pasts])
     factor = put([np.full(len(ids), sampling.repetition_penalty) for _, sampling, ids, _ in pasts])
@@ -266,7 +267,7 @@ def _weights(logits: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor
 
 def _column(values: Sequence[float], logits: torch.Tensor) -> torch.Tensor:
     """A number for each row, `[m, 1]`, float64, where the logits are."""
-    return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+    return there(np.array(values, np.float64), logits.device)[:, None]
 
 
 def _sorted(weights: torch.Tensor, count: int) -> torch.Tensor:

@@ -111,6 +111,17 @@ class TestScripting:
 
         assert (outcome.code, outcome.lines[-1]["error"]["reason"]) == (2, "INTERNAL")
 
+    @pytest.mark.parametrize("reason", ["END", "LENGTH", "STOP"])
+    def test_of_a_constraint_it_is_told_if_the_answer_is_a_beginning(
+        self, hocket: Any, router: Router, reason: str
+    ) -> None:
+        router.texts = ("{",)
+        router.finish = text_pb2.TextFinish(reason=f"TEXT_FINISH_REASON_{reason}")  # type: ignore[arg-type]  # by name
+        assert "only the beginning" not in hocket("generate", "x").err
+
+        router.constraint = text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_JSON_SCHEMA)
+        assert ("only the beginning" in hocket("generate", "x").err) == (reason != "END")
+
 
 def test_json_is_one_event_a_line(hocket: Any) -> None:
     outcome = hocket("generate", "list two", *MIXED, "--debug", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from services.expert_worker.engine.layout import RowLayout, put_vector
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.scheduler import Scheduler
 from services.expert_worker.engine.slab import Slab
-from tests.adapters import HEAD, SHAPES, ToyBase, arena_of, assert_close, dense, toy_expert
+from tests.adapters import HEAD, KINDS, SHAPES, ToyBase, arena_of, assert_close, dense, toy_expert
 from tests.bases import tiny_base
 from tests.engines import SECONDS, Told, asking, expert_of, opened, prompt_ids, random_package, whole_engine
 from tests.scripted_engine import (
@@ -170,6 +171,70 @@ def test_an_expert_that_could_not_come_may_try_again(monkeypatch: pytest.MonkeyP
     assert arena.bring_now([a])
     assert arena.resident == {a.digest}
     assert len(told) == 2
+
+
+class TestWindow:
+    """The rows at the end in which the experts of a step lie."""
+
+    def test_it_is_a_power_of_two_and_holds_whoever_computes(self) -> None:
+        base = ToyBase()
+        a, b, c = experts(base, 3, 4, 6)
+        arena = arena_of(base, 100)
+        assert arena.bring_now([a, b, c])
+        assert arena.window([], outside=False) == range(100, 100)
+        assert arena.window([a.digest], outside=False) == range(96, 100)
+        assert arena.window([a.digest, b.digest], outside=False) == range(92, 100)
+        assert arena.window([a.digest, b.digest, c.digest], outside=False) == range(84, 100)
+        assert arena.window([a.digest], outside=True) == range(72, 72), "it adapts nothing there"
+
+    def test_it_is_no_larger_than_the_arena(self) -> None:
+        base = ToyBase()
+        (a,) = experts(base, 5)
+        arena = arena_of(base, 6)
+        assert arena.bring_now([a])
+        assert arena.window([a.digest], outside=False) == range(6)
+
+    def test_who_lies_among_them_changes_places_with_them_and_is_whole(self) -> None:
+        base = ToyBase()
+        known = [toy_expert(base, kind, rank=2 + seed, seed=seed) for seed, kind in enumerate(KINDS)]
+        arena = arena_of(base, 100)
+        mixer = Mixer(base.causal_lm, base.projections, arena)
+        assert arena.bring_now([each.expert for each in known])
+        random = Random(1)
+        for _ in range(20):
+            some = random.sample(known, random.randint(1, 3))
+            window = arena.window([each.expert.digest for each in some], outside=False)
+            places = [arena.place(each.expert.digest, outside=False) for each in some]
+            assert all(window.start <= place.start <= place.end <= window.stop for place in places)
+            assert len(window) < 2 * sum(place.end - place.start for place in places)
+            for each in known:
+                check(base, mixer, each)
+        assert len(arena.resident) == len(known)
+
+    def test_who_is_on_its_way_stays_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        base = ToyBase()
+        known = [toy_expert(base, "lora", rank=4, seed=seed) for seed in range(4)]
+        arena = arena_of(base, 64)
+        mixer = Mixer(base.causal_lm, base.projections, arena)
+        goes_on = threading.Event()
+        copy_in = Arena._copy_in
+
+        def later(arena: Arena, expert: AdapterExpert, seat: Any) -> None:
+            assert goes_on.wait(SECONDS)
+            copy_in(arena, expert, seat)
+
+        assert arena.bring_now([each.expert for each in known[:2]])
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "_copy_in", later)
+            arena.hold([each.expert for each in known])
+            assert not arena.bring(known[2].expert)
+        assert not arena.bring(known[3].expert)
+        goes_on.set()
+        assert arena.bring_now([known[3].expert])
+        arena.window([known[3].expert.digest], outside=False)
+        for each in known:
+            check(base, mixer, each)
+        arena.close()
 
 
 def fail(*_: Any) -> None:

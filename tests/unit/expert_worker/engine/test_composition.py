@@ -10,6 +10,7 @@ import torch
 from tests import composition
 from tests.adapters import KINDS
 from tests.bases import tiny_base
+from tests.recordings import as_on_cuda, on_tape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +55,21 @@ def test_experts_are_placed_as_they_were_prepared(folder: Path, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_of_composed_experts(folder: Path, dtype: torch.dtype) -> None:
     composition.assert_logits_compose(folder, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recorded_steps(folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    composition.assert_recorded_steps(folder, DEVICE, dtype, on_tape)
+
+
+async def test_the_whole_engine_with_recorded_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    await composition.assert_engine_answers(folder, DEVICE, torch.float32, on_tape)
+
+
+def test_products_with_rows_of_experts() -> None:
+    composition.assert_products(DEVICE)
 
 
 def test_tokens_are_chosen_alike() -> None:

@@ -9,18 +9,16 @@ import torch
 
 from services.expert_worker.engine import graphs
 from services.expert_worker.engine.graphs import Graphs
-from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.runner import Runner
 from tests.adapters import arena_of
 from tests.bases import CONTEXT, LAYERS, tiny_base
 from tests.engines import NAME, expert_of, opened, random_package
 from tests.passes import KINDS, Passes, ids_of, part
-from tests.recordings import Recorder, Tape, as_on_cuda
+from tests.recordings import Tape, Twins, as_on_cuda, on_tape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from services.expert_worker.engine.arena import Arena
     from services.expert_worker.engine.base import Base
     from services.expert_worker.engine.expert import AdapterExpert, Mixture
     from services.expert_worker.engine.part import Part
@@ -46,46 +44,12 @@ def base(base_of: Callable[[str], Base]) -> Base:
     return base_of("qwen3")
 
 
-class Twins:
-    """The same sequences twice: in steps that are recorded, and in steps that are not."""
-
-    def __init__(self, base: Base, *, arena: Arena, rows_max: int = 16) -> None:
-        self.base = base
-        self.arena = arena
-        self.recorder = Recorder()
-        plain = dict(base.projections)
-        self.mixer = Mixer(base.causal_lm, plain, arena)
-        self.passes = Passes(base, mixer=self.mixer)
-        made = Graphs(base, self.passes.pool, self.mixer, rows_max=rows_max, record=self.recorder)
-        self.recorded = Runner(base, self.passes.pool, self.mixer, made).run
-        self.tables: dict[int, list[int]] = {}
-
-    def prompt(self, number: int, mixture: Mixture, count: int = 20) -> None:
-        """Begin a sequence."""
-        self.tables[number] = self.passes.take(count + 20, scattered=True)
-        self.passes.run([part(0, ids_of(count, number), self.tables[number], mixture=mixture)])
-
-    def step(self, *rows: tuple[int, int, Mixture]) -> None:
-        """A token of some sequences: number, position, experts. Both ways come to the same."""
-        parts = [part(at, [ids_of(99, n)[at]], self.tables[n], mixture=mixture) for n, at, mixture in rows]
-        wanted = self.passes.run(parts)
-        found = self.recorded(parts)
-        assert found.shape == wanted.shape
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-
-
 @pytest.fixture
 def twins(base: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[Twins]:
     as_on_cuda(monkeypatch)
     made = Twins(base, arena=arena_of(base, 256))
     yield made
-    restore(base)
-
-
-def restore(base: Base) -> None:
-    for name, linear in base.projections.items():
-        parent, _, child = name.rpartition(".")
-        setattr(base.causal_lm.get_submodule(parent), child, linear)
+    made.close()
 
 
 def expert(base: Base, kind: str = "lora", modules: Sequence[str] = EVERYWHERE, **more: Any) -> AdapterExpert:
@@ -97,7 +61,7 @@ def test_one_recording_does_for_every_step_of_a_size(twins: Twins) -> None:
         twins.prompt(number, (), count=15 + 3 * number)
     for at in range(6):
         twins.step(*((number, 15 + 3 * number + at, ()) for number in range(3 + at % 2)))
-    assert len(twins.recorder.tapes) == 1
+    assert len(twins.recordings) == 1
 
 
 def test_sizes_are_powers_of_two(twins: Twins) -> None:
@@ -105,7 +69,7 @@ def test_sizes_are_powers_of_two(twins: Twins) -> None:
         twins.prompt(number, ())
     for count, recordings in ((1, 1), (2, 2), (3, 3), (4, 3), (5, 4), (8, 4), (9, 5)):
         twins.step(*((number, 20, ()) for number in range(count)))
-        assert len(twins.recorder.tapes) == recordings
+        assert len(twins.recordings) == recordings
 
 
 def test_more_sequences_than_may_be_recorded_compute_as_they_come(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +78,10 @@ def test_more_sequences_than_may_be_recorded_compute_as_they_come(base: Base, mo
     for number in range(3):
         twins.prompt(number, ())
     twins.step(*((number, 20, ()) for number in range(3)))
-    assert not twins.recorder.tapes
+    assert not twins.recordings
     twins.step(*((number, 20, ()) for number in range(2)))
-    assert len(twins.recorder.tapes) == 1
-    restore(base)
+    assert len(twins.recordings) == 1
+    twins.close()
 
 
 def test_experts_of_every_kind_come_and_go_in_the_recordings_of_others(twins: Twins) -> None:
@@ -129,13 +93,13 @@ def test_experts_of_every_kind_come_and_go_in_the_recordings_of_others(twins: Tw
         twins.prompt(number, mixture)
     twins.step(*((number, 20, mixture) for number, mixture in enumerate(mixed)))
     twins.step(*((number, 21, mixture) for number, mixture in enumerate(mixed)))
-    assert len(twins.recorder.tapes) == 1
+    assert len(twins.recordings) == 1
     twins.step((0, 22, ((other, 1.0),)), (1, 22, ((one, 2.0),)), (2, 22, ()), (3, 22, ()))
-    assert len(twins.recorder.tapes) == 1
+    assert len(twins.recordings) == 1
     twins.step((0, 23, ((wide, 1.0),)), (1, 23, ()), (2, 23, ()), (3, 23, ()))
-    assert len(twins.recorder.tapes) == 2
+    assert len(twins.recordings) == 2
     twins.step((0, 24, ()), (1, 24, ()), (2, 24, ()), (3, 24, ()))
-    assert len(twins.recorder.tapes) == 3
+    assert len(twins.recordings) == 3
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "gemma3_text"])
@@ -163,8 +127,8 @@ def test_mixtures_of_all_kinds_are_those_of_steps_that_are_not_recorded(
         twins.step(*((number, at, mixture) for number, mixture in enumerate(mixed)))
         twins.step((0, at, mixed[0]))
         twins.step((0, at, ((experts[1], 0.7),)))
-    assert len(twins.recorder.tapes) == 2
-    restore(base)
+    assert len(twins.recordings) == 2
+    twins.close()
 
 
 def test_experts_that_lie_apart_are_brought_together(twins: Twins) -> None:
@@ -174,13 +138,13 @@ def test_experts_that_lie_apart_are_brought_together(twins: Twins) -> None:
     for each in experts:
         assert twins.arena.bring_now([each])
     twins.step((0, 20, ((experts[-1], 1.0),)))
-    recordings = len(twins.recorder.tapes)
+    recordings = len(twins.recordings)
     assert len(twins.arena.resident) == 22
     twins.step((0, 20, ((experts[3], 1.0),)), (1, 20, ()))
     assert len(twins.arena.window([experts[3].digest], outside=False)) == 8
     for number, each in enumerate((experts[5], experts[20], experts[11])):
         twins.step((number % 2, 20, ((each, 1.0),)))
-    assert len(twins.recorder.tapes) == recordings + 1
+    assert len(twins.recordings) == recordings + 1
     assert len(twins.arena.resident) == 22
 
 
@@ -198,7 +162,7 @@ def test_prompts_and_soft_prompts_are_not_recorded(twins: Twins) -> None:
     twins.recorded([part(0, ids_of(5), table)])
     twins.recorded([part(0, [], table, embeddings=soft.prompt, mixture=((soft, 1.0),))])
     twins.recorded([part(5, ids_of(2), table)])
-    assert not twins.recorder.tapes
+    assert not twins.recordings
 
 
 def test_steps_of_a_base_that_cannot_be_recorded_compute_as_they_come(
@@ -219,7 +183,7 @@ def test_steps_of_a_base_that_cannot_be_recorded_compute_as_they_come(
     twins.step((0, 20, mixture))
     twins.step((0, 21, mixture))
     assert len(attempts) == 1
-    restore(base)
+    twins.close()
 
 
 def test_the_recording_that_was_played_longest_ago_goes_first(twins: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +192,7 @@ def test_the_recording_that_was_played_longest_ago_goes_first(twins: Twins, monk
     several = [expert(twins.base, modules=[name]) for name in EVERYWHERE[:4]]
     for place, count in ((0, 1), (1, 2), (2, 3), (0, 3), (3, 4), (0, 4), (2, 4), (1, 5)):
         twins.step((0, 20, ((several[place], 1.0),)))
-        assert len(twins.recorder.tapes) == count
+        assert len(twins.recordings) == count
 
 
 def test_nothing_before_the_logits_waits_for_the_device(twins: Twins) -> None:
@@ -257,7 +221,7 @@ def test_nothing_before_the_logits_waits_for_the_device(twins: Twins) -> None:
 
 def test_the_longest_text_has_a_place_in_the_tables_of_a_recording(twins: Twins) -> None:
     passes = Passes(twins.base, page_count=CONTEXT // 16 + 1, mixer=twins.mixer)
-    made = Graphs(twins.base, passes.pool, twins.mixer, rows_max=4, record=twins.recorder)
+    made = Graphs(twins.base, passes.pool, twins.mixer, rows_max=4, record=on_tape)
     table = passes.take(CONTEXT)
     passes.run([part(0, ids_of(CONTEXT - 1), table)])
     last = [part(CONTEXT - 1, [7], table)]

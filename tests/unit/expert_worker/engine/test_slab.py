@@ -65,6 +65,16 @@ def test_what_rows_have_had_is_zeros_before_it_is_a_page() -> None:
         assert slab.rows(layer, torch.float32)[slab.row_limit :].isnan().all()
 
 
+def test_what_pages_have_had_is_zeros_before_it_is_a_row() -> None:
+    slab = slab_of()
+    for layer in range(2):
+        slab.pages(layer).fill_(255)  # no number, as float32
+    assert slab.claim_rows(10, kept_pages=False)
+    for layer in range(2):
+        assert not slab.rows(layer, torch.float32)[10:].any()
+        assert (slab.pages(layer)[: slab.page_limit] == 255).all()
+
+
 def test_there_is_room_for_both_or_not() -> None:
     slab = slab_of()
     assert slab.has_room(0, 20)
