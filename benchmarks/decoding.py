@@ -56,12 +56,14 @@ class Plan:
     Attributes:
         prompt_tokens: Of each answer.
         new_tokens: Of each answer.
+        rounds: In which the kinds of work take turns.
         matrix_bytes: What the bandwidth is measured with; more than caches hold.
         scattered: How many sequences, of how many positions, read pages in a row and scattered ones.
     """
 
     prompt_tokens: int
     new_tokens: int
+    rounds: int
     matrix_bytes: int
     scattered: tuple[int, int]
 
@@ -122,7 +124,7 @@ async def _steps(rig: Rig, plan: Plan, experts: Sequence[AdapterExpert], speed: 
         for batch in (1, DISTINCT):
             works = mixtures_of(experts, batch)
             times: dict[str, list[float]] = {name: [] for name in (_PLAIN, *works)}
-            for turn in range(rig.rounds + 1):  # the first round warms
+            for turn in range(plan.rounds + 1):  # the first round warms
                 for name in times:
                     where, mixtures = (bare, works[_BASE]) if name == _PLAIN else (engine, works[name])
                     found = await _step_seconds(rig, where, plan, mixtures)
@@ -146,7 +148,7 @@ def _scattered(rig: Rig, plan: Plan, speed: float) -> list[Row]:
     """Rows for a pass over pages in a row, and over pages among those of everybody else."""
     count, positions = plan.scattered
     pages = -(-positions // rig.page_positions)
-    runner = runner_for(rig.base, pool_for(rig.base, count * pages), None)
+    runner = runner_for(rig.base, pool_for(rig.base, count * pages), None, rows_max=count)
     tables = {
         "in a row": [range(SCRATCH_PAGES + n * pages, SCRATCH_PAGES + (n + 1) * pages) for n in range(count)],
         "scattered": [range(SCRATCH_PAGES + n, SCRATCH_PAGES + count * pages, count) for n in range(count)],
@@ -159,7 +161,7 @@ def _scattered(rig: Rig, plan: Plan, speed: float) -> list[Row]:
         ]
         return lambda: runner.run(parts)
 
-    seconds = rig.compared({name: step(table) for name, table in tables.items()}, rounds=5 * rig.rounds)
+    seconds = rig.compared({name: step(table) for name, table in tables.items()}, rounds=5 * plan.rounds)
     size = read_bytes(rig, [()] * count, positions)
     return [
         {
@@ -175,10 +177,10 @@ def _scattered(rig: Rig, plan: Plan, speed: float) -> list[Row]:
 def plan_of(rig: Rig) -> Plan:
     """What there is time for."""
     if rig.device.type == "cuda":
-        return Plan(prompt_tokens=512, new_tokens=128, matrix_bytes=2**31, scattered=(32, 2048))
+        return Plan(prompt_tokens=512, new_tokens=128, rounds=rig.rounds, matrix_bytes=2**31, scattered=(32, 2048))
     if rig.is_quick:
-        return Plan(prompt_tokens=16, new_tokens=64, matrix_bytes=2**28, scattered=(8, 1024))
-    return Plan(prompt_tokens=16, new_tokens=8, matrix_bytes=2**28, scattered=(8, 256))
+        return Plan(prompt_tokens=16, new_tokens=64, rounds=rig.rounds, matrix_bytes=2**28, scattered=(8, 1024))
+    return Plan(prompt_tokens=4, new_tokens=6, rounds=max(3, rig.rounds), matrix_bytes=2**28, scattered=(8, 256))
 
 
 async def measure(rig: Rig, plan: Plan | None = None) -> Measured:

@@ -155,51 +155,55 @@ def _row(step: str, size: int, seconds: list[float], floor_seconds: float, budge
 
 
 async def _load_cold(
-    rig: Rig, plan: Plan, arena: Arena, host: Host, digest: str, inflate: Callable[[bytes], bytes]
+    rig: Rig, plan: Plan, arena: Arena, hosts: Mapping[str, Host], digest: str, inflate: Callable[[bytes], bytes]
 ) -> dict[str, list[float]]:
-    """Seconds of each load, and of the parts that nobody can do without; beside what is resident there."""
-    data = host.path(digest).read_bytes()
+    """Seconds of each load in each host, by its name, and of the parts that nobody can do without; in turns."""
+    path = next(iter(hosts.values())).path(digest)
+    data = path.read_bytes()
     parts: dict[str, Callable[[], object]] = {
-        "read": host.path(digest).read_bytes,
+        "read": path.read_bytes,
         "hash": lambda: hashlib.sha256(data).digest(),
         "inflate": lambda: inflate(data),
     }
-    times: dict[str, list[float]] = {name: [] for name in (*parts, "cold")}
+    times: dict[str, list[float]] = {name: [] for name in (*parts, *hosts)}
     for _ in range(plan.loads + 1):  # the first one warms
         for name, part in parts.items():
             times[name].append(rig.seconds(part))
-        host.residency.drop(digest)
-        begin = time.perf_counter()
-        expert = await host.cold(digest)
-        await asyncio.to_thread(arena.bring_now, [another(expert)])
-        synchronise(rig.device)
-        times["cold"].append(time.perf_counter() - begin)
-    host.residency.drop(digest)
+        for name, host in hosts.items():
+            begin = time.perf_counter()
+            expert = await host.cold(digest)
+            await asyncio.to_thread(arena.bring_now, [another(expert)])
+            synchronise(rig.device)
+            times[name].append(time.perf_counter() - begin)
+            host.residency.drop(digest)
     return {name: each[1:] for name, each in times.items()}
 
 
 async def _cold(rig: Rig, plan: Plan, arena: Arena, files: Mapping[str, bytes]) -> tuple[list[Row], dict[str, str]]:
     """From a file to where it computes, beside what reading, hashing and inflating that file alone take."""
-    host = Host(rig, rig.folder / "packages", 2 * plan.residents[-1] * sum(map(len, files.values())))
-    digests = {name: host.add(data) for name, data in archives(files).items()}
-    rows: list[Row] = []
-    medians: dict[str, list[float]] = {}
+    budget_bytes = 2 * plan.residents[-1] * sum(map(len, files.values()))
+    hosts: dict[str, Host] = {}
+    digests: dict[str, str] = {}
     for count in plan.residents:
+        host = hosts[f"cold, beside {count} resident"] = Host(rig, rig.folder / "packages", budget_bytes)
+        digests = {name: host.add(data) for name, data in archives(files).items()}
         await host.fill(count, digests["zstd"])
-        for name, digest in digests.items():
-            times = await _load_cold(rig, plan, arena, host, digest, _INFLATE[name])
-            floor_seconds = max(statistics.median(times["read"]), statistics.median(times["hash"]))
-            size = host.path(digest).stat().st_size
-            if count == plan.residents[0]:
-                rows += [_row(f"{name}: {part}", size, times[part], floor_seconds) for part in times if part != "cold"]
-            step = f"{name}: cold, beside {count} resident"
-            rows.append(_row(step, size, times["cold"], floor_seconds, _COLD_BUDGET))
-            medians.setdefault(name, []).append(statistics.median(times["cold"]))
-    few, many = plan.residents[0], plan.residents[-1]
-    flat = ", ".join(f"{each[-1] / each[0]:.2f} x ({name})" for name, each in medians.items())
+    rows: list[Row] = []
+    flat: list[str] = []
+    for name, digest in digests.items():
+        times = await _load_cold(rig, plan, arena, hosts, digest, _INFLATE[name])
+        floor_seconds = max(statistics.median(times["read"]), statistics.median(times["hash"]))
+        size = host.path(digest).stat().st_size
+        rows += [
+            _row(f"{name}: {step}", size, each, floor_seconds, _COLD_BUDGET if step in hosts else "-")
+            for step, each in times.items()
+        ]
+        few, *_, many = (statistics.median(times[step]) for step in hosts)
+        flat.append(f"{many / few:.2f} x ({name})")
     return rows, {
         "floor of cold loads": "the longer of reading the file, which is in the page cache, and hashing it",
-        "cold loads are flat": f"beside {many} resident experts {flat} what they take beside {few}",
+        "cold loads are flat": f"beside {plan.residents[-1]} resident experts, {', '.join(flat)} what they take beside "
+        f"{plan.residents[0]}",
     }
 
 

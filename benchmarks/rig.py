@@ -34,6 +34,7 @@ from services.expert_worker.engine.arena import Arena
 from services.expert_worker.engine.base import Serving, open_base
 from services.expert_worker.engine.engine import Engine
 from services.expert_worker.engine.expert import AdapterExpert
+from services.expert_worker.engine.graphs import Graphs, can_be_recorded, cuda_recorder
 from services.expert_worker.engine.layout import RowLayout
 from services.expert_worker.engine.mixing import Mixer
 from services.expert_worker.engine.pages import SCRATCH_PAGES, KvPool, Pages, default_page_positions
@@ -43,9 +44,10 @@ from services.expert_worker.engine.slab import ALIGNMENT_BYTES, Slab
 from services.expert_worker.loader import place, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 
     from services.expert_worker.engine.base import Base
+    from services.expert_worker.engine.expert import Mixture
 
 RANK: Final = 16
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -203,9 +205,32 @@ def arena_for(base: Base, count: int) -> Arena:
     return Arena(layout, slab, outside_rows=RANK, device=base.device)
 
 
-def runner_for(base: Base, pool: KvPool, arena: Arena | None) -> Runner:
-    """Computes passes; with None for an arena, of the base alone by layers that were never wrapped."""
-    return Runner(base, pool, NoMixer() if arena is None else Mixer(base.causal_lm, base.projections, arena))
+class _PlainMixer(NoMixer):
+    """Composes nothing, in recorded steps as well."""
+
+    def begin_standing(self, mixtures: Sequence[Mixture]) -> Hashable:
+        """See `StandingMixer`: all steps of one size are alike."""
+        del mixtures
+        return None
+
+    def forget(self, likeness: Hashable) -> None:
+        """See `StandingMixer`."""
+
+
+def runner_for(base: Base, pool: KvPool, arena: Arena | None, *, rows_max: int) -> Runner:
+    """Computes passes; on a CUDA device those that decode are recorded, as in a worker.
+
+    Args:
+        base: The model.
+        pool: Where keys and values lie.
+        arena: Where experts compute; None for the base alone, by layers that were never wrapped.
+        rows_max: Most sequences of a recorded step.
+    """
+    mixer = _PlainMixer() if arena is None else Mixer(base.causal_lm, base.projections, arena)
+    graphs = None
+    if can_be_recorded(pool):
+        graphs = Graphs(base, pool, mixer, rows_max=rows_max, record=cuda_recorder(base.device))
+    return Runner(base, pool, mixer, graphs)
 
 
 def pool_for(base: Base, page_count: int) -> KvPool:
@@ -234,7 +259,7 @@ async def running(
     """
     pool = pool_for(base, -(-positions // default_page_positions(base.device)))
     engine = Engine(
-        runner_for(base, pool, arena),
+        runner_for(base, pool, arena, rows_max=sequences_max),
         Pages(pool.page_count),
         page_positions=pool.page_positions,
         context_length=base.context_length,

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from hocket.errors import HocketError
@@ -143,26 +143,22 @@ async def _compile(constraints: Constraints, constraint: Constraint, seed: int, 
     return Outcome("", seconds, longest)
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 async def _main() -> None:
     tokenizer: Any = _Tokenizer()
     constraints = Constraints(tokenizer, frozenset({EOS}))
     await constraints.matcher(Constraint(ConstraintKind.GBNF, 'root ::= "a"'))  # the first one takes its tokens
-    print("ready", flush=True)
+    _say("ready")
     for line in sys.stdin:
         job = json.loads(line)
         outcome = await _compile(
             constraints, Constraint(ConstraintKind(job["kind"]), job["text"]), job["seed"], job["count"]
         )
-        print(
-            json.dumps(
-                {
-                    "reason": outcome.reason,
-                    "compile_seconds": outcome.compile_seconds,
-                    "step_seconds": outcome.step_seconds,
-                }
-            ),
-            flush=True,
-        )
+        _say(json.dumps(asdict(outcome)))
     constraints.stop()
 
 

@@ -78,7 +78,9 @@ def page_locked(tensor: Tensor, locker: Locker) -> Tensor:
     if not tensor.nbytes:
         return tensor.clone()
     # The array stands between the tensor's storage and its pages: it goes first, and tells so, which a map does not.
-    array = np.frombuffer(mmap.mmap(-1, in_pages(tensor.nbytes)), np.uint8, count=tensor.nbytes)
+    pages = mmap.mmap(-1, in_pages(tensor.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(pages, np.uint8, count=tensor.nbytes)
+    del pages
     address = array.ctypes.data
     if error := locker.lock(address, in_pages(tensor.nbytes)):
         raise OSError(f"CUDA cannot lock {tensor.nbytes} bytes of host memory: error {error}")

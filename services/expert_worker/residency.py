@@ -3,8 +3,10 @@
 Everything here runs in the event loop, so no lock guards a state. A package is absent, loading (once, however many ask)
 or resident; while requests run on it, it is counted as in use and stays, and so does what is pinned. Room is made by
 dropping what is neither; when that is not enough, loads wait until something ends, and whichever then fits goes on, the
-longest waiting first: one that is too large for now holds up nobody else. A request waits until its own deadline; only
-a load that no request waits for gives up by itself.
+longest waiting first: one that is too large for now is passed by others, for a while. Then it has the turn: nobody else
+gets room in that memory until it has, and of what is in use as much leaves, as soon as its requests end, as is missing;
+whoever wants that from then on waits behind it. A request waits until its own deadline; a load that no request waits
+for never has the turn, and gives up by itself.
 
 Who makes room is decided by GreedyDual-Size (Cao and Irani 1997): each use, when it begins and when it ends, gives a
 package the worth of bringing it back, for each of its bytes, on top of the most that one that left was worth. So what
@@ -16,6 +18,8 @@ running experts lie side by side (`engine/arena.py`). On a CPU both are in one m
 
 A request for several packages gets all of them or none. While they are loaded it holds nothing, so that no two can
 each wait for what the other has; only one at a time, in the order of their arrival, gathers what it finds and keeps it.
+It begins behind those who have the turn before it, and once it holds something it is the first of all: what it still
+wants takes no heed of turns, and nobody else has one.
 """
 
 from __future__ import annotations
@@ -111,6 +115,26 @@ class ResidentPackage:
         return all(proof.kind == "policy" for proof in self.proofs)
 
 
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """Somebody waits for room in a memory.
+
+    Attributes:
+        digests: For these: one load's, or those of a set that is gathered.
+        begin_time: Since when, on the loop's clock.
+        loading: The load; None for a set.
+    """
+
+    digests: frozenset[str]
+    begin_time: float
+    loading: _Loading | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a request waits for it."""
+        return self.loading is None or self.loading.waiting_count > 0
+
+
 @dataclass(slots=True)
 class Budget:
     """Bytes of one memory.
@@ -119,11 +143,13 @@ class Budget:
         total_bytes: What packages may take together.
         used_bytes: What they take.
         worth: The most that what has made room was worth.
+        waits: Who waits for room there, the first in order first.
     """
 
     total_bytes: int
     used_bytes: int = 0
     worth: float = 0.0
+    waits: list[_Wait] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +199,7 @@ class Residency:
         place: Its experts on the device.
         on_change: Called when a package has come or gone.
         pinned: Digests of packages that never make room for others.
+        patience_seconds: How long one that does not fit may be passed by those that do.
 
     Attributes:
         device: The memory of the device.
@@ -189,11 +216,13 @@ class Residency:
         place: Callable[[Prepared], Awaitable[tuple[Served, ...]]],
         on_change: Callable[[], None],
         pinned: Collection[str] = (),
+        patience_seconds: float = 2.0,
     ) -> None:
         self.device = self.host = Budget(budget_bytes)
         self._pinned = frozenset(pinned)
         self._loading_max = loading_max
         self._placing_seconds = placing_seconds
+        self._patience_seconds = patience_seconds
         self._authority = authority
         self._bring = bring
         self._place = place
@@ -297,6 +326,7 @@ class Residency:
         except BaseException as error:
             if loading.package is None:
                 loading.waiting_count -= 1
+                self._freed.set()  # the turn may be another's now
             else:
                 self.release(loading.package)
             if isinstance(error, TimeoutError):
@@ -326,8 +356,7 @@ class Residency:
                 await self._bring_all(digests, end_time)
                 if (found := self._get_all(digests)) is not None:
                     return found
-                async with self._gathering:  # some have made room for others since
-                    return await self._gather(digests, end_time)
+                return await self._gather(digests, end_time)  # some have made room for others since
         except TimeoutError:
             raise _still_loading(digests[0]) from None
 
@@ -353,8 +382,10 @@ class Residency:
     def prefetch(self, digests: Sequence[str]) -> None:
         """Load packages that may be asked for soon, as far as few enough are on their way and there is room.
 
-        Nothing leaves memory for them, and nobody is told how it ends.
+        Nothing leaves memory for them, nothing is begun while somebody waits for room, and nobody is told how it ends.
         """
+        if self.host.waits:
+            return
         left_bytes = self.host.total_bytes - self.host.used_bytes
         for digest in digests:
             if len(self._loadings) >= min(_PREFETCHES_MAX, self._loading_max) or self._stopping:
@@ -437,16 +468,31 @@ class Residency:
             for task in bringing:
                 task.cancel()
             await asyncio.gather(*bringing, return_exceptions=True)
-        if total > self.host.total_bytes:
+        if total > (most_bytes := self._most_bytes(digests, self.host)):
             raise HocketError(
                 Reason.DEVICE_MEMORY,
                 f"these {len(digests)} experts take {total} bytes together, the whole budget is "
-                f"{self.host.total_bytes}: ask for fewer, raise {self._setting(self.host)}, or use a machine with more "
-                "memory",
+                f"{most_bytes} beside what is pinned: ask for fewer, raise {self._setting(self.host)}, or use a "
+                "machine with more memory",
             )
 
     async def _gather(self, digests: Sequence[str], end_time: float) -> list[ResidentPackage]:
-        """All of them, keeping those that are there while the others come back."""
+        """All of them, keeping those that are there while the others come back: one set at a time, in its turn."""
+        waits = self.host.waits
+        wait = _Wait(frozenset(digests), asyncio.get_running_loop().time())
+        waits.append(wait)  # here and at the lock in one order, so that whoever has the turn can go on
+        try:
+            async with self._gathering:
+                while self._turn(self.host) not in (None, wait):
+                    await self._until_freed()
+                waits.remove(wait)
+                waits.insert(0, wait)
+                return await self._keep_all(digests, end_time)
+        finally:
+            waits.remove(wait)
+            self._freed.set()
+
+    async def _keep_all(self, digests: Sequence[str], end_time: float) -> list[ResidentPackage]:
         with ExitStack() as undo:
             held: dict[str, ResidentPackage] = {}
 
@@ -471,7 +517,7 @@ class Residency:
         if self._stopping:
             raise _draining()
         self._repeat_refusal(digest)
-        if len(self._loadings) >= self._loading_max:
+        if sum(not loading.ahead for loading in self._loadings.values()) >= self._loading_max:
             raise HocketError(
                 Reason.QUEUE_FULL,
                 f"{self._loading_max} packages are being loaded already",
@@ -515,7 +561,7 @@ class Residency:
         supplied = await self._bring(digest, standing, loading.report)
         size_bytes, budget = supplied.prepared.size_bytes, self._budget(supplied.prepared.facts)
         loading.report(LOAD_STATE_PLACING, 0, size_bytes)
-        if loading.ahead and budget.used_bytes + size_bytes > budget.total_bytes:
+        if loading.ahead and (budget.waits or budget.used_bytes + size_bytes > budget.total_bytes):
             if len(self._unplaced) >= _REFUSALS_MAX:
                 self._unplaced.clear()
             self._unplaced[digest] = size_bytes
@@ -537,6 +583,7 @@ class Residency:
         )
         package.worth = self._worth_of(package)
         loading.package = self._residents[digest] = package
+        self._freed.set()  # it can make room from now on
         self._on_change()
         return package
 
@@ -557,15 +604,20 @@ class Residency:
             raise
 
     def _take(self, digest: str, size_bytes: int, budget: Budget) -> bool:
-        """Take that much of a budget if it can be had now."""
-        if size_bytes > budget.total_bytes:
+        """Take that much of a budget if it can be had now, and is nobody else's turn."""
+        if size_bytes > (most_bytes := self._most_bytes([digest], budget)):
             raise HocketError(
                 Reason.DEVICE_MEMORY,
-                f"{digest} takes {size_bytes} bytes, the whole budget is {budget.total_bytes}: "
+                f"{digest} takes {size_bytes} bytes, the whole budget is {most_bytes} beside what is pinned: "
                 f"raise {self._setting(budget)}, or use a machine with more memory",
                 digest=digest,
             )
+        turn = self._turn(budget)
+        if turn is not None and digest not in turn.digests:
+            return False
         if not self._make_room(size_bytes, budget):
+            if turn is not None:
+                self._let_leave(size_bytes, budget, turn.digests)
             return False
         budget.used_bytes += size_bytes
         return True
@@ -574,37 +626,89 @@ class Residency:
         """Take that much of a budget as soon as it can be had, or give up when no request has waited for a while."""
         loop = asyncio.get_running_loop()
         wanted_time = loop.time()
-        while not self._take(digest, size_bytes, budget):
-            if loading.waiting_count:
-                wanted_time = loop.time()
-            elif loop.time() - wanted_time >= self._placing_seconds:
-                raise _still_loading(digest)
-            self._freed.clear()
-            # All are woken, not this one alone: who begins to wait again does so behind the others.
-            alarm = loop.call_later(self._placing_seconds, self._freed.set)
-            try:
-                await self._freed.wait()
-            finally:
-                alarm.cancel()
+        wait = _Wait(frozenset([digest]), wanted_time, loading)
+        budget.waits.append(wait)
+        try:
+            while not self._take(digest, size_bytes, budget):
+                if loading.waiting_count:
+                    wanted_time = loop.time()
+                elif loop.time() - wanted_time >= self._placing_seconds:
+                    raise _still_loading(digest)
+                await self._until_freed()
+        finally:
+            budget.waits.remove(wait)
+            self._freed.set()
+
+    async def _until_freed(self) -> None:
+        """Return when there may be room, or another turn, and now and then."""
+        self._freed.clear()
+        # All are woken, not this one alone: who begins to wait again does so behind the others.
+        seconds = min(self._placing_seconds, self._patience_seconds / 2)
+        alarm = asyncio.get_running_loop().call_later(seconds, self._freed.set)
+        try:
+            await self._freed.wait()
+        finally:
+            alarm.cancel()
+
+    def _turn(self, budget: Budget) -> _Wait | None:
+        """Who goes before everybody else: the first of those who wait, once it has waited long enough."""
+        first = next((wait for wait in budget.waits if wait.is_wanted), None)
+        if first is None or asyncio.get_running_loop().time() - first.begin_time < self._patience_seconds:
+            return None
+        return first
+
+    def _most_bytes(self, digests: Collection[str], budget: Budget) -> int:
+        """What packages can take together at most: the others that are pinned stay."""
+        return budget.total_bytes - sum(
+            package.size_bytes
+            for package in self._of(budget)
+            if package.digest in self._pinned and package.digest not in digests
+        )
+
+    def _of(self, budget: Budget) -> list[ResidentPackage]:
+        """What is resident in one memory."""
+        return [package for package in self._residents.values() if self._budget(package.facts) is budget]
 
     def _make_room(self, size_bytes: int, budget: Budget) -> bool:
         """Drop what is idle, the least worth first, if that makes enough room; else drop nothing."""
         missing = budget.used_bytes + size_bytes - budget.total_bytes
         idle = [
             package
-            for package in self._residents.values()
-            if not package.in_use_count and package.digest not in self._pinned and self._budget(package.facts) is budget
+            for package in self._of(budget)
+            if not package.in_use_count and package.digest not in self._pinned
         ]
         if sum(package.size_bytes for package in idle) < missing:
             return False
-        for package in sorted(idle, key=lambda package: package.worth):
+        self._evict(sorted(idle, key=lambda package: package.worth), missing, budget)
+        return True
+
+    def _let_leave(self, size_bytes: int, budget: Budget, staying: Collection[str]) -> None:
+        """Drop what is idle and what is in use until there is room once its requests have ended.
+
+        What is idle goes first, then the least worth.
+        """
+        leaving = sum(
+            package.size_bytes
+            for package in self._leaving.values()
+            if self._budget(package.facts) is budget and package.digest not in staying
+        )
+        others = [
+            package
+            for package in self._of(budget)
+            if package.digest not in self._pinned and package.digest not in staying
+        ]
+        others.sort(key=lambda package: (package.in_use_count > 0, package.worth))
+        self._evict(others, budget.used_bytes + size_bytes - budget.total_bytes - leaving, budget)
+
+    def _evict(self, packages: Sequence[ResidentPackage], missing: int, budget: Budget) -> None:
+        """Drop as many of these as it takes, the first one first."""
+        for package in packages:
             if missing <= 0:
                 break
             self.drop(package.digest)
             budget.worth = max(budget.worth, package.worth)  # what was in use for long is worth what it was then
             missing -= package.size_bytes
             metrics.EXPERT_EVICTIONS.inc()
-        return True
 
     def _note_use(self, package: ResidentPackage) -> None:
         """A package is used now."""

@@ -56,8 +56,12 @@ _INT64_MAX: Final = 2**63 - 1
 """A usual bound, which comes out right."""
 _MULTIPLE: Final = "multipleOf"
 _MULTIPLE_MAX: Final = 10_000
-"""What the numbers of `multipleOf` may be multiples of together, zeros at their ends left out: there is a state for each
-remainder of it, and no limit of llguidance's knows them."""
+"""The largest common multiple of the numbers of `multipleOf`, zeros at its end left out: there is a state for each
+remainder, and no limit of llguidance's knows them."""
+_PATTERNS_MAX: Final = 10
+"""Patterns of a schema that may have several hold at once: what is of all of them takes for ever to find."""
+_JOINING: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "pattern"})
+"""Keywords of which two hold at once; of the first, what is in it as well."""
 _QUOTED_CHARS: Final = 200
 
 
@@ -216,7 +220,7 @@ def _json_grammar(text: str) -> str:
     if not isinstance(schema, dict):
         raise _refusal(ConstraintKind.JSON_SCHEMA, "it is neither an object nor true")
     _check_exact(schema)
-    _check_multiples(schema)
+    _check_effort(schema)
     return f"{HEADER}\nstart: %json {json.dumps(schema | {_JSON_EXTENSION: _JSON_OPTIONS})}"
 
 
@@ -241,16 +245,19 @@ def _check_exact(part: Any) -> None:  # noqa: ANN401 - a JSON value
             _check_exact(each)
 
 
-def _check_multiples(schema: Any) -> None:
-    """Return if the numbers of every `multipleOf` have a common multiple that is small enough."""
-    common = 1
+def _check_effort(schema: Any) -> None:  # noqa: ANN401 - a JSON value
+    """Refuse what llguidance would take too long for without noticing: see the limits."""
+    common, patterns, joined = 1, set[str](), False
     waiting = [schema]
     while waiting:
         match waiting.pop():
             case dict() as each:
-                number = each.get(_MULTIPLE)
+                number, pattern = each.get(_MULTIPLE), each.get("pattern")
                 if isinstance(number, (int, float)) and not isinstance(number, bool) and number:
                     common = math.lcm(common, _digits(number))
+                if isinstance(pattern, str):
+                    patterns.add(pattern)
+                joined |= "allOf" in each or len(_JOINING & each.keys()) > 1
                 waiting += each.values()
             case list() as each:
                 waiting += each
@@ -259,6 +266,10 @@ def _check_multiples(schema: Any) -> None:
                 ConstraintKind.JSON_SCHEMA,
                 f"the numbers of {_MULTIPLE} have no common multiple up to {_MULTIPLE_MAX}, without zeros at its end",
             )
+    if joined and len(patterns) > _PATTERNS_MAX:
+        raise _refusal(
+            ConstraintKind.JSON_SCHEMA, f"it has more than {_PATTERNS_MAX} patterns, and may want several at once"
+        )
 
 
 def _digits(number: float) -> int:

@@ -55,7 +55,7 @@ def test_a_batch_of_one_has_no_distinct_experts_and_a_batch_has_an_expert_each(r
 
 
 async def test_decoding_is_measured_beside_its_floor(rig: Rig) -> None:
-    plan = decoding.Plan(prompt_tokens=4, new_tokens=4, matrix_bytes=2**20, scattered=(2, 40))
+    plan = decoding.Plan(prompt_tokens=4, new_tokens=4, rounds=1, matrix_bytes=2**20, scattered=(2, 40))
     rows, notes = await decoding.measure(rig, plan)
     names = works(rows)
     assert len(names) == 4 + 6 + 2
@@ -67,7 +67,7 @@ async def test_loads_and_swaps_are_measured_beside_their_floors(rig: Rig) -> Non
     rows, notes = await expert_memory.measure(rig, expert_memory.Plan(residents=(1, 3), loads=1, steps=8))
     names = works(rows, "step")
     assert [name for name in names if "cold" in name] == [
-        f"{archive}: cold, beside {count} resident" for count in (1, 3) for archive in ("gzip", "zstd", "gzip, stored")
+        f"{archive}: cold, beside {count} resident" for archive in ("gzip", "zstd", "gzip, stored") for count in (1, 3)
     ]
     assert len([name for name in names if "token to token" in name]) == 3
     assert set(notes) >= {"cold loads are flat", "no stall"}

@@ -53,6 +53,8 @@ class Shelf:
     hold_placing: asyncio.Event | None = None
     loading_max: int = 8
     placing_seconds: float = LATER
+    patience_seconds: float = 2.0
+    pinned: tuple[str, ...] = ()
     brought: list[str] = field(default_factory=list)
     changes: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -67,6 +69,8 @@ class Shelf:
             self.bring,
             self.place,
             self.count,
+            self.pinned,
+            self.patience_seconds,
         )
 
     async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
@@ -661,10 +665,125 @@ class TestSets:
         assert [package.in_use_count for package in await second] == [1, 1]
 
 
+class TestTurns:
+    """Whoever waits longest goes first, once it has waited long enough. Budget 100, patience SOON."""
+
+    @pytest.fixture
+    def shelf(self, tmp_path: Path) -> Shelf:
+        return Shelf(tmp_path, sizes={C: 90, D: 20}, patience_seconds=SOON)
+
+    async def test_a_large_one_gets_room_although_others_are_always_in_use(self, shelf: Shelf) -> None:
+        async def stay_hot(digest: str) -> None:
+            held = await shelf.use(digest)
+            while True:
+                await asyncio.sleep(SOON / 5)
+                after = asyncio.create_task(shelf.use(digest))
+                await asyncio.wait([after], timeout=SOON / 5)
+                shelf.residency.release(held)
+                held = await after
+
+        hot = [asyncio.create_task(stay_hot(digest)) for digest in (A, A, B, B, D)]
+        await asyncio.sleep(SOON)
+        assert (await shelf.use(C, LATER / 2)).digest == C
+        for task in hot:
+            task.cancel()
+
+    async def test_who_comes_later_passes_for_a_while_and_then_waits(self, shelf: Shelf) -> None:
+        held = await shelf.use(A)
+        large = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(SOON / 5)
+        shelf.residency.release(await shelf.use(D))
+        await asyncio.sleep(2 * SOON)
+        assert A not in shelf.resident, "it leaves"
+        later = [asyncio.create_task(shelf.use(digest)) for digest in (D, A)]
+        await asyncio.sleep(2 * SOON)
+        assert not any(task.done() for task in later)
+        assert shelf.residency.used_bytes == 40, "what is in use is still there"
+        shelf.residency.release(held)
+        shelf.residency.release(await large)
+        assert [(await task).digest for task in later] == [D, A]
+
+    async def test_no_more_of_what_is_in_use_leaves_than_must_and_what_is_idle_leaves_first(self, shelf: Shelf) -> None:
+        shelf.sizes.update({A: 30, B: 30, C: 60})
+        for digest in (B, A):
+            await shelf.use(digest)
+        await shelf.load(D)
+        large = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(3 * SOON)
+        assert shelf.resident == [A]
+        assert (await shelf.use(A)).in_use_count == 2
+        large.cancel()
+
+    @pytest.mark.parametrize("how", ["cancelled", "late"])
+    async def test_who_leaves_while_it_has_the_turn_lets_the_next_go_on_at_once(self, shelf: Shelf, how: str) -> None:
+        await shelf.use(A)
+        large = asyncio.create_task(shelf.use(C, LATER if how == "cancelled" else 4 * SOON))
+        await asyncio.sleep(2 * SOON)
+        small = asyncio.create_task(shelf.use(D))
+        await asyncio.sleep(SOON)
+        assert not small.done()
+        if how == "cancelled":
+            large.cancel()
+        async with asyncio.timeout(4 * SOON):
+            assert (await small).digest == D
+
+    async def test_a_load_that_no_request_waits_for_has_no_turn(self, shelf: Shelf) -> None:
+        await shelf.use(A)
+
+        async def follow() -> None:
+            async for _ in shelf.residency.load(C):
+                pass
+
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(3 * SOON)
+        assert (await shelf.use(D)).digest == D
+        assert shelf.resident == [D, A]
+        following.cancel()
+
+    async def test_a_set_that_holds_something_goes_before_one_that_has_the_turn(self, shelf: Shelf) -> None:
+        shelf.sizes.update({A: 40, B: 50})
+        held = await shelf.use(D)
+        gathering = asyncio.create_task(shelf.use_all(A, B))  # 110 with the other: it holds A, and waits to hold B
+        await asyncio.sleep(SOON / 5)
+        large = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(4 * SOON)
+        shelf.residency.release(held)
+        for package in await gathering:
+            shelf.residency.release(package)
+        assert (await large).digest == C
+
+    async def test_a_set_waits_behind_one_that_has_the_turn_and_is_not_passed_itself(self, shelf: Shelf) -> None:
+        e = "sha256:" + "e" * 64
+        shelf.sizes.update({A: 40, B: 40, D: 30})
+        held = await shelf.use(D)
+        large = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(2 * SOON)
+        sets = [asyncio.create_task(shelf.use_all(*digests)) for digests in ((A, B), (B, e), (e, A))]
+        await asyncio.sleep(2 * SOON)
+        assert not large.done()
+        shelf.residency.release(held)
+        order = []
+        for task, name in ((large, "large"), *((each, "set") for each in sets)):
+            found = await task
+            order.append(name)
+            for package in found if isinstance(found, list) else [found]:
+                shelf.residency.release(package)
+        assert order == ["large", "set", "set", "set"]
+        assert all(not package.in_use_count for package in shelf.residency.packages)
+        assert not shelf.residency.host.waits
+
+    async def test_one_that_can_never_fit_beside_what_is_pinned_is_refused_at_once(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, sizes={B: 61, C: 60, D: 20}, pinned=(A,))
+        await shelf.load(A)
+        assert (await refused(shelf.use(B))).reason is Reason.DEVICE_MEMORY
+        assert (await refused(shelf.use_all(C, D))).reason is Reason.DEVICE_MEMORY
+        await shelf.load(C)
+        await shelf.use_all(A, C)
+
+
 class TestPinsAndHints:
     async def test_what_is_pinned_never_makes_room(self, tmp_path: Path) -> None:
-        shelf = Shelf(tmp_path)
-        shelf.residency._pinned = frozenset({A})
+        shelf = Shelf(tmp_path, pinned=(A,))
         await shelf.load(A, B, C)
         assert shelf.resident == [C, A]
         refusal = await refused(shelf.use_all(B, C, D, seconds=SOON))
@@ -742,6 +861,42 @@ class TestPinsAndHints:
         shelf.residency.prefetch([A])
         shelf.hold.set()
         assert (await waiting).digest == A
+
+    async def test_nothing_is_loaded_ahead_while_somebody_waits_for_room(self, shelf: Shelf) -> None:
+        shelf.sizes.update({C: 80, D: 20})
+        await shelf.use(A)
+        shelf.hold = asyncio.Event()
+        shelf.residency.prefetch([D])
+        await asyncio.sleep(0)
+        hold, shelf.hold = shelf.hold, None
+        waiting = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(SOON)
+        shelf.residency.prefetch([B])
+        assert shelf.residency.digests == {A, C, D}
+        hold.set()  # it has been read, and there is room
+        await asyncio.sleep(SOON)
+        assert shelf.residency.digests == {A, C}
+        assert shelf.residency.used_bytes == 40
+        waiting.cancel()
+
+    async def test_what_arrives_and_is_wanted_by_nobody_makes_room_at_once(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, sizes={C: 60}, hold_placing=asyncio.Event(), patience_seconds=2 * LATER)
+        shelf.residency.prefetch([A, B])
+        await asyncio.sleep(SOON)
+        assert shelf.residency.used_bytes == 80
+        waiting = asyncio.create_task(shelf.use(C, LATER / 2))
+        await asyncio.sleep(SOON)
+        shelf.hold_placing.set()  # type: ignore[union-attr]  # set above
+        assert (await waiting).digest == C
+
+    async def test_hints_take_no_place_among_the_loads_that_are_asked_for(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, loading_max=1, hold=asyncio.Event())
+        shelf.residency.prefetch([A, B])
+        assert shelf.residency.digests == {A}
+        waiting = asyncio.create_task(shelf.use(C))
+        await asyncio.sleep(0)
+        shelf.hold.set()  # type: ignore[union-attr]  # set above
+        assert (await waiting).digest == C
 
     async def test_a_hint_that_fails_fails_nobody(self, shelf: Shelf) -> None:
         shelf.failures[A] = HocketError(Reason.BAD_ADAPTER, "scripted")

@@ -207,6 +207,17 @@ class TestSchemas:
             ({"type": "array", "uniqueItems": True}, "uniqueItems", {"type": "array"}),
             ({"if": {}, "then": {}}, "if", {"anyOf": [{}]}),
             ({"type": "string", "format": "colour"}, "format", {"type": "string", "format": "date"}),
+            (
+                {"prefixItems": [{"multipleOf": 1.01}, {"items": {"multipleOf": 103}}]},
+                "common multiple",
+                {"prefixItems": [{"multipleOf": 1.01}, {"items": {"multipleOf": 99}}]},
+            ),
+            (
+                {"allOf": [{"pattern": "a" * count} for count in range(11)]},
+                "more than 10 patterns",
+                {"anyOf": [{"pattern": "a" * count} for count in range(11)]},
+            ),
+            ({"type": "integer", "multipleOf": 10_001}, "common multiple", {"type": "integer", "multipleOf": 99_990}),
             ({"type": "string", "pattern": "^(?!a)"}, "look-around", {"type": "string", "pattern": "^[^a]"}),
             ({"$ref": "https://example.com/a.json"}, "fetch", {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
             ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable", {"allOf": [{"type": "string"}]}),

@@ -186,6 +186,11 @@ def test_where_a_rule_ends_with_a_repetition_that_takes_what_it_can() -> None:
             "root ::= r0\n" + "".join(f'r{i} ::= "a"\n' for i in range(999)),
         ),
         (
+            'root ::= "a"+ | ' + " | ".join(['root "a"', "(root | root)", '"b"'] * 167),
+            "more than 500 alternatives with rules in them",
+            'root ::= "a"+ | ' + " | ".join(['root "a"', "(root | root)", '"b"'] * 125),
+        ),
+        (
             'root ::= "' + "a" * (CONSTRAINT_BYTES_MAX - 10) + '"',
             "larger than 65536 bytes",
             'root ::= "' + "a" * (CONSTRAINT_BYTES_MAX - 11) + '"',
