@@ -81,8 +81,7 @@ class Telling:
                 output.say(f"Note: {'; '.join(map(_explained, self._finish.degradations))}", stderr=True)
             if self._is_constrained and self._finish.reason != TEXT_FINISH_REASON_END:
                 output.say(
-                    "Note: only the beginning of what the answer must be: --max-tokens, the base's context or a stop "
-                    "text ended it",
+                    "Note: only the beginning of what the answer must be: --max-tokens or the base's context ended it",
                     stderr=True,
                 )
 

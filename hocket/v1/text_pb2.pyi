@@ -284,7 +284,7 @@ class Sampling(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end the answer and are no part of it: at most 16, each 1 to 256 characters. Those of the heaviest
-        expert's package count as well.
+        expert's package count as well. None counts beside a constraint, which says itself where the answer is whole.
         """
 
     def __init__(
@@ -353,7 +353,7 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 @_typing.final
 class Constraint(_message.Message):
     """What an answer in text must be. Only tokens are chosen that keep it so, and the answer ends where it is whole and the
-    model says so, or nothing could follow. A stop text or `max_tokens` may end it before: then it is a beginning.
+    model says so, or nothing could follow; stop texts do not count. `max_tokens` may end it before: then it is a beginning.
 
     Absent: the grammar in the package of the heaviest expert (as in TextInput), if its manifest says `use_grammar`.
     """

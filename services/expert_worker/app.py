@@ -274,11 +274,13 @@ class WorkerApp:
         )
 
     async def _place(self, prepared: Prepared) -> tuple[Served, ...]:
-        def marked() -> tuple[Served, ...]:
+        def marked() -> None:
             with self._journal.loading(prepared.digest):
-                return place(prepared, self._device)
+                placed.append(place(prepared, self._device))
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, marked)
+        placed: list[tuple[Served, ...]] = []  # a future that has run keeps its result until that is collected
+        await asyncio.get_running_loop().run_in_executor(self._executor, marked)
+        return placed.pop()
 
     def _state(self) -> WorkerState:
         state = WorkerState(

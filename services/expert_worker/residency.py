@@ -87,7 +87,7 @@ class ResidentPackage:
 
     Args:
         digest: Which.
-        experts: By ordinal.
+        experts: By ordinal; none once it has left memory.
         size_bytes: What it takes.
         evidence: For judging it again.
         proofs: What vouches for it now.
@@ -733,6 +733,7 @@ class Residency:
         """Nothing runs any more on a package that has left."""
         if self._leaving.get(package.digest) is package:
             del self._leaving[package.digest]
+        package.experts = ()  # who still knows of it, a traceback for one, keeps no memory that is given to others
         self._free(package.size_bytes, self._budget(package.facts))
 
     def _free(self, size_bytes: int, budget: Budget) -> None:

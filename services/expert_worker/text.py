@@ -288,7 +288,8 @@ class Texts:
         base = self._text.base
         decoding = None if leader is None else leader[1].decoding
         sampling, max_tokens, stops = complete(_requested(job.sampling), decoding, base.defaults, job.plan.seed)
-        every_stop = tuple(dict.fromkeys([*stops, *prompt.stops]))
+        # A constraint says where the answer is whole; a stop text in the middle of it would make it no answer at all.
+        every_stop = tuple(dict.fromkeys([*stops, *prompt.stops])) if matcher is None else ()
         eos_ids = frozenset[int]() if job.sampling.ignore_eos else base.eos_ids
         return TextRequest(
             prompt.token_ids,

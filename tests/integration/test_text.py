@@ -470,6 +470,18 @@ class TestConstraints:
             assert not text.start.HasField("constraint")
             assert text.text not in ("yes", "no")
 
+    async def test_a_stop_text_does_not_cut_what_must_be_whole(self, setting: Setting) -> None:
+        await setting.publish_data(self.with_grammar(setting.lab, "terse", 'root ::= "it is never so"'), "terse")
+        of_package, of_request = await asyncio.gather(
+            setting.answer({"terse": 1.0}, 80),
+            setting.answer({}, 80, constraint=Constraint(json_schema={"const": "a stop"}), stop=["stop", '"']),
+        )
+        assert of_package.text == "it is never so"
+        assert json.loads(of_request.text) == "a stop"
+        for text in (of_package, of_request):
+            assert text.finish.reason == text_pb2.TEXT_FINISH_REASON_END
+            assert not text.start.sampling.stop
+
     async def test_a_request_goes_before_packages(self, setting: Setting) -> None:
         await setting.publish_data(self.with_grammar(setting.lab, "terse"), "terse")
         both = {"terse": 0.7, "lora": 0.3}

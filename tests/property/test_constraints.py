@@ -230,19 +230,6 @@ class TestEngine:
             if told.finish.reason is FinishReason.END and len(text) < 200:
                 assert recogniser.accepts(text), text
 
-    async def test_a_stop_text_ends_it_before_it_is_whole(self, constraints: Constraints, base: Base) -> None:
-        wanted = Constraint(ConstraintKind.GBNF, 'root ::= "abc" "def" "ghi"')
-        request = asking(
-            prompt_ids(4),
-            stops=["ef"],
-            max_tokens=40,
-            eos_ids=frozenset({EOS}),
-            matcher=await constraints.matcher(wanted),
-        )
-        async with whole_engine(base) as lab:
-            told = await lab.ask(request)
-        assert (told.text, told.finish and told.finish.reason) == ("abcd", FinishReason.STOP)
-
     async def test_too_few_tokens_leave_a_beginning(self, constraints: Constraints, base: Base) -> None:
         wanted = Constraint(ConstraintKind.GBNF, 'root ::= "0123456789"')
         asked = [
