@@ -673,9 +673,7 @@ class Residency:
         """Drop what is idle, the least worth first, if that makes enough room; else drop nothing."""
         missing = budget.used_bytes + size_bytes - budget.total_bytes
         idle = [
-            package
-            for package in self._of(budget)
-            if not package.in_use_count and package.digest not in self._pinned
+            package for package in self._of(budget) if not package.in_use_count and package.digest not in self._pinned
         ]
         if sum(package.size_bytes for package in idle) < missing:
             return False

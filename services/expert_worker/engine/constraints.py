@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from decimal import Decimal
 from enum import StrEnum, auto
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final
@@ -23,9 +21,8 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from hocket.errors import HocketError, Reason
-from hocket.packages import strict_json
-from hocket.text_limits import CONSTRAINT_BYTES_MAX
 from services.expert_worker.engine.lark import HEADER, to_lark
+from services.expert_worker.engine.schemas import bad_schema, read_schema
 from services.expert_worker.tokenising import SmallestFirst
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-_SCHEMA_DEPTH_MAX: Final = 64
 _KEPT_MAX: Final = 32
 """Constraints that are kept compiled."""
 _ANSWERS_MAX: Final = 100
@@ -50,18 +46,6 @@ r"""Nothing of a schema is left out, a model cannot go on for ever with blanks, 
 in a second way (`\u0061`), in which llguidance would not know it again."""
 _JSON_EXTENSION: Final = "x-guidance"
 """Where a schema says that; its own would loosen it."""
-_EXACT_MAX: Final = 2**53
-"""llguidance counts in float64."""
-_INT64_MAX: Final = 2**63 - 1
-"""A usual bound, which comes out right."""
-_MULTIPLE: Final = "multipleOf"
-_MULTIPLE_MAX: Final = 10_000
-"""The largest common multiple of the numbers of `multipleOf`, zeros at its end left out: there is a state for each
-remainder, and no limit of llguidance's knows them."""
-_PATTERNS_MAX: Final = 10
-"""Patterns of a schema that may have several hold at once: what is of all of them takes for ever to find."""
-_JOINING: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "pattern"})
-"""Keywords of which two hold at once; of the first, what is in it as well."""
 _QUOTED_CHARS: Final = 200
 
 
@@ -209,72 +193,7 @@ def _grammar(text: str) -> str:
 
 
 def _json_grammar(text: str) -> str:
-    try:
-        schema = strict_json.loads(
-            text.encode(), what="the schema", bytes_max=CONSTRAINT_BYTES_MAX, depth_max=_SCHEMA_DEPTH_MAX
-        )
-    except HocketError as error:
-        raise HocketError(Reason.BAD_SCHEMA, error.message) from error
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise _refusal(ConstraintKind.JSON_SCHEMA, "it is neither an object nor true")
-    _check_exact(schema)
-    _check_effort(schema)
-    return f"{HEADER}\nstart: %json {json.dumps(schema | {_JSON_EXTENSION: _JSON_OPTIONS})}"
-
-
-def _check_exact(part: Any) -> None:  # noqa: ANN401 - a JSON value
-    """Refuse what llguidance would enforce only nearly: integers that it rounds, and counts that it can be cheated of.
-
-    It knows the properties again that a schema names, but counts another one each time it comes, and a reader once.
-    """
-    if isinstance(part, int) and abs(part) > _EXACT_MAX and part != _INT64_MAX:
-        raise _refusal(ConstraintKind.JSON_SCHEMA, f"the integer {part} is beyond 2^53, where numbers are not exact")
-    if isinstance(part, dict):
-        least, named = part.get("minProperties"), part.get("required")
-        if isinstance(least, (int, float)) and least > 1 + (len(named) if isinstance(named, list) else 0):
-            raise _refusal(
-                ConstraintKind.JSON_SCHEMA,
-                f"minProperties is {least}, and an object could reach that by one property twice: name all but one of "
-                "them in required",
-            )
-        part = [*part.values()]
-    if isinstance(part, list):
-        for each in part:
-            _check_exact(each)
-
-
-def _check_effort(schema: Any) -> None:  # noqa: ANN401 - a JSON value
-    """Refuse what llguidance would take too long for without noticing: see the limits."""
-    common, patterns, joined = 1, set[str](), False
-    waiting = [schema]
-    while waiting:
-        match waiting.pop():
-            case dict() as each:
-                number, pattern = each.get(_MULTIPLE), each.get("pattern")
-                if isinstance(number, (int, float)) and not isinstance(number, bool) and number:
-                    common = math.lcm(common, _digits(number))
-                if isinstance(pattern, str):
-                    patterns.add(pattern)
-                joined |= "allOf" in each or len(_JOINING & each.keys()) > 1
-                waiting += each.values()
-            case list() as each:
-                waiting += each
-        if common > _MULTIPLE_MAX:
-            raise _refusal(
-                ConstraintKind.JSON_SCHEMA,
-                f"the numbers of {_MULTIPLE} have no common multiple up to {_MULTIPLE_MAX}, without zeros at its end",
-            )
-    if joined and len(patterns) > _PATTERNS_MAX:
-        raise _refusal(
-            ConstraintKind.JSON_SCHEMA, f"it has more than {_PATTERNS_MAX} patterns, and may want several at once"
-        )
-
-
-def _digits(number: float) -> int:
-    """A number without its sign, its point, and zeros at its end."""
-    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits)))
+    return f"{HEADER}\nstart: %json {json.dumps(read_schema(text) | {_JSON_EXTENSION: _JSON_OPTIONS})}"
 
 
 _GRAMMARS: Final = {ConstraintKind.JSON_SCHEMA: _json_grammar, ConstraintKind.GBNF: _grammar}
@@ -283,7 +202,7 @@ _GRAMMARS: Final = {ConstraintKind.JSON_SCHEMA: _json_grammar, ConstraintKind.GB
 def _refusal(kind: ConstraintKind, why: str) -> HocketError:
     if kind is ConstraintKind.GBNF:
         return HocketError(Reason.BAD_GRAMMAR, f"the grammar cannot be used: {why}")
-    return HocketError(Reason.BAD_SCHEMA, f"the JSON schema cannot be used: {why}")
+    return bad_schema(why)
 
 
 def _said(matcher: LLMatcher) -> str:

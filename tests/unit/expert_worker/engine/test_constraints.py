@@ -217,6 +217,11 @@ class TestSchemas:
                 "more than 10 patterns",
                 {"anyOf": [{"pattern": "a" * count} for count in range(11)]},
             ),
+            (
+                {"patternProperties": {f"^{number}x": {} for number in range(101)}},
+                "more than 100 patterns",
+                {"patternProperties": {f"^{number}x": {} for number in range(100)}},
+            ),
             ({"type": "integer", "multipleOf": 10_001}, "common multiple", {"type": "integer", "multipleOf": 99_990}),
             ({"type": "string", "pattern": "^(?!a)"}, "look-around", {"type": "string", "pattern": "^[^a]"}),
             ({"$ref": "https://example.com/a.json"}, "fetch", {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
