@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import structlog
@@ -52,12 +52,14 @@ class CudaLocker:
     def lock(self, address: int, size_bytes: int) -> int:
         """As `Locker`."""
         with torch.cuda.device(self.device):
-            return int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, _PORTABLE))
+            cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
+            return int(cuda.cudaHostRegister(address, size_bytes, _PORTABLE))
 
     def unlock(self, address: int) -> int:
         """As `Locker`."""
         with torch.cuda.device(self.device):
-            return int(torch.cuda.cudart().cudaHostUnregister(address))
+            cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
+            return int(cuda.cudaHostUnregister(address))
 
 
 def in_pages(size_bytes: int) -> int:

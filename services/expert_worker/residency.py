@@ -25,8 +25,10 @@ wants takes no heed of turns, and nobody else has one.
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import time
+import weakref
 from collections import OrderedDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -72,6 +74,10 @@ _RELOAD_SECONDS: Final = 0.002
 """Of bringing back an empty package from the cache on disk: opening it and checking what vouches for it."""
 _RELOAD_BYTES_PER_SECOND: Final = 5e8
 """Beside that: reading, hashing and decoding."""
+_LINGERING_SECONDS: Final = 0.002
+"""After that, and twice and four times it, and so on, is looked whether what has left is held by nobody any more."""
+_COLLECTING_SECONDS: Final = 1.0
+"""What lingers for so long is held by garbage, as the frames of an exception are; then it is looked this often."""
 _PREFETCHES_MAX: Final = 2
 """Loads that no request has asked for yet, at once."""
 
@@ -142,12 +148,14 @@ class Budget:
     Args:
         total_bytes: What packages may take together.
         used_bytes: What they take.
+        lingering_bytes: Of these, what has left and is still held by somebody for a moment.
         worth: The most that what has made room was worth.
         waits: Who waits for room there, the first in order first.
     """
 
     total_bytes: int
     used_bytes: int = 0
+    lingering_bytes: int = 0
     worth: float = 0.0
     waits: list[_Wait] = field(default_factory=list)
 
@@ -199,9 +207,9 @@ class Residency:
         place: Its experts on the device.
         on_change: Called when a package has come or gone.
         pinned: Digests of packages that never make room for others.
-        patience_seconds: How long one that does not fit may be passed by those that do.
 
     Attributes:
+        patience_seconds: How long one that does not fit may be passed by those that do.
         device: The memory of the device.
         host: The host's, for adapter experts; the same where the device is a CPU.
     """
@@ -216,13 +224,12 @@ class Residency:
         place: Callable[[Prepared], Awaitable[tuple[Served, ...]]],
         on_change: Callable[[], None],
         pinned: Collection[str] = (),
-        patience_seconds: float = 2.0,
     ) -> None:
         self.device = self.host = Budget(budget_bytes)
         self._pinned = frozenset(pinned)
         self._loading_max = loading_max
         self._placing_seconds = placing_seconds
-        self._patience_seconds = patience_seconds
+        self.patience_seconds = 2.0
         self._authority = authority
         self._bring = bring
         self._place = place
@@ -643,7 +650,7 @@ class Residency:
         """Return when there may be room, or another turn, and now and then."""
         self._freed.clear()
         # All are woken, not this one alone: who begins to wait again does so behind the others.
-        seconds = min(self._placing_seconds, self._patience_seconds / 2)
+        seconds = min(self._placing_seconds, self.patience_seconds / 2)
         alarm = asyncio.get_running_loop().call_later(seconds, self._freed.set)
         try:
             await self._freed.wait()
@@ -653,7 +660,7 @@ class Residency:
     def _turn(self, budget: Budget) -> _Wait | None:
         """Who goes before everybody else: the first of those who wait, once it has waited long enough."""
         first = next((wait for wait in budget.waits if wait.is_wanted), None)
-        if first is None or asyncio.get_running_loop().time() - first.begin_time < self._patience_seconds:
+        if first is None or asyncio.get_running_loop().time() - first.begin_time < self.patience_seconds:
             return None
         return first
 
@@ -671,14 +678,14 @@ class Residency:
 
     def _make_room(self, size_bytes: int, budget: Budget) -> bool:
         """Drop what is idle, the least worth first, if that makes enough room; else drop nothing."""
-        missing = budget.used_bytes + size_bytes - budget.total_bytes
+        missing = self._missing_bytes(size_bytes, budget)
         idle = [
             package for package in self._of(budget) if not package.in_use_count and package.digest not in self._pinned
         ]
         if sum(package.size_bytes for package in idle) < missing:
             return False
         self._evict(sorted(idle, key=lambda package: package.worth), missing, budget)
-        return True
+        return budget.used_bytes + size_bytes <= budget.total_bytes
 
     def _let_leave(self, size_bytes: int, budget: Budget, staying: Collection[str]) -> None:
         """Drop what is idle and what is in use until there is room once its requests have ended.
@@ -696,7 +703,11 @@ class Residency:
             if package.digest not in self._pinned and package.digest not in staying
         ]
         others.sort(key=lambda package: (package.in_use_count > 0, package.worth))
-        self._evict(others, budget.used_bytes + size_bytes - budget.total_bytes - leaving, budget)
+        self._evict(others, self._missing_bytes(size_bytes, budget) - leaving, budget)
+
+    def _missing_bytes(self, size_bytes: int, budget: Budget) -> int:
+        """What somebody has to give up before so much can be had."""
+        return budget.used_bytes + size_bytes - budget.total_bytes - budget.lingering_bytes
 
     def _evict(self, packages: Sequence[ResidentPackage], missing: int, budget: Budget) -> None:
         """Drop as many of these as it takes, the first one first."""
@@ -731,8 +742,26 @@ class Residency:
         """Nothing runs any more on a package that has left."""
         if self._leaving.get(package.digest) is package:
             del self._leaving[package.digest]
-        package.experts = ()  # who still knows of it, a traceback for one, keeps no memory that is given to others
-        self._free(package.size_bytes, self._budget(package.facts))
+        budget = self._budget(package.facts)
+        adapters = [] if package.facts is None else [*map(weakref.ref, package.experts)]
+        package.experts = ()  # a traceback may still know the package
+        budget.lingering_bytes += package.size_bytes
+        self._free_when_gone(adapters, package.size_bytes, budget, _LINGERING_SECONDS)
+
+    def _free_when_gone(
+        self, adapters: Sequence[weakref.ref[Served]], size_bytes: int, budget: Budget, pause_seconds: float
+    ) -> None:
+        """Give memory to others once it is really there: the engine's threads hold an expert a moment longer."""
+        if all(adapter() is None for adapter in adapters):
+            budget.lingering_bytes -= size_bytes
+            self._free(size_bytes, budget)
+            return
+        longer_seconds = min(2 * pause_seconds, _COLLECTING_SECONDS)
+        if pause_seconds < longer_seconds == _COLLECTING_SECONDS:
+            gc.collect()
+        asyncio.get_running_loop().call_later(
+            pause_seconds, self._free_when_gone, adapters, size_bytes, budget, longer_seconds
+        )
 
     def _free(self, size_bytes: int, budget: Budget) -> None:
         budget.used_bytes -= size_bytes

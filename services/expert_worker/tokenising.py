@@ -44,7 +44,7 @@ class SmallestFirst:
         if self._queue.qsize() >= self._waiting_max:
             raise HocketError(
                 Reason.QUEUE_FULL,
-                f"{self._waiting_max} texts already wait to become tokens: try another worker, or again later",
+                f"{self._waiting_max} texts already wait to be prepared: try another worker, or again later",
                 retry_after_seconds=_RETRY_SECONDS,
             )
         future: Future[T] = Future()

@@ -111,7 +111,9 @@ class Steps:
 
     def step(self, *, reading: bool) -> None:
         before = list(self.scheduler.waiting)
-        self._check_order(before, self.scheduler.admit(self.now))
+        admitted = self.scheduler.admit(self.now)
+        self._check_order(before, admitted)
+        self._check_reserve(admitted)
         self._check_memory()
         running = self._ranked()
         counts = {sequence: sequence.preemption_count for sequence in running}
@@ -150,6 +152,13 @@ class Steps:
                 continue
             mates = [each for each in admitted if each.request.tenant == passed.request.tenant]
             assert all(self.scheduler._rank(each) < self.scheduler._rank(passed) for each in mates)
+
+    def _check_reserve(self, admitted: list[Sequence]) -> None:
+        """Where somebody is admitted there is room left for the longest answers of all those who have made way."""
+        back = [each for each in self._ranked() if each.preemption_count]
+        reserved_count = sum(each.page_count_max - len(each.pages) for each in back)
+        used_count = self.scheduler.counts.used_page_count
+        assert not admitted or used_count + reserved_count <= self.pages.count
 
     def _check_preempted(self, preempted: list[Sequence], ranked: list[Sequence]) -> None:
         """The first in rank makes way to nobody; those who make way are the last."""

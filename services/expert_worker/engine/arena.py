@@ -382,18 +382,23 @@ class Arena:
         )
 
     def _retreat(self, first: int) -> bool:
-        """Free the rows before one, as far as they are not held. What is on its way stays where it is."""
-        while True:
-            taken = self._taken(outside=False)
-            if not taken or taken[0][0] >= first:
-                return True
+        """Free the rows before one, if those that are held have room after it. What is on its way stays where it is."""
+        staying = 0
+        for digest, seat in self._seats.items():
+            coming = seat.arrival is not None and not seat.arrival.done()
+            if coming and seat.layers.start < min(first, seat.layers.end):
+                return False
+            if coming or digest in self._held:
+                staying += seat.layers.end - seat.layers.start
+        if staying > self.slab.row_count - first:
+            return False
+        while (taken := self._taken(outside=False)) and taken[0][0] < first:
             idle = self._idle(self._held, outside=False)
             if idle is None:
-                break
+                self._push_together(outside=False)
+                return self._taken(outside=False)[0][0] >= first
             self._leave(idle)
-        self._push_together(outside=False)
-        taken = self._taken(outside=False)
-        return taken[0][0] >= first
+        return True
 
     def _push_together(self, *, outside: bool, since: int = 0, last: Collection[str] = ()) -> None:
         """Move those that are there to the end, as far as what is on its way lets them.

@@ -71,6 +71,9 @@ class Room(Protocol):
     def hold(self, experts: Collection[AdapterExpert], soon: Collection[AdapterExpert] = ()) -> None:
         """Have these stay, from now on and in place of those held before.
 
+        Said once a step of those who take part in it, before they are brought. Where others run by then than took part
+        in the last step, it is said of these before pages are had: they may lie where those computed that have ended.
+
         Args:
             experts: They compute.
             soon: They will. They make room for those who compute, and for KV pages.
@@ -165,6 +168,9 @@ class Engine:
         # The thread's. The loop reads the counts, which are replaced as a whole.
         self._counts = Counts()
         self._news: list[_News] = []
+        self._ended: list[tuple[Sequence, Dropped]] = []
+        """Those that are let go of, until none of their experts is on its way."""
+        self._held: set[AdapterExpert] = set()
         self._going_on = True
 
     def start(self) -> None:
@@ -186,8 +192,8 @@ class Engine:
 
         Args:
             request: Whose bounds have been checked.
-            done: Called in the event loop, once, when nothing touches the experts for this request any more, however
-                it ended; not called if this method raises.
+            done: Called in the event loop, once, when nothing touches the experts for this request any more, not even
+                to copy them, however it ended; not called if this method raises.
 
         Raises:
             HocketError: As `check`; `BAD_REQUEST` for no prompt at all; `TOO_LARGE` if the context has no room for an
@@ -293,7 +299,7 @@ class Engine:
     def _serve(self) -> None:
         """Step by step, until `stop`."""
         busy = False
-        while self._going_on:
+        while self._going_on or self._ended:
             try:
                 self._obey(wait=not busy)
                 busy = self._step()
@@ -302,8 +308,10 @@ class Engine:
             except Exception:  # noqa: BLE001 - whatever it is, those who come after are answered again
                 _log.exception("bug")
                 self._drop_all(_bug)
+                self._hold(set())
                 busy = False
             busy |= self._count()
+            self._let_go()
             if self._news:
                 # Kept nowhere here: while the thread sleeps it would keep the experts of those that have ended.
                 self._wake(partial(self._tell, self._news, self._clock()))
@@ -334,16 +342,28 @@ class Engine:
 
     def _drop(self, sequence: Sequence, error: Exception | None) -> None:
         if self._scheduler.drop(sequence, self._clock()):
-            self._news.append((sequence, Dropped(error)))
+            self._ended.append((sequence, Dropped(error)))
 
     def _drop_all(self, why: Callable[[], Exception]) -> None:
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             self._drop(sequence, why())  # its own each: raising one changes it
 
+    def _let_go(self) -> None:
+        """Tell the end of those that are let go of: all but those whose experts are still being copied.
+
+        That such an expert has come wakes the thread.
+        """
+        ended, self._ended = self._ended, []
+        for sequence, dropped in ended:
+            is_touched = any(expert.digest in self._room.coming for expert in sequence.experts)
+            (self._ended if is_touched else self._news).append((sequence, dropped))
+
     def _step(self) -> bool:
         """Admit, compute, choose; whether anything was computed."""
         now = self._clock()
-        self._room.hold(self._scheduler.experts)  # and not those of answers that have ended
+        running = self._scheduler.experts
+        if running != self._held:
+            self._hold(running)
         for sequence in self._scheduler.admit(now):
             if not sequence.preemption_count:
                 self._emit(sequence, Started(sequence.start_time - sequence.arrival_time))
@@ -377,7 +397,7 @@ class Engine:
         for sequence in islice(self._scheduler.in_turn(), _AHEAD_MAX):
             if self._room.fits(held | soon | sequence.experts):
                 soon |= sequence.experts
-        self._room.hold(held, soon)
+        self._hold(held, soon)
         present: list[Share] = []
         absent: list[Sequence] = []
         for share in plan:
@@ -397,6 +417,10 @@ class Engine:
             with contextlib.suppress(Exception):  # the answer that it is for hears of it once it runs
                 self._room.bring(expert, ahead=True)
         return present
+
+    def _hold(self, experts: set[AdapterExpert], soon: Collection[AdapterExpert] = ()) -> None:
+        self._room.hold(experts, soon)
+        self._held = experts
 
     def _grow(self, sequence: Sequence, choice: Choice) -> None:
         """Put a token to an answer, and end it if it is the last."""

@@ -236,7 +236,7 @@ class Pages:
             room: How many pages in a row there should be where they begin, to grow into.
             growing: Free pages into which others would grow: they come last.
         """
-        if count > self.free_count or not self._reach(count):
+        if not self.reach(count):
             return None
         taken: list[int] = []
         start = after + 1 if after and self._is_free(after + 1) else self._start(count, room, growing)
@@ -246,6 +246,18 @@ class Pages:
             count -= len(part)
             start = self._start(count, count, growing) if count else 0
         return taken
+
+    def reach(self, count: int) -> bool:
+        """Have the slab let so many free pages be used, the first that there are; whether it does."""
+        if count > self.free_count:
+            return False
+        missing, end = count, 0
+        for run in self._free:
+            if missing <= 0:
+                break
+            end = run.start + min(len(run), missing)
+            missing -= len(run)
+        return end <= self._limit or (self._slab is not None and self._slab.claim_pages(end))
 
     def _usable(self) -> list[range]:
         """Free pages below the limit."""
@@ -279,16 +291,6 @@ class Pages:
     def _limit(self) -> int:
         """Pages below this one may be used."""
         return self.count + SCRATCH_PAGES if self._slab is None else self._slab.page_limit
-
-    def _reach(self, count: int) -> bool:
-        """Have the slab let so many free pages be used."""
-        missing, end = count, 0
-        for run in self._free:
-            if missing <= 0:
-                break
-            end = run.start + min(len(run), missing)
-            missing -= len(run)
-        return end <= self._limit or (self._slab is not None and self._slab.claim_pages(end))
 
     def _retreat(self, end: int, kept: bool) -> bool:  # noqa: FBT001 - the slab's interface
         """Whether nobody has a page from this one on, any more."""

@@ -121,14 +121,11 @@ class PrefixCache:
             found.append(page)
         return found
 
-    def idle_among(self, pages: Iterable[int]) -> int:
-        """How many of these nobody has."""
-        return sum(page not in self._users for page in pages)
-
-    def freed_by(self, tables: Iterable[Sequence[int]]) -> int:
-        """How many pages nobody would have if those with these block tables let go of theirs."""
-        counts = Counter(page for table in tables for page in table)
-        return sum(self._users.get(page, 1) == count for page, count in counts.items())
+    def used_count_after(self, leaving: Iterable[Sequence[int]], found: Collection[int]) -> int:
+        """Pages that sequences would have if those with these block tables let go of theirs, and one had these."""
+        counts = Counter(page for table in leaving for page in table)
+        freed = {page for page, count in counts.items() if self._users.get(page, 1) == count}
+        return self.used_count - len(freed.difference(found)) + sum(page not in self._users for page in found)
 
     def use(self, pages: Iterable[int]) -> None:
         """Have pages that were found."""
@@ -138,8 +135,21 @@ class PrefixCache:
             self._idle_pinned.discard(page)
             self._awaited.pop(page, None)
 
+    def reach(self, count: int, used_count: int) -> bool:
+        """Have the slab let so many pages be used, if all that nobody has by then are forgotten; whether it does.
+
+        Pages that are not free lie where it lets pages be used already: only what is missing beside them is asked for.
+
+        Args:
+            count: How many.
+            used_count: Pages that sequences have by then.
+        """
+        return self._pages.reach(count - (self._pages.count - self._pages.free_count - used_count))
+
     def take(self, count: int, *, after: int = 0, room: int = 0, growing: Collection[range] = ()) -> list[int] | None:
-        """As `Pages.take`; idle pages go for it, as many as it takes."""
+        """As `Pages.take`; idle pages go for it, as many as it takes, and none at all if that would not help."""
+        if not self.reach(count, self.used_count):
+            return None
         while (taken := self._pages.take(count, after=after, room=room, growing=growing)) is None:
             if not self._forget_some():
                 return None

@@ -6,8 +6,10 @@ waits long enough goes before everything that comes later, however urgent that i
 
 Whoever runs has KV pages for its rows and takes more as it grows. Where there are none, somebody has to make way: one
 whose reader is behind, else the last in rank. It lets go of its pages and waits with the tokens that it has; its
-experts stay in memory, and its reader sees nothing of it but time. The first in rank never makes way while anybody else
-could, and alone everybody fits: so the first always ends, and so everybody does.
+experts stay in memory, and its reader sees nothing of it but time. It runs again when there is room for its longest
+answer, and that stays reserved: otherwise it would soon make way again, and little be computed but what was computed
+before. The first in rank never makes way while anybody else could, and alone everybody fits: so the first always ends,
+and so everybody does.
 
 One whose reader is behind is paused: it keeps its pages as long as nobody wants them, but takes no part in steps, and
 so nobody's place in them.
@@ -15,7 +17,8 @@ so nobody's place in them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -25,7 +28,7 @@ from services.expert_worker.engine.pages import SCRATCH_PAGES
 from services.expert_worker.engine.prefixes import PrefixCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from services.expert_worker.engine.expert import AdapterExpert
     from services.expert_worker.engine.pages import Pages
@@ -35,6 +38,8 @@ Fits: TypeAlias = "Callable[[Collection[AdapterExpert], int], bool]"
 _Rank: TypeAlias = "tuple[int, float, int]"
 _NARROW_STEPS: Final = 32
 """After so many smaller steps, steps may be twice as large again."""
+_UNFIT_MAX: Final = 8
+"""How many of those that do not fit a step looks past: so the longest queue costs it less than a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ class Scheduler:
     @property
     def experts(self) -> set[AdapterExpert]:
         """Who computes those that run."""
-        return {expert for sequence in self.running if not self.is_paused(sequence) for expert in sequence.experts}
+        return {expert for sequence in self._going_on() for expert in sequence.experts}
 
     def check(self, sequence: Sequence) -> None:
         """Return if a sequence's experts fit beside its pages when nothing else runs. Any thread may ask.
@@ -171,8 +176,8 @@ class Scheduler:
         """Let run what fits, the first in rank first.
 
         What does not fit is passed by others, until it has waited long enough: then nobody else is admitted until it
-        fits. After a `restart` one is admitted alone until rows of it have been computed: pages of others could lie
-        where its experts want rows once more.
+        fits. One that has just made way is passed by nobody. After a `restart` one is admitted alone until rows of it
+        have been computed: pages of others could lie where its experts want rows once more.
 
         Args:
             now: On the clock of the sequences' arrival.
@@ -182,15 +187,20 @@ class Scheduler:
         """
         self._cache.expire(now)
         admitted: list[Sequence] = []
-        if not self.waiting:
-            return admitted
-        crowd = self._crowd(sequence for sequence in self.running if not self.is_paused(sequence))
+        displaced: list[Sequence] = []
+        unfit_count = 0
         for sequence in self.in_turn():
-            if self._restarting and crowd.sequences:
+            if self._restarting and self._going_on():
                 break
-            if self._begin(sequence, crowd, now) or self._displace(sequence, crowd, now):
+            if any(self._rank(other) < self._rank(sequence) for other in displaced):
+                break
+            leaving = self._begin(sequence, now)
+            if leaving is not None:
                 admitted.append(sequence)
-            elif now - sequence.arrival_time >= self._limits.patience_seconds:
+                displaced += (other for other in leaving if not self.is_paused(other))
+                continue
+            unfit_count += 1
+            if unfit_count == _UNFIT_MAX or now - sequence.arrival_time >= self._limits.patience_seconds:
                 break
         return admitted
 
@@ -249,7 +259,7 @@ class Scheduler:
 
     def is_first(self, sequence: Sequence) -> bool:
         """Whether nobody who runs is before a sequence in rank, but for paused ones."""
-        return all(self._rank(sequence) <= self._rank(other) for other in self.running if not self.is_paused(other))
+        return all(self._rank(sequence) <= self._rank(other) for other in self._going_on())
 
     def drop(self, sequence: Sequence, now: float) -> bool:
         """Let go of a sequence and of everything it holds, but for what its session keeps.
@@ -283,34 +293,19 @@ class Scheduler:
         due_time = sequence.arrival_time - sequence.request.priority * self._limits.ageing_seconds
         return self._tenants[sequence.request.tenant], due_time, sequence.number
 
-    def _begin(self, sequence: Sequence, crowd: _Crowd, now: float) -> bool:
-        """Let a sequence run beside others if there is room: for all of its rows, and for a page more for each of them.
-
-        Paused ones make way for it.
-        """
-        if not crowd.has_room(sequence, 0):
-            return False
-        cache = self._cache
-        found = cache.find(sequence.page_keys((sequence.row_count - 1) // sequence.page_positions))
-        count = sequence.pages_for(sequence.row_count) - len(found)
-        growing_count = sum(map(_is_growing, (*crowd.sequences, sequence)))
-
-        def page_count() -> int:
-            return cache.used_count + cache.idle_among(found) + count + growing_count
-
-        while page_count() > cache.page_count or not crowd.has_room(sequence, page_count()):
-            paused = [each for each in self.running if self.is_paused(each)]
-            if not paused:
-                return False
-            self._preempt(max(paused, key=self._rank))
-        cache.use(found)
-        pages = self._take(sequence, count, found)
-        if pages is None:
-            cache.release(found)
-            return False
-        sequence.pages = [*found, *pages]
+    def _begin(self, sequence: Sequence, now: float) -> list[Sequence] | None:
+        """Let a sequence run if there is room; who has made way for it, or None."""
+        found = self._cache.find(sequence.page_keys((sequence.row_count - 1) // sequence.page_positions))
+        leaving = self._makes_way(sequence, found)
+        if leaving is None:
+            return None
+        for other in leaving:
+            self._preempt(other)
+        self._cache.use(found)
+        sequence.pages = found
         sequence.kept_page_count = len(found)
         sequence.computed_count = len(found) * sequence.page_positions
+        self._take(sequence)  # there is room for it; where there were not, `plan` would have somebody make way
         if not sequence.preemption_count:
             sequence.start_time = now
             sequence.cached_token_count = max(0, sequence.computed_count - sequence.soft_row_count)
@@ -320,82 +315,102 @@ class Scheduler:
         self._charge(sequence, sequence.row_count)
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        crowd.add(sequence)
-        return True
+        return leaving
 
-    def _displace(self, sequence: Sequence, crowd: _Crowd, now: float) -> bool:
-        """Let a sequence run in place of less urgent ones of its tenant that are behind it in rank, if that helps."""
-        asked = sequence.request
-        behind = [
+    def _makes_way(self, sequence: Sequence, found: list[int]) -> list[Sequence] | None:
+        """Who makes way for one that waits, if that is enough; as few as it takes. None if it is not.
+
+        Paused ones do, then less urgent ones of its tenant that are behind it; of either the last in rank first.
+        """
+        asked, rank = sequence.request, self._rank(sequence)
+        able = [
             other
-            for other in crowd.sequences
-            if other.request.priority < asked.priority
-            and other.request.tenant == asked.tenant
-            and self._rank(other) > self._rank(sequence)
+            for other in self.running
+            if self.is_paused(other)
+            or (
+                other.request.priority < asked.priority
+                and other.request.tenant == asked.tenant
+                and self._rank(other) > rank
+            )
         ]
-        if not behind:
+        able.sort(key=self._standing, reverse=True)
+        counts = range(len(able) + 1)
+        count = bisect_left(counts, True, key=lambda count: self._has_room(sequence, found, able[:count]))  # noqa: FBT003 - what it looks for
+        return able[:count] if count in counts else None
+
+    def _has_room(self, sequence: Sequence, found: list[int], leaving: Collection[Sequence]) -> bool:
+        """Whether one that begins with these pages could run, and everybody grow, once some have made way.
+
+        The slab lets its pages be used then.
+        """
+        together = [sequence, *(other for other in self._going_on() if other not in leaving)]
+        used_count = self._cache.used_count_after((other.pages for other in leaving), found)
+        count = sequence.pages_for(sequence.row_count) - len(found)
+        page_count = used_count + count + sum(map(_margin, together))
+        return (
+            page_count <= self._cache.page_count
+            and self._fit(together, page_count)
+            and self._cache.reach(count, used_count)
+        )
+
+    def _fit(self, sequences: Collection[Sequence], page_count: int) -> bool:
+        """Whether these can take part in one step beside so many KV pages in use, the scratch page not counted.
+
+        No more than a step has rows: so everyone who answers gets a token each step, and a prompt always gets on.
+        """
+        if len(sequences) > min(self._limits.sequences_max, self._rows_max):
             return False
-        without = self._crowd(other for other in crowd.sequences if other not in behind)
-        page_count = self._cache.used_count - self._cache.freed_by(other.pages for other in behind)
-        page_count += sequence.pages_for(sequence.row_count) + sum(map(_is_growing, (*without.sequences, sequence)))
-        if page_count > self._cache.page_count or not without.has_room(sequence, page_count):
-            return False
-        for other in sorted(behind, key=self._rank, reverse=True):
-            self._preempt(other)
-            crowd.remove(other)
-            if self._begin(sequence, crowd, now):
-                return True
-        return False
+        return self._fits({expert for each in sequences for expert in each.experts}, SCRATCH_PAGES + page_count)
+
+    def _standing(self, sequence: Sequence) -> tuple[bool, _Rank]:
+        """Who runs makes way in this order, the last first."""
+        return self.is_paused(sequence), self._rank(sequence)
 
     def _ready(self) -> list[Sequence]:
         """Who takes part in the next step: those that go on, once each has pages for its rows."""
         while True:
-            going = sorted(self._going(), key=self._rank)
-            experts = {expert for sequence in going for expert in sequence.experts}
-            paused_count = sum(map(self.is_paused, self.running))
-            if all(self._extend(sequence, experts) for sequence in going) and (
-                going or paused_count == len(self.running)
-            ):
-                return going
+            turns = sorted(self._turns(), key=self._rank)
+            if all(self._extend(sequence, turns) for sequence in turns) and (turns or not self._going_on()):
+                return turns
             if len(self.running) == 1:
                 self.restart()  # alone it fits, in pages that are not in the way of its own experts
             else:
-                self._preempt(max(self.running, key=lambda sequence: (self.is_paused(sequence), self._rank(sequence))))
+                self._preempt(max(self.running, key=self._standing))
 
-    def _going(self) -> list[Sequence]:
-        """Everyone whose reader is not behind.
+    def _going_on(self) -> list[Sequence]:
+        """Everyone whose reader is not behind."""
+        return [sequence for sequence in self.running if not self.is_paused(sequence)]
 
-        Paused ones that go on may be too many together; then those go first that have not taken part for longest.
+    def _turns(self) -> list[Sequence]:
+        """Those that go on.
+
+        Paused ones that go on may be too many together; then those that have not taken part for longest.
         """
-        ready = [sequence for sequence in self.running if not self.is_paused(sequence)]
-        crowd = self._crowd(ready)
-        if crowd.count_left >= 0 and self._fits(crowd.experts, SCRATCH_PAGES + self._cache.used_count):
+        ready = self._going_on()
+        if self._fit(ready, self._cache.used_count):
             return ready
-        crowd = self._crowd(())
+        turns: list[Sequence] = []
         for sequence in sorted(ready, key=lambda sequence: sequence.turn):
-            if crowd.has_room(sequence, self._cache.used_count):
-                crowd.add(sequence)
-        return [sequence for sequence in ready if sequence in crowd.sequences]
+            if self._fit([*turns, sequence], self._cache.used_count):
+                turns.append(sequence)
+        return turns
 
-    def _extend(self, sequence: Sequence, experts: Collection[AdapterExpert]) -> bool:
-        """Whether a sequence has pages for its rows, beside the experts of everybody who goes on."""
+    def _extend(self, sequence: Sequence, turns: Collection[Sequence]) -> bool:
+        """Whether a sequence has pages for its rows, beside the experts of everybody who takes part."""
         count = sequence.pages_for(sequence.row_count) - len(sequence.pages)
-        if not count:
-            return True
-        if not self._fits(experts, SCRATCH_PAGES + self._cache.used_count + count):
-            return False
-        pages = self._take(sequence, count, sequence.pages)
-        sequence.pages += pages or ()
-        return pages is not None
+        return not count or (self._fit(turns, self._cache.used_count + count) and self._take(sequence))
 
-    def _take(self, sequence: Sequence, count: int, before: list[int]) -> list[int] | None:
-        """Pages for a sequence that has some, after those if possible, and not where others grow."""
-        return self._cache.take(
-            count,
+    def _take(self, sequence: Sequence) -> bool:
+        """Whether a sequence has pages for its rows now: after its others if possible, and not where others grow."""
+        before = sequence.pages
+        pages = self._cache.take(
+            sequence.pages_for(sequence.row_count) - len(before),
             after=before[-1] if before else 0,
             room=sequence.page_count_max - len(before),
             growing=[room for other in self.running if other is not sequence and (room := _room_of(other))],
         )
+        sequence.pages += pages or ()
+        return pages is not None
 
     def _preempt(self, sequence: Sequence) -> None:
         """Have a sequence make way. What it has computed is found again if its pages are not needed meanwhile."""
@@ -421,42 +436,11 @@ class Scheduler:
                 self._rows_max = min(2 * self._rows_max, self._limits.step_tokens)
                 self._narrow_steps = 0
 
-    def _crowd(self, sequences: Iterable[Sequence]) -> _Crowd:
-        # No more than a step has rows: so everyone who answers gets a token each step, and a prompt always gets on.
-        crowd = _Crowd(min(self._limits.sequences_max, self._rows_max), self._fits)
-        for sequence in sequences:
-            crowd.add(sequence)
-        return crowd
 
-
-@dataclass(slots=True, eq=False)
-class _Crowd:
-    """The room that some sequences leave to one more in a step."""
-
-    count_left: int
-    fits: Fits
-    sequences: set[Sequence] = field(default_factory=set)
-
-    @property
-    def experts(self) -> set[AdapterExpert]:
-        return {expert for sequence in self.sequences for expert in sequence.experts}
-
-    def add(self, sequence: Sequence) -> None:
-        self.count_left -= 1
-        self.sequences.add(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        self.count_left += 1
-        self.sequences.remove(sequence)
-
-    def has_room(self, sequence: Sequence, page_count: int) -> bool:
-        """Whether one more could compute when so many KV pages are in use, the scratch page not counted."""
-        return self.count_left > 0 and self.fits(self.experts | sequence.experts, SCRATCH_PAGES + page_count)
-
-
-def _is_growing(sequence: Sequence) -> bool:
-    """Whether a sequence may want more pages than it has rows for."""
-    return sequence.pages_for(sequence.row_count) < sequence.page_count_max
+def _margin(sequence: Sequence) -> int:
+    """Pages for a sequence to grow into: one, but all that it may ever want if it has had to make way."""
+    growth = sequence.page_count_max - (len(sequence.pages) or sequence.pages_for(sequence.row_count))
+    return growth if sequence.preemption_count else min(1, growth)
 
 
 def _room_of(sequence: Sequence) -> range:

@@ -146,6 +146,8 @@ class Sequence:
     variant: str = ""
     soft_prompts: list[torch.Tensor] = field(init=False)
     """`[n, hidden]` each, in the order in which they stand."""
+    experts: frozenset[AdapterExpert] = field(init=False)
+    """Who computes it."""
     soft_row_count: int = field(init=False)
     prompt_row_count: int = field(init=False)
     """Rows of soft prompts and prompt."""
@@ -183,6 +185,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.soft_prompts = prompts_of(self.request.mixture)
+        self.experts = frozenset(expert for expert, _ in self.request.mixture)
         self.soft_row_count = sum(map(len, self.soft_prompts))
         self.prompt_row_count = self.soft_row_count + len(self.request.token_ids)
         self.token_count_max = min(self.request.max_tokens, self._room())
@@ -213,11 +216,6 @@ class Sequence:
     def rows_left(self) -> int:
         """Rows to compute until the next token can be chosen."""
         return self.row_count - self.computed_count
-
-    @property
-    def experts(self) -> frozenset[AdapterExpert]:
-        """Who computes it."""
-        return frozenset(expert for expert, _ in self.request.mixture)
 
     def pages_for(self, row_count: int) -> int:
         """KV pages that so many rows take."""

@@ -1,4 +1,4 @@
-"""Host memory that is locked for CUDA. What locks is scripted here: of CUDA's own calls nothing is tested without it."""
+"""Host memory that is locked for CUDA. What locks is scripted here: CUDA's own calls are not made without a GPU."""
 
 from __future__ import annotations
 

@@ -173,6 +173,20 @@ def test_an_expert_that_could_not_come_may_try_again(monkeypatch: pytest.MonkeyP
     assert len(told) == 2
 
 
+def test_nobody_leaves_for_pages_that_would_not_have_room_all_the_same() -> None:
+    base = ToyBase()
+    a, b, c = experts(base, 2, 2, 2)
+    layout = RowLayout(base.projections, torch.float32)
+    slab = Slab(2, 9 * layout.row_bytes, page_bytes=layout.row_bytes, row_bytes=layout.row_bytes, device=CPU)
+    arena = Arena(layout, slab, outside_rows=1, device=CPU)
+    assert arena.bring_now([a, b, c])
+    arena.hold([b, c])
+    assert not slab.claim_pages(6)
+    assert arena.resident == {a.digest, b.digest, c.digest}
+    assert slab.claim_pages(5)
+    assert arena.resident == {b.digest, c.digest}
+
+
 class TestWindow:
     """The rows at the end in which the experts of a step lie."""
 

@@ -36,9 +36,10 @@ from tests.scripted_engine import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from services.expert_worker.engine.answer import Answer
+    from services.expert_worker.engine.expert import AdapterExpert
     from services.expert_worker.engine.part import Part
     from services.expert_worker.engine.sequence import TextRequest
 
@@ -429,6 +430,48 @@ class TestCancellation:
                 await gate.arrival()
             assert await reading == []
             gate.open()
+
+
+class TestExpertsOnTheirWay:
+    async def test_an_answer_is_not_done_while_one_of_its_experts_is_copied(self) -> None:
+        async with running_engine(ScriptedRunner()) as engine:
+            engine._room.coming = frozenset({"late"})
+            late, other = Ending(), Ending()
+            await engine.submit(asking([1], mixture=((expert("late"), 1.0),)), late).aclose()
+            await engine.submit(asking([1], mixture=((expert("other"), 1.0),)), other).aclose()
+            await other.arrival()
+            assert late.count == 0
+            engine._room.coming = frozenset()
+            engine._room.arrived()
+            await late.arrival()
+
+    async def test_nor_is_it_when_the_engine_stops(self) -> None:
+        async with running_engine(ScriptedRunner()) as engine:
+            engine._room.coming = frozenset({"late"})
+            late = Ending()
+            answer = engine.submit(lasting([1], 99, mixture=((expert("late"), 1.0),)), late)
+            stopping = asyncio.create_task(engine.stop())
+            await asyncio.sleep(0.02)
+            assert (late.count, stopping.done()) == (0, False)
+            engine._room.coming = frozenset()
+            engine._room.arrived()
+            await stopping
+            assert (await refused(answer)).reason is Reason.DRAINING
+            assert late.count == 1
+
+    async def test_who_computes_is_said_once_a_step_and_once_more_when_answers_have_ended(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said: list[list[str]] = []
+
+        def note(experts: Collection[AdapterExpert], _soon: Collection[AdapterExpert] = ()) -> None:
+            said.append([each.digest for each in experts])
+
+        async with running_engine(ScriptedRunner()) as engine:
+            monkeypatch.setattr(engine._room, "hold", note)
+            await read(engine.submit(lasting([1], 4, mixture=((expert("a"), 1.0),)), nothing))
+            await until(lambda: len(said) == 6)
+        assert said[:6] == [["a"]] * 4 + [[]] * 2
 
 
 class TestSlowReaders:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from services.expert_worker.engine.pages import Pages
 from services.expert_worker.engine.prefixes import PrefixCache, page_key, salt_of
+from services.expert_worker.engine.slab import Slab
 from tests.scripted_engine import expert
 
 A, B = expert("a"), expert("b")
@@ -75,11 +77,44 @@ class TestPrefixCache:
         cache = PrefixCache(Pages(9))
         pages = keyed(cache, 2, "a")
         cache.use(pages)
-        assert (cache.used_count, cache.freed_by([pages]), cache.freed_by([pages, pages])) == (2, 0, 2)
+        assert (cache.used_count, cache.idle_count) == (2, 0)
         cache.release(pages)
-        assert (cache.used_count, cache.idle_among(pages)) == (2, 0)
+        assert (cache.used_count, cache.idle_count) == (2, 0)
         cache.release(pages)
-        assert (cache.used_count, cache.idle_among(pages)) == (0, 2)
+        assert (cache.used_count, cache.idle_count) == (0, 2)
+
+    def test_it_knows_what_would_be_in_use_if_some_let_go_and_one_had_what_was_found(self) -> None:
+        cache = PrefixCache(Pages(9))
+        shared, own, idle = keyed(cache, 2, "a"), cache.take(1) or [], keyed(cache, 1, "b")
+        cache.use(shared)
+        cache.release(idle)
+        tables = [[*shared, *own], shared]
+        assert cache.used_count_after([], []) == cache.used_count == 3
+        assert cache.used_count_after(tables[:1], []) == 2
+        assert cache.used_count_after(tables, []) == 0
+        assert cache.used_count_after(tables, shared[:1]) == 1
+        assert cache.used_count_after([], [*shared, *idle]) == 4
+
+    def test_nothing_is_forgotten_where_that_would_not_help(self) -> None:
+        slab = Slab(1, 64 * 9, page_bytes=64, row_bytes=64, device=torch.device("cpu"))
+        pages = Pages(9, slab)
+        cache = PrefixCache(pages)
+        left, pinned, awaited = (keyed(cache, 1, name) for name in "lpa")
+        cache.pin("", "s", pinned, 10.0)
+        for each in (left, pinned, awaited):
+            cache.release(each, awaited=each is awaited)
+        assert slab.claim_rows(5, kept_pages=False)  # an expert is on its way there
+        slab.rows_retreat = lambda _first: False
+        assert (pages.free_count, slab.page_limit) == (5, 5)
+        assert cache.take(5) is None
+        assert [found(cache, 1, name) for name in "lpa"] == [1, 1, 1]
+        assert cache.take(3) == [1, 2, 4]
+        assert [found(cache, 1, name) for name in "lpa"] == [0, 0, 1]
+        assert cache.take(2) is None
+        assert found(cache, 1, "a") == 1
+        slab.rows_retreat = lambda _first: True
+        assert cache.take(2) == [5, 6]
+        assert found(cache, 1, "a") == 1
 
     def test_of_two_pages_with_one_key_the_first_is_found_and_the_other_is_free_at_once(self) -> None:
         pages = Pages(9)

@@ -12,6 +12,7 @@ from services.expert_worker.engine.detokenizer import Detokenizer
 from services.expert_worker.engine.pages import Pages
 from services.expert_worker.engine.scheduler import EngineLimits, Scheduler, Share
 from services.expert_worker.engine.sequence import Sequence
+from services.expert_worker.engine.slab import Slab
 from tests.scripted_engine import CONTEXT, LETTERS, LIMITS, PAGE_POSITIONS, asking, expert
 
 if TYPE_CHECKING:
@@ -248,6 +249,24 @@ class TestAdmission:
             scheduler.add(waiting(4))
         assert len(scheduler.admit(0.0)) == 2
 
+    def test_a_step_looks_past_a_few_that_do_not_fit_and_at_the_first_in_rank_before(self) -> None:
+        looked: set[AdapterExpert] = set()
+
+        def watching(experts: Collection[AdapterExpert], page_count: int) -> bool:
+            looked.update(experts)
+            return fits(experts, page_count)
+
+        scheduler = Scheduler(Pages(101), watching, LIMITS)
+        for number in range(30):
+            scheduler.add(waiting(4, 9, expert(f"large {number}", size_bytes=ARENA_BYTES)))
+        small = waiting(4, 1)
+        scheduler.add(small)
+        scheduler.admit(0.0)
+        assert (len(scheduler.running), len(looked), small.pages) == (1, 1 + 8, [])
+        first = waiting(4, 1, arrival=-1.0)
+        scheduler.add(first)
+        assert scheduler.admit(0.0) == [first]
+
     def test_what_waits_can_be_dropped_and_holds_nothing(self) -> None:
         scheduler, pages = scheduling()
         sequence = waiting(4)
@@ -374,6 +393,26 @@ class TestMakingWay:
         assert second.computed_count == 4  # what it had is still there, except what was needed
         assert second.part(second.rows_left).sampled
 
+    def test_whoever_has_made_way_runs_again_when_there_is_room_for_its_longest_answer_and_that_stays_reserved(
+        self,
+    ) -> None:
+        scheduler, _ = scheduling(page_count=8)
+        first, second = waiting(4, 28), waiting(4, 28)
+        for each in (first, second):
+            scheduler.add(each)
+        answer_some(scheduler, 14)
+        assert (second.preemption_count, second.pages_for(second.row_count), second.page_count_max) == (1, 5, 8)
+        scheduler.drop(first, 0.0)
+        other = waiting(4, 4, priority=9)
+        scheduler.add(other)
+        assert scheduler.admit(0.0) == [other]  # and not the second, for which there are pages, and one more for each
+        scheduler.drop(other, 0.0)
+        assert scheduler.admit(0.0) == [second]
+        scheduler.add(waiting(4, 4))
+        assert scheduler.admit(0.0) == []
+        answer_some(scheduler, 3)
+        assert (second.preemption_count, len(second.pages)) == (1, 5)
+
     def test_the_least_urgent_makes_way_before_the_last_to_come(self) -> None:
         scheduler, _ = scheduling(page_count=6)
         idle, urgent = waiting(4, 16, priority=0), waiting(4, 16, priority=9)
@@ -391,6 +430,50 @@ class TestMakingWay:
         slow.unread_count = LIMITS.unread_max
         answer_some(scheduler, 4)
         assert (slow.preemption_count, other.preemption_count) == (1, 0)
+
+    def test_paused_ones_keep_their_pages_where_those_of_all_of_them_would_not_be_enough(self) -> None:
+        scheduler, _ = scheduling(page_count=8)
+        running, slow, other = (waiting(4, 9) for _ in range(3))
+        for each in (running, slow, other):
+            scheduler.add(each)
+        scheduler.admit(0.0)
+        slow.unread_count = other.unread_count = LIMITS.unread_max
+        scheduler.add(waiting(26, 2))
+        assert scheduler.admit(0.0) == []
+        enough = waiting(18, 2)
+        scheduler.add(enough)
+        assert scheduler.admit(0.0) == [enough]
+        assert [each.preemption_count for each in (running, slow, other)] == [0, 0, 1]
+
+    def test_what_is_awaited_stays_so_where_its_sequence_cannot_begin_yet(self) -> None:
+        slab = Slab(1, 64 * 9, page_bytes=64, row_bytes=64, device=torch.device("cpu"))
+        scheduler = Scheduler(Pages(9, slab), fits, LIMITS)
+        sequence = waiting(16, 4)
+        scheduler.add(sequence)
+        answer_some(scheduler, 2)
+        scheduler._preempt(sequence)
+        assert slab.claim_rows(5, kept_pages=False)
+        slab.rows_retreat = lambda _first: False
+        assert scheduler.admit(0.0) == []
+        assert scheduler.counts.cached_page_count == len(scheduler._cache._awaited) == 4
+        slab.rows_retreat = lambda _first: True
+        assert scheduler.admit(0.0) == [sequence]
+        assert sequence.computed_count == 16
+
+    def test_nobody_makes_way_where_experts_on_their_way_would_still_be_in_the_way(self) -> None:
+        slab = Slab(1, 64 * 9, page_bytes=64, row_bytes=64, device=torch.device("cpu"))
+        scheduler = Scheduler(Pages(9, slab), fits, LIMITS)
+        slow = waiting(4, 9)
+        scheduler.add(slow)
+        scheduler.admit(0.0)
+        slow.unread_count = LIMITS.unread_max
+        assert slab.claim_rows(5, kept_pages=False)
+        slab.rows_retreat = lambda _first: False
+        five, four = waiting(17), waiting(13)
+        scheduler.add(five)
+        assert (scheduler.admit(0.0), slow.preemption_count) == ([], 0)
+        scheduler.add(four)
+        assert (scheduler.admit(0.0), slow.preemption_count) == ([four], 1)
 
     def test_restarting_frees_everything_and_lets_the_first_begin_alone_at_the_first_page(self) -> None:
         scheduler, pages = scheduling()
@@ -456,6 +539,17 @@ class TestPriority:
         scheduler.add(waiting(4, 9, arrival=seconds, **asked))
         assert scheduler.admit(seconds) == []
         assert running.preemption_count == 0
+
+    def test_nobody_passes_one_that_has_just_made_way(self) -> None:
+        scheduler, _ = scheduling(page_count=8)
+        less = waiting(24, 4, priority=3)
+        scheduler.add(less)
+        scheduler.admit(0.0)
+        urgent, equal, after = waiting(12, priority=9), waiting(4, priority=3), waiting(4, priority=4)
+        for each in (urgent, equal, after):
+            scheduler.add(each)
+        assert scheduler.admit(0.0) == [urgent, after]
+        assert scheduler.waiting == [equal, less]
 
     def test_nobody_makes_way_where_it_would_not_help(self) -> None:
         scheduler, _ = scheduling(page_count=8)
