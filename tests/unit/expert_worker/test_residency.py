@@ -813,9 +813,9 @@ class TestTurns:
         large = asyncio.create_task(shelf.use(C, 60.0))
         await asyncio.sleep(0.1)
         first, second = (asyncio.create_task(shelf.use_all(*digests, seconds=60.0)) for digests in ((A, B), (B, e)))
-        await asyncio.sleep(3.0)
+        await asyncio.sleep(1.95)
         assert len(shelf.residency.host.waits) > 2
-        assert shelf.residency._turn(shelf.residency.host) is None, "a set is first, since less than it takes"
+        assert shelf.residency._turn(shelf.residency.host) is None, "a set is the first, and has not waited long enough"
         assert not any(task.done() for task in (large, first, second))
         shelf.residency.release(held)
         for package in await first:
