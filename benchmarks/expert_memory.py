@@ -29,6 +29,7 @@ from hocket.packages import Policy
 from hocket.packages.expert.writer import write_archive
 from hocket.trust_folder import TrustFolder
 from services.expert_worker.authority import Authority
+from services.expert_worker.budget import Budget
 from services.expert_worker.engine.expert import AdapterExpert
 from services.expert_worker.loader import place, prepare
 from services.expert_worker.residency import Residency
@@ -101,7 +102,7 @@ class Host:
         self._brought: Supplied | None = None
         self._placed: tuple[Served, ...] = ()
         authority = Authority(TrustFolder(folder / "trust"), Policy(allow_unsigned=True))
-        self.residency = Residency(budget_bytes, 8, 60.0, authority, self._bring, self._place, lambda: None)
+        self.residency = Residency(Budget(budget_bytes), 8, 60.0, authority, self._bring, self._place, lambda: None)
 
     def add(self, data: bytes) -> str:
         """Put a file there."""

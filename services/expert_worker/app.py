@@ -24,6 +24,7 @@ from services.expert_worker.announce import Announcer
 from services.expert_worker.authority import Authority
 from services.expert_worker.background import keep_running
 from services.expert_worker.batching import Batcher
+from services.expert_worker.budget import Budget
 from services.expert_worker.cache import PackageCache
 from services.expert_worker.credentials import read_all
 from services.expert_worker.device import budget_bytes, choose_device, compute_threads, host_bytes
@@ -101,7 +102,7 @@ class WorkerApp:
         self._announcer = Announcer(self._registry, self._state)
         self._text: TextEngine | None = None
         self.residency = Residency(
-            0,  # until `start`: a base takes its memory first
+            Budget(0),  # until `start`: a base takes its memory first
             settings.loading_max,
             settings.default_deadline_seconds,
             self._authority,
@@ -240,7 +241,8 @@ class WorkerApp:
         settings = self._settings
         known = await asyncio.to_thread(self._known_base)
         if known is None:
-            self.residency.divide(settings.budget_bytes or budget_bytes(self._device, settings.workers_on_machine))
+            own = settings.budget_bytes or budget_bytes(self._device, settings.workers_on_machine)
+            self.residency.divide(Budget(own))
             return
         # transformers takes seconds to import: only who has a base pays for it.
         _log.info("loading the text libraries, which takes some seconds")
@@ -251,8 +253,8 @@ class WorkerApp:
         text = self._text = await asyncio.to_thread(open_text_engine, known, settings, self._device)
         elsewhere = None
         if self._device.type == "cuda":
-            elsewhere = settings.host_bytes or host_bytes(settings.workers_on_machine)
-        self.residency.divide(text.experts_bytes, elsewhere)
+            elsewhere = Budget(settings.host_bytes or host_bytes(settings.workers_on_machine), "worker.host_bytes")
+        self.residency.divide(Budget(text.experts_bytes), elsewhere)
         self.failed = text.engine.failed
         self._servicer.texts = Texts(self._name, text, self.residency, settings.text_deadline_seconds)
 

@@ -30,6 +30,7 @@ from services.expert_worker.engine.constraints import Constraint, ConstraintKind
 from services.expert_worker.engine.defaults import Requested, complete
 from services.expert_worker.engine.expert import AdapterExpert, prompts_of
 from services.expert_worker.engine.sequence import Delta, Finished, FinishReason, Started, TextRequest
+from services.expert_worker.gathering import Gathering
 from services.expert_worker.residency import loading_seconds
 from services.expert_worker.tokenising import SmallestFirst
 
@@ -108,6 +109,7 @@ class Texts:
         self._worker = worker
         self._text = text
         self._residency = residency
+        self._gathering = Gathering(residency)
         self._deadline_seconds = deadline_seconds
         self._tokenising = SmallestFirst("tokens")
         self._constraints = Constraints(text.base.tokenizer, text.base.eos_ids)
@@ -226,7 +228,7 @@ class Texts:
     async def _packages(self, plan: text_pb2.TextPlan, deadline: float) -> list[ResidentPackage]:
         """The experts' packages, in use, in the plan's order."""
         left = deadline - asyncio.get_running_loop().time()
-        return await self._residency.acquire_all([each.digest for each in plan.experts], loading_seconds(left))
+        return await self._gathering.acquire([each.digest for each in plan.experts], loading_seconds(left))
 
     def _release(self, packages: Sequence[ResidentPackage]) -> None:
         for package in packages:

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from hocket.rpc.local import LocalChannel
 from hocket.telemetry import metrics
 from hocket.v1 import text_pb2
 from services.expert_worker import loader
+from services.expert_worker.budget import Budget
 from services.expert_worker.page_locked import in_pages
 from tests.bases import tiny_base
 from tests.deployments import deployed
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from services.expert_worker.app import WorkerApp
+    from services.expert_worker.budget import Wait
     from services.expert_worker.loader import Prepared, Served
-    from services.expert_worker.residency import _Wait
 
 pytestmark = pytest.mark.long
 
@@ -138,7 +140,7 @@ class World:
     waits: list[float] = field(default_factory=list)
     left: int = 0
     waiting_peak: int = 0
-    turns: set[_Wait] = field(default_factory=set)
+    turns: set[Wait] = field(default_factory=set)
 
     async def ask(self, app: WorkerApp, client: ExpertWorkerClient, number: int) -> None:
         digests = [self.digests[each] for each in self.asked[number]]
@@ -164,7 +166,7 @@ class World:
     def look(self, app: WorkerApp) -> None:
         waits = app.residency.host.waits
         self.waiting_peak = max(self.waiting_peak, len(waits))
-        if (turn := app.residency._turn(app.residency.host)) is not None:
+        if (turn := app.residency.host.turn) is not None:
             self.turns.add(turn)
 
 
@@ -187,6 +189,7 @@ async def test_two_thousand_experts_share_the_memory_of_a_few(
     alive = Alive(4 * sizes[-1])
     for name in ("prepare", "place"):
         monkeypatch.setattr(f"services.expert_worker.app.{name}", getattr(alive, name))
+    monkeypatch.setattr("services.expert_worker.app.Budget", partial(Budget, patience_seconds=PATIENCE))
     weights = [1 / (rank + 1) for rank in range(EXPERTS)]
     world = World(
         dice,
@@ -211,7 +214,6 @@ async def test_two_thousand_experts_share_the_memory_of_a_few(
         for package in packages:
             await publish(suite, package)
         app.residency.release(await app.residency.acquire(pinned, SECONDS))  # it was not there at the start
-        app.residency.patience_seconds = PATIENCE
         client = ExpertWorkerClient(LocalChannel(app.handlers))
         queue = [*range(REQUESTS)]
 

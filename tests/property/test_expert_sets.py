@@ -16,6 +16,8 @@ from hocket.errors import HocketError, Reason
 from hocket.packages import Policy, Purpose, Subject
 from hocket.trust_folder import TrustFolder
 from services.expert_worker.authority import Authority, Evidence
+from services.expert_worker.budget import Budget
+from services.expert_worker.gathering import Gathering
 from services.expert_worker.loader import Prepared, Served
 from services.expert_worker.parameters import move
 from services.expert_worker.residency import Residency
@@ -59,7 +61,8 @@ class Memory:
 
     def __post_init__(self) -> None:
         authority = Authority(TrustFolder(Path("/nowhere")), Policy(allow_unsigned=True))
-        self.residency = Residency(BUDGET, 64, 5.0, authority, self.bring, self.place, self.look)
+        self.residency = Residency(Budget(BUDGET), 64, 5.0, authority, self.bring, self.place, self.look)
+        self.gathering = Gathering(self.residency)
 
     async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
         del report
@@ -86,7 +89,7 @@ class Memory:
         await asyncio.sleep(request.begin)
         digests = [DIGESTS[which] for which in request.wanted]
         try:
-            packages: list[ResidentPackage] = await self.residency.acquire_all(digests, request.patience)
+            packages: list[ResidentPackage] = await self.gathering.acquire(digests, request.patience)
         except HocketError as error:
             self.found[place] = error.reason
             return

@@ -448,10 +448,12 @@ class Arena:
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(before)
-            self._copy_in(expert, seat)
-            # Its event: what the engine computes meanwhile is not waited for. The thread sleeps.
-            there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
-            self._stream.record_event(there).synchronize()
+            try:
+                self._copy_in(expert, seat)
+            finally:  # also if it fails half way: copies that have begun still read the expert's memory
+                # Its event: what the engine computes meanwhile is not waited for. The thread sleeps.
+                there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
+                self._stream.record_event(there).synchronize()
 
     def _copy_in(self, expert: AdapterExpert, seat: _Seat) -> None:
         for place, every in ((seat.layers, self._layers), (seat.outside, [self._outside])):

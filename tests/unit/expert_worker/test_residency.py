@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from hocket.errors import HocketError, Reason
-from hocket.packages import Policy, Proof, Purpose, Subject
+from hocket.packages import Proof
 from hocket.trust_folder import TrustFolder
 from hocket.v1.expert_worker_pb2 import (
     EXPERT_STATE_EVICTING,
@@ -23,116 +21,25 @@ from hocket.v1.expert_worker_pb2 import (
     LOAD_STATE_PLACING,
     LOAD_STATE_READY,
 )
-from services.expert_worker.authority import Authority, Evidence
-from services.expert_worker.loader import Prepared, Served
+from services.expert_worker.budget import Budget
 from services.expert_worker.parameters import move
-from services.expert_worker.residency import Residency, ResidentPackage
 from services.expert_worker.revocations import Withdrawn
-from services.expert_worker.supply import Report, Supplied
-from tests.signing import ACME_ID, ACME_SEED, NOW, envelope_of, trusted
+from tests.shelves import LATER, SOON, A, B, C, D, Shelf, counted, refused, signed, until_loaded
+from tests.signing import ACME_ID, ACME_SEED, NOW, trusted
 from tests.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
-    from datetime import datetime
     from pathlib import Path
 
     from hocket.packages.adapter import AdapterFacts
     from services.expert_worker.authority import Standing
-
-A, B, C, D = ("sha256:" + letter * 64 for letter in "abcd")
-SOON, LATER = 0.05, 10.0
-
-
-@dataclass
-class Shelf:
-    """Packages of 40 bytes in a budget of 100, brought at once unless `hold` is set."""
-
-    folder: Path
-    budget_bytes: int = 100
-    sizes: dict[str, int] = field(default_factory=dict)
-    failures: dict[str, Exception] = field(default_factory=dict)
-    evidence: dict[str, Evidence] = field(default_factory=dict)
-    hold: asyncio.Event | None = None
-    hold_placing: asyncio.Event | None = None
-    loading_max: int = 8
-    placing_seconds: float = LATER
-    patience_seconds: float = 2.0
-    pinned: tuple[str, ...] = ()
-    brought: list[str] = field(default_factory=list)
-    changes: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.authority = Authority(TrustFolder(self.folder), Policy(allow_unsigned=True))
-        self.residency = Residency(
-            self.budget_bytes,
-            self.loading_max,
-            self.placing_seconds,
-            self.authority,
-            self.bring,
-            self.place,
-            self.count,
-            self.pinned,
-        )
-        self.residency.patience_seconds = self.patience_seconds
-
-    async def bring(self, digest: str, standing: Standing, report: Report) -> Supplied:
-        self.brought.append(digest)
-        report(LOAD_STATE_FETCHING, 1, 2)
-        if self.hold is not None:
-            await self.hold.wait()
-        if digest in self.failures:
-            raise self.failures[digest]
-        prepared = Prepared(digest, (torch.zeros(self.sizes.get(digest, 40), dtype=torch.uint8),), lambda _moved: ())
-        evidence = self.evidence.get(digest) or Evidence(subject_of(digest), (), None, NOW)
-        return Supplied(prepared, evidence, standing.judge(evidence))
-
-    async def place(self, prepared: Prepared) -> tuple[Served, ...]:
-        if self.hold_placing is not None:
-            await self.hold_placing.wait()
-        return prepared.assemble(move(prepared.tensors, torch.device("cpu")))
-
-    def count(self) -> None:
-        self.changes += 1
-        self.changed.set()
-
-    async def use(self, digest: str, seconds: float = LATER) -> ResidentPackage:
-        return await self.residency.acquire(digest, seconds)
-
-    async def use_all(self, *digests: str, seconds: float = LATER) -> list[ResidentPackage]:
-        return await self.residency.acquire_all(digests, seconds)
-
-    async def load(self, *digests: str) -> None:
-        for digest in digests:
-            self.residency.release(await self.use(digest))
-
-    @property
-    def resident(self) -> list[str]:
-        return [package.digest for package in self.residency.packages]
-
-
-def subject_of(digest: str) -> Subject:
-    return Subject(Purpose.PACKAGE, digest, 9, "apr")
-
-
-def signed(digest: str, time: datetime = NOW) -> Evidence:
-    """Evidence by a release of acme."""
-    return Evidence(subject_of(digest), (envelope_of(b"", digest=digest, size_bytes=9),), None, time)
+    from services.expert_worker.loader import Prepared, Served
+    from services.expert_worker.supply import Report, Supplied
 
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path)
-
-
-async def refused(waiting: Any) -> HocketError:
-    with pytest.raises(HocketError) as refusal:
-        await waiting
-    return refusal.value
-
-
-def counted(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 class TestLoading:
@@ -199,28 +106,6 @@ class TestLoading:
             assert (await refused(shelf.use(A))).reason is Reason.UNSIGNED
         assert shelf.brought == [A]
 
-    @pytest.mark.parametrize("reason", [Reason.DECRYPTION_FAILED, Reason.WRONG_RECIPIENT])
-    async def test_a_wrong_credential_is_tried_once_until_something_is_new(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, reason: Reason
-    ) -> None:
-        monkeypatch.setattr("services.expert_worker.residency._REFUSAL_SECONDS", -1.0)
-        shelf.failures = {A: HocketError(reason, "no"), B: HocketError(Reason.NOT_SERVABLE, "no")}
-        for _ in range(3):
-            assert (await refused(shelf.use(A))).reason is reason
-            await refused(shelf.use(B))
-        assert sorted(shelf.brought) == [A, B, B, B]
-
-        shelf.residency.forget_refusal(A)
-        del shelf.failures[A]
-        assert (await shelf.use(A)).digest == A
-
-    async def test_a_remembered_refusal_keeps_nothing_of_the_package_in_memory(self, shelf: Shelf) -> None:
-        shelf.failures[A] = HocketError(Reason.BAD_PAYLOAD, "no", field="x", digest=A)
-        await refused(shelf.use(A))
-        ((remembered, _, _),) = shelf.residency._refusals.values()
-        assert (remembered.field, remembered.metadata) == ("x", {"digest": A})
-        assert (remembered.__traceback__, remembered.__context__) == (None, None)
-
     async def test_a_change_of_trust_or_a_new_release_is_worth_another_look(self, shelf: Shelf) -> None:
         shelf.failures[A] = HocketError(Reason.UNSIGNED, "no")
         await refused(shelf.use(A))
@@ -229,13 +114,6 @@ class TestLoading:
         shelf.residency.forget_refusal(A)
         await refused(shelf.use(A))
         assert shelf.brought == [A] * 3
-
-    async def test_remembered_refusals_do_not_pile_up(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("services.expert_worker.residency._REFUSALS_MAX", 2)
-        for digest in (A, B, C):
-            shelf.failures[digest] = HocketError(Reason.UNSIGNED, "no")
-            await refused(shelf.use(digest))
-        assert list(shelf.residency._refusals) == [C]
 
     async def test_too_many_loads_at_once_refuse_the_next(self, tmp_path: Path) -> None:
         shelf = Shelf(tmp_path, loading_max=1, hold=asyncio.Event())
@@ -546,23 +424,6 @@ class TestLingering:
         assert (await waiting).digest == C
         assert (shelf.resident, shelf.residency.used_bytes) == ([C, B], 80)
 
-    async def test_what_garbage_holds_is_found(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("services.expert_worker.residency._COLLECTING_SECONDS", SOON)
-        package = await shelf.use(A)
-        cycle: list[object] = [package.experts[0]]
-        cycle.append(cycle)
-        shelf.residency.release(package)
-        gc.disable()
-        try:
-            del cycle
-            assert shelf.residency.drop(A) == 0
-            assert shelf.residency.used_bytes == 40
-            shelf.sizes[B] = 61
-            assert (await shelf.use(B)).digest == B
-        finally:
-            gc.enable()
-        assert (shelf.residency.used_bytes, shelf.residency.device.lingering_bytes) == (61, 0)
-
     async def test_a_package_that_somebody_still_knows_holds_no_memory(self, shelf: Shelf) -> None:
         package = await shelf.use(A)
         shelf.residency.release(package)
@@ -653,80 +514,6 @@ class TestTrust:
         assert (await loading).digest == A
 
 
-class TestSets:
-    """`tests/property/test_expert_sets.py` has many of them at once."""
-
-    async def test_all_of_a_set_are_in_use_in_the_order_asked_for(self, shelf: Shelf) -> None:
-        packages = await shelf.use_all(B, A)
-        assert [package.digest for package in packages] == [B, A]
-        assert [package.in_use_count for package in packages] == [1, 1]
-        assert await shelf.use_all(A, B) == packages[::-1]
-        assert await shelf.use_all(A) == [packages[1]]
-        assert packages[1].in_use_count == 3
-        assert shelf.brought == [B, A]
-
-    async def test_no_expert_at_all_is_a_set_too(self, shelf: Shelf) -> None:
-        assert await shelf.use_all() == []
-
-    async def test_a_set_of_one_waits_for_nobody(self, shelf: Shelf) -> None:
-        (package,) = await shelf.use_all(A)
-        assert package.in_use_count == 1
-
-    async def test_while_a_set_is_loaded_it_holds_nothing(self, shelf: Shelf) -> None:
-        await shelf.load(A)
-        shelf.hold = asyncio.Event()
-        waiting = asyncio.create_task(shelf.use_all(A, B))
-        await asyncio.sleep(SOON)
-        assert [package.in_use_count for package in shelf.residency.packages] == [0]
-        shelf.hold.set()
-        assert [package.in_use_count for package in await waiting] == [1, 1]
-
-    async def test_a_set_that_cannot_be_loaded_holds_nothing_and_says_why_at_once(self, shelf: Shelf) -> None:
-        await shelf.load(A)
-        shelf.failures[C] = HocketError(Reason.BAD_ADAPTER, "no")
-        assert (await refused(shelf.use_all(A, B, C))).reason is Reason.BAD_ADAPTER
-        shelf.hold = asyncio.Event()
-        slow = asyncio.create_task(shelf.use_all(D, A))
-        assert (await refused(shelf.use_all(D, C))).reason is Reason.BAD_ADAPTER
-        shelf.hold.set()
-        await slow
-        assert [package.in_use_count for package in shelf.residency.packages if package.digest == B] in ([], [0])
-
-    async def test_what_together_exceeds_the_budget_is_refused_for_good(self, shelf: Shelf) -> None:
-        refusal = await refused(shelf.use_all(A, B, C))
-        assert (refusal.reason, refusal.retry_after_seconds) == (Reason.DEVICE_MEMORY, None)
-        assert all(not package.in_use_count for package in shelf.residency.packages)
-        await shelf.use_all(A, B)
-
-    async def test_a_set_that_made_room_for_another_is_gathered_again(self, shelf: Shelf) -> None:
-        held = await shelf.use(D)
-        waiting = asyncio.create_task(shelf.use_all(A, B))  # one of them drops the other
-        await asyncio.sleep(SOON)
-        assert not waiting.done()
-        shelf.residency.release(held)
-        assert [package.digest for package in await waiting] == [A, B]
-        assert sorted(shelf.resident) == [A, B]
-
-    async def test_waiting_for_a_set_ends_at_the_deadline_and_leaves_nothing(self, shelf: Shelf) -> None:
-        held = await shelf.use(D)
-        first = asyncio.create_task(refused(shelf.use_all(A, B, seconds=3 * SOON)))
-        await asyncio.sleep(SOON)
-        assert (await refused(shelf.use_all(A, C, seconds=SOON))).reason is Reason.EXPERT_LOADING  # waits its turn
-        assert (await first).reason is Reason.EXPERT_LOADING
-        assert [package.in_use_count for package in shelf.residency.packages if package is not held] == [0]
-        shelf.residency.release(held)
-        await shelf.use_all(A, B)
-
-    async def test_one_who_leaves_while_gathering_lets_the_next_in(self, shelf: Shelf) -> None:
-        held = await shelf.use(D)
-        first, second = (asyncio.create_task(shelf.use_all(A, other)) for other in (B, C))
-        await asyncio.sleep(SOON)
-        first.cancel()
-        await asyncio.sleep(SOON)
-        shelf.residency.release(held)
-        assert [package.in_use_count for package in await second] == [1, 1]
-
-
 class TestTurns:
     """Whoever waits longest goes first, once it has waited long enough. Budget 100, patience SOON."""
 
@@ -765,17 +552,6 @@ class TestTurns:
         shelf.residency.release(await large)
         assert [(await task).digest for task in later] == [D, A]
 
-    async def test_no_more_of_what_is_in_use_leaves_than_must_and_what_is_idle_leaves_first(self, shelf: Shelf) -> None:
-        shelf.sizes.update({A: 30, B: 30, C: 60})
-        for digest in (B, A):
-            await shelf.use(digest)
-        await shelf.load(D)
-        large = asyncio.create_task(shelf.use(C))
-        await asyncio.sleep(3 * SOON)
-        assert shelf.resident == [A]
-        assert (await shelf.use(A)).in_use_count == 2
-        large.cancel()
-
     @pytest.mark.parametrize("how", ["cancelled", "late"])
     @in_virtual_time
     async def test_who_leaves_while_it_has_the_turn_lets_the_next_go_on_at_once(self, tmp_path: Path, how: str) -> None:
@@ -803,45 +579,6 @@ class TestTurns:
         assert shelf.resident == [D, A]
         following.cancel()
 
-    @in_virtual_time
-    async def test_a_set_that_holds_something_goes_before_who_has_the_turn_and_the_next_set_behind_it(
-        self, tmp_path: Path
-    ) -> None:
-        e = "sha256:" + "e" * 64
-        shelf = Shelf(tmp_path, sizes={A: 40, B: 50, C: 90, D: 20, e: 50})
-        held = await shelf.use(D)
-        large = asyncio.create_task(shelf.use(C, 60.0))
-        await asyncio.sleep(0.1)
-        first, second = (asyncio.create_task(shelf.use_all(*digests, seconds=60.0)) for digests in ((A, B), (B, e)))
-        await asyncio.sleep(1.95)
-        assert len(shelf.residency.host.waits) > 2
-        assert shelf.residency._turn(shelf.residency.host) is None, "a set is the first, and has not waited long enough"
-        assert not any(task.done() for task in (large, first, second))
-        shelf.residency.release(held)
-        for package in await first:
-            shelf.residency.release(package)
-        package = await large
-        await asyncio.sleep(3.0)
-        assert not second.done()
-        shelf.residency.release(package)
-        assert [package.digest for package in await second] == [B, e]
-        assert not shelf.residency.host.waits
-
-    async def test_a_set_whose_experts_are_not_there_waits_behind_one_that_has_the_turn(self, shelf: Shelf) -> None:
-        shelf.sizes.update({A: 40, B: 40, D: 30})
-        held = await shelf.use(D)
-        large = asyncio.create_task(shelf.use(C))
-        await asyncio.sleep(2 * SOON)
-        gathering = asyncio.create_task(shelf.use_all(A, B))
-        await asyncio.sleep(2 * SOON)
-        assert shelf.residency.used_bytes == 30
-        shelf.residency.release(held)
-        package = await large
-        await asyncio.sleep(2 * SOON)
-        assert not gathering.done()
-        shelf.residency.release(package)
-        assert [package.digest for package in await gathering] == [A, B]
-
     async def test_one_that_can_never_fit_beside_what_is_pinned_is_refused_at_once(self, tmp_path: Path) -> None:
         shelf = Shelf(tmp_path, sizes={B: 61, C: 60, D: 20}, pinned=(A,))
         await shelf.load(A)
@@ -859,22 +596,6 @@ class TestPinsAndHints:
         refusal = await refused(shelf.use_all(B, C, D, seconds=SOON))
         assert refusal.reason is Reason.DEVICE_MEMORY
 
-    async def test_a_large_one_leaves_before_a_small_one_that_takes_nearly_as_long_to_bring_back(
-        self, tmp_path: Path
-    ) -> None:
-        shelf = Shelf(tmp_path, sizes={A: 10, B: 60, C: 30, D: 50})
-        await shelf.load(A, B, C, D)
-        assert shelf.resident == [D, C, A]
-
-    async def test_what_is_large_does_not_keep_out_what_is_small_for_ever_nor_the_other_way_round(
-        self, tmp_path: Path
-    ) -> None:
-        shelf = Shelf(tmp_path, sizes={A: 10, B: 60, C: 60, D: 60})
-        await shelf.load(A)
-        for _ in range(8):
-            await shelf.load(B, C, D)
-        assert A not in shelf.resident
-
     async def test_what_was_in_use_for_long_counts_as_used_until_then_and_makes_nothing_newer_leave_first(
         self, tmp_path: Path
     ) -> None:
@@ -887,18 +608,6 @@ class TestPinsAndHints:
         assert shelf.resident == [B, A]
         await shelf.load(C, D)
         assert shelf.resident == [D, C]
-
-    async def test_room_that_one_in_use_for_long_has_made_does_not_turn_the_order_round(self, tmp_path: Path) -> None:
-        shelf = Shelf(tmp_path)
-        await shelf.load(A)
-        for number in range(20):
-            await shelf.load(f"sha256:{number:064x}")
-        stale, fresh = shelf.residency.packages[1], shelf.residency.packages[0].digest
-        stale.worth = 0.0
-        await shelf.load(B)
-        assert shelf.resident == [B, fresh]
-        await shelf.load(C)
-        assert shelf.resident == [C, B]
 
     async def test_a_hint_that_found_no_room_is_not_read_again_until_there_is_some(self, shelf: Shelf) -> None:
         await shelf.load(A, B)
@@ -992,13 +701,7 @@ class TestPinsAndHints:
         assert shelf.residency.absent == []
 
     async def test_host_memory_has_a_budget_of_its_own_where_it_is_another(self, shelf: Shelf) -> None:
-        shelf.residency.divide(100, 50)
+        shelf.residency.divide(Budget(100), Budget(50))
         assert (shelf.residency.budget_bytes, shelf.residency.device.total_bytes) == (150, 100)
         await shelf.load(A, B)
         assert (shelf.residency.device.used_bytes, shelf.residency.host.used_bytes) == (80, 0)
-
-
-async def until_loaded(shelf: Shelf) -> None:
-    async with asyncio.timeout(LATER):
-        while shelf.residency._loadings:  # noqa: ASYNC110 - a prefetch tells nobody
-            await asyncio.sleep(0)

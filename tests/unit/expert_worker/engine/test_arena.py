@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import nullcontext
 from random import Random
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -171,6 +173,19 @@ def test_an_expert_that_could_not_come_may_try_again(monkeypatch: pytest.MonkeyP
     assert arena.bring_now([a])
     assert arena.resident == {a.digest}
     assert len(told) == 2
+
+
+def test_copies_that_have_begun_are_waited_for_where_the_next_one_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, stream = ToyBase(), mock.MagicMock()
+    (a,) = experts(base, 4)
+    arena = arena_of(base, 4)
+    monkeypatch.setattr(arena, "_stream", stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda _: nullcontext())
+    monkeypatch.setattr("torch.cuda.Event", mock.MagicMock())
+    monkeypatch.setattr(Arena, "_copy_in", fail)
+    with pytest.raises(OSError, match="scripted"):
+        arena._upload(a, mock.MagicMock(), mock.MagicMock())
+    stream.record_event.return_value.synchronize.assert_called_once_with()
 
 
 def test_nobody_leaves_for_pages_that_would_not_have_room_all_the_same() -> None:
