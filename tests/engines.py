@@ -330,7 +330,7 @@ async def whole_engine(
         slab=slab,
     )
     pages = Pages(SCRATCH_PAGES + page_count, slab)
-    graphs = record and Graphs(base, pool, mixer, rows_max=limits.sequences_max, record=record)
+    graphs = record and Graphs(base, pool, mixer, rows_max=limits.sequences_max, record=record, compute_first=1)
     watch = Watch(Runner(base, pool, mixer, graphs), arena, page_count, page_positions, limits)
     engine = Engine(
         watch,

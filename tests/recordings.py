@@ -71,6 +71,7 @@ def on_tape(compute: Callable[[], None]) -> Callable[[], None]:
     tape = Tape()
     with tape:
         compute()
+    assert not tape.dependent, "a device would have to be waited for"
     return tape.play
 
 
@@ -109,7 +110,7 @@ class Twins:
         self.recordings: list[Callable[[], None]] = []
         self._record = record
         self._tolerance = tolerance
-        graphs = Graphs(base, self.passes.pool, self.mixer, rows_max=rows_max, record=self._noted)
+        graphs = Graphs(base, self.passes.pool, self.mixer, rows_max=rows_max, record=self._noted, compute_first=0)
         self.recorded = Runner(base, self.passes.pool, self.mixer, graphs).run
         self._tables: dict[int, list[int]] = {}
 
@@ -132,7 +133,9 @@ class Twins:
         assert float(apart.max()) <= self._tolerance
 
     def close(self) -> None:
-        """Give the base its projections back."""
+        """Give the base its projections back, and let go of what was recorded."""
+        self.recordings.clear()
+        del self.recorded
         for name, linear in self.base.projections.items():
             parent, _, child = name.rpartition(".")
             setattr(self.base.causal_lm.get_submodule(parent), child, linear)

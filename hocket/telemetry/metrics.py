@@ -130,8 +130,11 @@ TEXT_FIRST_TOKEN_SECONDS: Final = Histogram(
     "Time from the arrival of a text request to the first token of its answer.",
     buckets=tuple(0.005 * 2**step for step in range(15)),  # to 82 s
 )
-TEXT_RUNNING: Final = Gauge("hocket_text_running", "Texts that are being answered.")
-TEXT_WAITING: Final = Gauge("hocket_text_waiting", "Texts that wait for the engine.")
+TEXT_RUNNING: Final = Gauge(
+    "hocket_text_running", "Texts whose answers have begun and not ended, those that have made way among them."
+)
+TEXT_PREEMPTED: Final = Gauge("hocket_text_preempted", "Texts that have made way for others and wait to go on.")
+TEXT_WAITING: Final = Gauge("hocket_text_waiting", "Texts whose answers wait to begin.")
 TEXT_WAITING_SECONDS: Final = Gauge(
     "hocket_text_waiting_seconds", "How long the text that waits for longest has waited for the engine."
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -53,7 +54,11 @@ class CudaLocker:
         """As `Locker`."""
         with torch.cuda.device(self.device):
             cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's
-            return int(cuda.cudaHostRegister(address, size_bytes, _PORTABLE))
+            error = int(cuda.cudaHostRegister(address, size_bytes, _PORTABLE))
+            if error:  # it would be raised for whatever this thread starts next: here it is raised, and heard
+                with suppress(RuntimeError):
+                    torch.ones(1, device=self.device).add_(1)
+            return error
 
     def unlock(self, address: int) -> int:
         """As `Locker`."""

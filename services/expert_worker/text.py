@@ -148,7 +148,6 @@ class Texts:
                     finished = isinstance(event, Finished)
                     match event:
                         case Started():
-                            self._text.observe()
                             yield _start(begun, event)
                         case Delta():
                             yield _delta(event, weights, logprobs_wanted=begun.start.sampling.top_logprobs > 0)
@@ -157,7 +156,7 @@ class Texts:
         finally:
             ending.cancel()
         if not finished:
-            raise _late()
+            raise self._late()
 
     async def _begin(self, job: text_pb2.TextJob, deadline: float) -> _Begun:
         """Bring a job's experts and make its text tokens; then the engine has it."""
@@ -179,11 +178,10 @@ class Texts:
             matcher = await self._matcher(constraint, source, deadline)
             request = self._request(job, prompt, mixture, leader, matcher)
             load_seconds = time.perf_counter() - arrival
-            answer = self._text.engine.submit(request, partial(self._end, release))
+            answer = self._text.engine.submit(request, release)
         except BaseException:
             release()
             raise
-        self._text.observe()
         unsigned_count = sum(package.unsigned_by_policy for package in packages)
         _UNSIGNED_USES.inc(unsigned_count)
         start = text_pb2.TextStart(
@@ -196,6 +194,14 @@ class Texts:
             constraint=_applied(constraint, source),
         )
         return _Begun(answer, start, (_UNSIGNED,) if unsigned_count else (), load_seconds)
+
+    def _late(self) -> HocketError:
+        return HocketError(
+            Reason.DEADLINE,
+            f"the answer was not complete in time: this worker ends every text after {self._deadline_seconds:g} s "
+            "(worker.text_deadline_seconds), or at the call's own deadline if that is sooner: ask for fewer tokens, "
+            "allow more time, or use a worker with less to do",
+        )
 
     def _check_plan(self, plan: text_pb2.TextPlan) -> None:
         """Return if the plan is one, and for this base."""
@@ -234,11 +240,6 @@ class Texts:
         for package in packages:
             self._residency.release(package)
 
-    def _end(self, release: Callable[[], None]) -> None:
-        """The engine has let go of an answer."""
-        release()
-        self._text.observe()
-
     async def _prompt(
         self, given: Input, size_bytes: int, leader: tuple[ResidentPackage, AdapterExpert] | None, deadline: float
     ) -> Prompt:
@@ -256,7 +257,7 @@ class Texts:
             async with asyncio.timeout_at(deadline):
                 return await self._tokenising.run(size_bytes, to_tokens)
         except TimeoutError:
-            raise _late() from None
+            raise self._late() from None
 
     async def _matcher(self, constraint: Constraint | None, expert: str, deadline: float) -> Matcher | None:
         """A constraint, compiled."""
@@ -266,7 +267,7 @@ class Texts:
             async with asyncio.timeout_at(deadline):
                 return await self._constraints.matcher(constraint)
         except TimeoutError:
-            raise _late() from None
+            raise self._late() from None
         except HocketError as error:
             if error.reason not in (Reason.BAD_GRAMMAR, Reason.BAD_SCHEMA):
                 raise
@@ -311,10 +312,6 @@ async def _close_at(deadline: float, answer: Answer) -> None:
     """End an answer at its deadline, even if its reader has stopped reading."""
     await asyncio.sleep(deadline - asyncio.get_running_loop().time())
     await answer.aclose()
-
-
-def _late() -> HocketError:
-    return HocketError(Reason.DEADLINE, "the answer was not complete by this server's own deadline")
 
 
 def _mixture(plan: text_pb2.TextPlan, packages: Sequence[ResidentPackage]) -> Mixture:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -31,16 +33,30 @@ from services.expert_worker.engine.scheduler import EngineLimits
 from services.expert_worker.engine.slab import ALIGNMENT_BYTES, Slab
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prometheus_client import Gauge
+
     from hocket.known_bases import KnownBase
     from hocket.v1.expert_worker_pb2 import ExpertState
     from services.expert_worker.device import Shares
     from services.expert_worker.engine.base import Base
+    from services.expert_worker.engine.engine import EngineState
     from services.expert_worker.settings import WorkerSettings
 
 _log: Final = structlog.get_logger("worker")
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PAGES_MIN: Final = 4
 """Fewer hold no conversation; a base whose context is shorter than that needs as many as it has."""
+_GAUGES: Final[tuple[tuple[Gauge, Callable[[EngineState], float]], ...]] = (
+    (metrics.TEXT_RUNNING, lambda state: state.running_count),
+    (metrics.TEXT_PREEMPTED, lambda state: state.counts.preempted_count),
+    (metrics.TEXT_WAITING, lambda state: state.waiting_count),
+    (metrics.TEXT_WAITING_SECONDS, lambda state: state.waiting_seconds),
+    (metrics.KV_PAGES_USED, lambda state: state.counts.used_page_count),
+    (metrics.KV_PAGES_CACHED, lambda state: state.counts.cached_page_count),
+    (metrics.KV_PAGES, lambda state: state.page_count),
+)
 _ARENA_ROWS: Final = 64 + 8
 """Every arena has room for one expert of rank 64, with its factors and with what rounding rows up takes."""
 
@@ -56,6 +72,7 @@ class TextEngine:
         pool: Where keys and values lie.
         experts_bytes: What experts on the device may take.
         context_length: Most positions of a text: those of the base, or of all KV pages if they are fewer.
+        adapters: What experts' A and B are held as.
     """
 
     base: Base
@@ -64,16 +81,13 @@ class TextEngine:
     pool: KvPool
     experts_bytes: int
     context_length: int
+    adapters: str
 
     def observe(self) -> None:
-        """Put into the metrics how busy it is. In the event loop: it has its state from there."""
-        state = self.engine.state
-        metrics.TEXT_RUNNING.set(state.running_count)
-        metrics.TEXT_WAITING.set(state.waiting_count)
-        metrics.TEXT_WAITING_SECONDS.set(state.waiting_seconds)
-        metrics.KV_PAGES_USED.set(state.counts.used_page_count)
-        metrics.KV_PAGES_CACHED.set(state.counts.cached_page_count)
-        metrics.KV_PAGES.set(state.page_count)
+        """Have the metrics tell how busy it is whenever they are read, as long as it lives."""
+        engine = weakref.ref(self.engine)
+        for gauge, read in _GAUGES:
+            gauge.set_function(partial(_read, engine, read))
 
     @property
     def base_message(self) -> BaseModelMessage:
@@ -98,6 +112,7 @@ class TextEngine:
             quantisation=self.base.quantisation,
             rope=self.base.rope,
             kv_dtype=_name(self.pool.stored_as),
+            adapters=self.adapters,
             context_length=self.context_length,
             base_bytes=self.base.size_bytes,
             kv_used_page_count=state.counts.used_page_count,
@@ -113,6 +128,7 @@ class TextEngine:
             prefix_miss_token_count=state.counts.prefix_miss_count,
             preemption_count=state.counts.preemption_count,
             waiting_longest=duration(state.waiting_seconds),
+            preempted_count=state.counts.preempted_count,
         )
 
 
@@ -185,12 +201,15 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
         quantisation=base.quantisation,
         rope=base.rope,
         base_bytes=base.size_bytes,
-        experts_bytes=share.experts_bytes,
+        adapters=adapters,
+        budget_bytes=share.experts_bytes,
         slab_bytes=slab.size_bytes,
         kv_dtype=_name(kv_dtype),
+        kv_page_count=engine.state.page_count,
+        kv_page_positions=page_positions,
         context_length=context_length,
     )
-    return TextEngine(base, engine, arena, pool, share.experts_bytes, context_length)
+    return TextEngine(base, engine, arena, pool, share.experts_bytes, context_length, adapters)
 
 
 def _check_shares(share: Shares, layout: RowLayout, pages_bytes_min: int, device: torch.device) -> None:
@@ -214,6 +233,12 @@ def _check_shares(share: Shares, layout: RowLayout, pages_bytes_min: int, device
             f"{left_bytes} bytes that {device} has left beside the base: set them lower, or use a device with more "
             "memory",
         )
+
+
+def _read(engine: weakref.ref[Engine], read: Callable[[EngineState], float]) -> float:
+    """A number of an engine's state; 0 once it is gone."""
+    living = engine()
+    return 0.0 if living is None else read(living.state)
 
 
 def _serving(settings: WorkerSettings) -> Serving:

@@ -27,7 +27,7 @@ from services.expert_worker.engine.int8 import dequantise
 from services.expert_worker.engine.layout import put_vector
 from services.expert_worker.engine.projection import Strips
 from services.expert_worker.engine.slab import zeros
-from services.expert_worker.engine.standing import rounded
+from services.expert_worker.engine.standing import window_size
 from services.expert_worker.engine.transfer import there
 
 if TYPE_CHECKING:
@@ -178,10 +178,11 @@ class Arena:
         return seat.outside if outside else seat.layers
 
     def window(self, digests: Collection[str], *, outside: bool) -> range:
-        """The rows at the end, as many as a power of two or all, that hold those of some experts that are there.
+        """The rows at the end, of a size that many others have too, that hold those of some experts that are there.
 
         Where others lie among them, so that it would be more rows than it could be, these change places first. That
-        costs what two steps take to read the larger window.
+        costs what two steps take to read the larger window. None of the rows is a page's: where pages in use do not
+        let it have a usual size, it is smaller.
         """
         count = self._outside_count if outside else self.slab.row_count
         places = [self.place(digest, outside=outside) for digest in digests]
@@ -189,11 +190,15 @@ class Arena:
         if not places:
             return range(count, count)
         needed = sum(place.end - place.start for place in places)
-        if rounded(count - min(place.start for place in places)) > rounded(needed):
-            self._push_together(outside=outside, since=min(place.start for place in places), last=frozenset(digests))
+        first = min(place.start for place in places)
+        if window_size(count - first) > window_size(needed):
+            self._push_together(outside=outside, since=first, last=frozenset(digests))
             places = [self.place(digest, outside=outside) for digest in digests]
-        first = min(place.start for place in places if place.start < place.end)
-        return range(max(0, count - rounded(count - first)), count)
+            first = min(place.start for place in places if place.start < place.end)
+        start = max(0, count - window_size(count - first))
+        if not outside and not self.slab.claim_rows(start, kept_pages=False):
+            start = self.slab.row_limit
+        return range(start, count)
 
     def fits(self, experts: Collection[AdapterExpert], page_count: int = 0) -> bool:
         """Whether these experts could compute together beside so many pages; a function of these alone.
@@ -460,17 +465,37 @@ class Arena:
             for memory in every if place.stop < place.end else ():
                 memory[place.stop : place.end].zero_()  # products run over them, with weights of 0
         staging = _Staging(self._device)
+        copies = _Copies()
         for name, piece in expert.pieces.items():
             strips = self.strips(name)
             place = seat.outside if self.layout.columns[name].layer is None else seat.layers
             if piece.a is not None and piece.b is not None:
-                _put_rows(strips.inputs, place, staging.of(piece.a), staging.of_any(piece.a_scales))
-                _put_rows(strips.outputs, place, staging.of(piece.b), staging.of_any(piece.b_scales))
+                _put_rows(copies, strips.inputs, place, staging.of(piece.a), staging.of_any(piece.a_scales))
+                _put_rows(copies, strips.outputs, place, staging.of(piece.b), staging.of_any(piece.b_scales))
             for strip, factors in ((strips.inputs, piece.u), (strips.outputs, piece.o)):
                 if factors is not None:
                     put_vector(_of(strip, place.factors), staging.of(factors) - 1)
             if piece.c is not None:
                 put_vector(_of(strips.outputs, place.biases), staging.of(piece.c))
+        copies.make()
+
+
+class _Copies:
+    """Copies that are made with one call: others get on while it runs, which many small ones would let them less."""
+
+    def __init__(self) -> None:
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        """One more."""
+        self._targets.append(target)
+        self._sources.append(source)
+
+    def make(self) -> None:
+        """Make them."""
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
 
 
 class _Staging:
@@ -498,10 +523,10 @@ class _Staging:
         return None if tensor is None else self.of(tensor)
 
 
-def _put_rows(strip: Tensor, place: Place, rows: Tensor, scales: Tensor | None) -> None:
-    """Write rows of A or B, and zeros where there are fewer than in other projections."""
+def _put_rows(copies: _Copies, strip: Tensor, place: Place, rows: Tensor, scales: Tensor | None) -> None:
+    """Have rows of A or B written, and zeros where there are fewer than in other projections."""
     end = place.start + len(rows)
-    strip[place.start : end].copy_(rows if scales is None else dequantise(rows, scales))
+    copies.add(strip[place.start : end], rows if scales is None else dequantise(rows, scales))
     if end < place.stop:
         strip[end : place.stop].zero_()
 

@@ -96,8 +96,8 @@ class EngineState:
     """How busy an engine is.
 
     Attributes:
-        running_count: Answers that run.
-        waiting_count: Answers that wait for memory.
+        running_count: Answers that have begun and not ended, those among them that have made way for others.
+        waiting_count: Answers that have not begun yet.
         waiting_seconds: How long the one that waits for longest has waited, of those that have not run yet.
         page_count: KV pages in all.
         counts: What the scheduler has come to.
@@ -228,23 +228,24 @@ class Engine:
         if len(self._answers) - len(self._running) >= self._limits.queue_max:
             raise HocketError(
                 Reason.QUEUE_FULL,
-                f"{self._limits.queue_max} texts already wait for the engine: try another worker, or again later",
+                f"{self._limits.queue_max} texts already wait for the engine: try another worker, or again later; its operator "
+                "can have more wait (worker.text_queue_max)",
                 retry_after_seconds=_RETRY_SECONDS,
             )
 
     @property
     def state(self) -> EngineState:
-        """How busy it is, as far as the event loop has heard."""
+        """How busy it is, as far as the event loop has heard. Any thread may ask: what the loop changes is copied."""
         now = self._clock()
-        self._forget_chosen(now)
-        oldest = next((sequence for sequence in self._answers if sequence not in self._running), None)
+        oldest = next((sequence for sequence in tuple(self._answers) if sequence not in self._running), None)
+        chosen = [count for time_, count in tuple(self._chosen) if time_ > now - _RATE_SECONDS]
         return EngineState(
             running_count=len(self._running),
             waiting_count=len(self._answers) - len(self._running),
             waiting_seconds=0.0 if oldest is None else now - oldest.arrival_time,
             page_count=self._page_count,
             counts=self._counts,
-            tokens_per_second=sum(count for _, count in self._chosen) / _RATE_SECONDS,
+            tokens_per_second=sum(chosen) / _RATE_SECONDS,
         )
 
     def _note_read(self, sequence: Sequence, count: int) -> None:
@@ -271,11 +272,8 @@ class Engine:
             answer.put(item)
         if count:
             self._chosen.append((now, count))
-            self._forget_chosen(now)
-
-    def _forget_chosen(self, now: float) -> None:
-        while self._chosen and self._chosen[0][0] <= now - _RATE_SECONDS:
-            self._chosen.popleft()
+            while self._chosen[0][0] <= now - _RATE_SECONDS:
+                self._chosen.popleft()
 
     def _end(self, why: Callable[[], HocketError]) -> None:
         """The thread is over, and with it every answer."""

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from services.expert_worker.engine.pages import KvPool
 
 _log: Final = structlog.get_logger("worker")
-RECORDINGS_MAX: Final = 64
-"""The one that was played longest ago goes first."""
+KNOWN_MAX: Final = 64
+"""Sizes that are remembered, with their recordings; the one that came longest ago goes first."""
+_COMPUTE_FIRST: Final = 8
+"""Recording takes as long as some dozen steps, and holds up everybody."""
 _NOBODY: Final = Part(start=0, embeddings=None, token_ids=(0,), pages=(0,), mixture=(), sampled=True)
 
 Record: TypeAlias = "Callable[[Callable[[], None]], Callable[[], None]]"
@@ -78,6 +80,14 @@ class _Inputs:
         self.step.renew(parts)
 
 
+@dataclass(slots=True)
+class _Known:
+    """Steps of one size: how often they came, and what plays them, once it has been recorded."""
+
+    count: int = 0
+    recording: Callable[[], None] | None = None
+
+
 class Graphs:
     """Recorded steps of a base. Not for several threads at once.
 
@@ -87,9 +97,19 @@ class Graphs:
         mixer: Composes experts.
         rows_max: Most sequences of a recorded step.
         record: How a step is recorded.
+        compute_first: How often steps of a size are computed before one is recorded.
     """
 
-    def __init__(self, base: Base, pool: KvPool, mixer: StandingMixer, *, rows_max: int, record: Record) -> None:
+    def __init__(
+        self,
+        base: Base,
+        pool: KvPool,
+        mixer: StandingMixer,
+        *,
+        rows_max: int,
+        record: Record,
+        compute_first: int = _COMPUTE_FIRST,
+    ) -> None:
         self._base = base
         self._pool = pool
         self._mixer = mixer
@@ -97,7 +117,8 @@ class Graphs:
         self._record: Record | None = record
         self._table_width = -(-base.context_length // pool.page_positions)
         self._inputs: dict[int, _Inputs] = {}
-        self._recordings: OrderedDict[tuple[int, Hashable], Callable[[], None]] = OrderedDict()
+        self._compute_first = compute_first
+        self._known: OrderedDict[tuple[int, Hashable], _Known] = OrderedDict()
 
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether these parts are such a step."""
@@ -135,25 +156,29 @@ class Graphs:
         return inputs
 
     def _recording(self, key: tuple[int, Hashable], compute: Callable[[], None]) -> Callable[[], None]:
-        """What computes a step like that; `compute` itself if it cannot be recorded."""
-        recording = self._recordings.get(key)
-        if recording is None:
-            if self._record is None:
-                return compute
+        """What computes a step like that; `compute` itself as long as it is not worth recording, or cannot be."""
+        known = self._known.setdefault(key, _Known())
+        self._known.move_to_end(key)
+        if len(self._known) > KNOWN_MAX:
+            self._forget_oldest()
+        known.count += 1
+        if known.recording is None and known.count > self._compute_first and self._record is not None:
             try:
-                recording = self._record(compute)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # noqa: BLE001 - models of transformers may do anything that a device cannot record
-                _log.warning("steps of this base cannot be recorded, and are computed as they come", exc_info=True)
+                known.recording = self._record(compute)
+            except Exception as error:  # noqa: BLE001 - models of transformers may do what a device cannot record
+                _log.warning(
+                    "steps cannot be recorded, and are computed as they come from now on",
+                    exhausted=isinstance(error, torch.OutOfMemoryError),
+                    exc_info=True,
+                )
                 self._record = None
-                return compute
-            self._recordings[key] = recording
-            if len(self._recordings) > RECORDINGS_MAX:
-                (_, likeness), _ = self._recordings.popitem(last=False)
-                self._mixer.forget(likeness)
-        self._recordings.move_to_end(key)
-        return recording
+                while self._known:  # and with them what recordings take
+                    self._forget_oldest()
+        return known.recording or compute
+
+    def _forget_oldest(self) -> None:
+        (_, likeness), _ = self._known.popitem(last=False)
+        self._mixer.forget(likeness)
 
     def _compute(self, inputs: _Inputs) -> None:
         answer = self._base.causal_lm(
@@ -173,19 +198,29 @@ def can_be_recorded(pool: KvPool) -> bool:
 
 def cuda_recorder(device: torch.device) -> Record:
     """Records steps as CUDA graphs, which share their memory: they run one after the other."""
-    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+        # Both its own. What matrix products work in is torch's by stream, and it frees what belongs to the stream of a
+        # recording with that recording (issue 193402 of pytorch): on the stream that warms up it would lie outside the
+        # recordings' memory, and others would play on with what has been freed.
+        warming = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+        recording = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
 
     def record(compute: Callable[[], None]) -> Callable[[], None]:
-        # Once before: libraries set themselves up with the first call, which cannot be recorded.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            compute()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread's calls alone: experts are copied by another one meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            compute()
+        with torch.cuda.device(device):
+            current = torch.cuda.current_stream(device)
+            # Once before: libraries set themselves up with the first call, which cannot be recorded.
+            warming.wait_stream(current)
+            with torch.cuda.stream(warming):
+                compute()
+            current.wait_stream(warming)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Of this thread's calls alone: experts are copied by another one meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=recording, capture_error_mode="thread_local"):
+                    compute()
+            finally:
+                torch.cuda.set_stream(current)  # torch leaves the other one where a recording fails
         return graph.replay
 
     return record

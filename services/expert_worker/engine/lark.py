@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from services.expert_worker.engine.gbnf import (
+from hocket.packages.expert.gbnf import (
     NOTHING,
     ROOT,
     Choice,
@@ -29,16 +29,16 @@ from services.expert_worker.engine.gbnf import (
     Series,
     Text,
     choice,
+    closure,
     read,
     references,
-    refusal,
     series,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from services.expert_worker.engine.gbnf import Node, Rules
+    from hocket.packages.expert.gbnf import Node, Rules
 
 HEADER: Final = '%llguidance {"no_forcing": true}'
 """Where a text can only go on in one way, llguidance would allow no other tokens than those that the tokenizer makes of
@@ -50,61 +50,9 @@ def to_lark(grammar: str) -> str:
     """A grammar in GBNF, for llguidance.
 
     Raises:
-        HocketError: `BAD_GRAMMAR` as `gbnf.read`, and if no text could ever satisfy it.
+        HocketError: `BAD_GRAMMAR` as `gbnf.read`.
     """
-    rules = _without_dead_ends(read(grammar))
-    return _Writer({name: _without_tail(name, node) for name, node in rules.items()}).text()
-
-
-def _closure(rules: Rules, holds: Callable[[Node, Container[str]], bool]) -> dict[str, None]:
-    """The rules for which something holds that may depend on its holding for others, those it depends on first."""
-    users: dict[str, list[str]] = {name: [] for name in rules}
-    for name, node in rules.items():
-        for each in {*references(node)}:
-            users[each].append(name)
-    found: dict[str, None] = {}
-    waiting = [*rules]
-    while waiting:
-        name = waiting.pop()
-        if name not in found and holds(rules[name], found):
-            found[name] = None
-            waiting += users[name]
-    return found
-
-
-def _without_dead_ends(rules: Rules) -> Rules:
-    """What a text can consist of: no alternative that never ends, and no rule that nobody names."""
-    ending = _closure(rules, lambda node, ending: _ending(node, ending) is not None)
-    if ROOT not in ending:
-        raise refusal("no text could ever satisfy it")
-    left: Rules = {}
-    names = [ROOT]
-    while names:
-        name = names.pop()
-        if name not in left and (node := _ending(rules[name], ending)) is not None:
-            left[name] = node
-            names += references(node)
-    return left
-
-
-def _ending(node: Node, ending: Container[str]) -> Node | None:
-    """A node without what never ends; None if nothing is left."""
-    match node:
-        case Class(ranges):
-            return node if ranges else None
-        case Reference(name):
-            return node if name in ending else None
-        case Series(nodes) | Choice(nodes):
-            parts = [part for each in nodes if (part := _ending(each, ending)) is not None]
-            enough = parts if isinstance(node, Choice) else len(parts) == len(nodes)
-            return (choice if isinstance(node, Choice) else series)(parts) if enough else None
-        case Repeat(repeated, least, most):
-            part = _ending(repeated, ending)
-            if (part is None or most == 0) and not least:
-                return NOTHING
-            return part and Repeat(part, least, most)
-        case _:
-            return node
+    return _Writer({name: _without_tail(name, node) for name, node in read(grammar).items()}).text()
 
 
 def _without_tail(name: str, rule: Node) -> Node:
@@ -159,7 +107,7 @@ class _Writer:
         self._facts: dict[int, _Facts] = {}
         """Of nodes that may become terminals, by their ids: those that are no part of themselves, and repeat nothing
         that always begins alike. A terminal that can only go on, by one character, llguidance follows for ever."""
-        _closure(rules, lambda node, _: self._facts_of(node) is not None)
+        closure(rules, lambda node, _: self._facts_of(node) is not None)
 
     def text(self) -> str:
         """The grammar."""

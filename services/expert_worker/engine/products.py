@@ -1,14 +1,19 @@
-"""Products of activations with rows of experts, exact but for the order of float32 sums.
+"""Products of activations with rows of experts, which are float32, or bfloat16 on a base in bfloat16.
 
-Rows of experts are float32, or bfloat16 on a base in bfloat16. On a CUDA device the latter are read as they are: the
-products of two numbers in bfloat16 are exact in float32, and a float32 number is the sum of three in bfloat16 (8 + 8 +
-8 bits of 24). Elsewhere they are converted first.
+On a CUDA device rows in bfloat16 are read as they are, with sums in float32; what stands between A and B is rounded to
+bfloat16 for that, once, as the base rounds what stands between its own layers. Elsewhere they are converted to float32
+first, and nothing is rounded.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def read_as_they_are(rows: Tensor) -> bool:
+    """Whether rows are multiplied in their own dtype."""
+    return rows.is_cuda and rows.dtype is torch.bfloat16
 
 
 def shrink(x: Tensor, stack: Tensor) -> Tensor:
@@ -21,35 +26,23 @@ def shrink(x: Tensor, stack: Tensor) -> Tensor:
     Returns:
         float32 `[k, n, rows]`.
     """
-    if _is_read_as_it_is(stack) and x.dtype is stack.dtype:
+    if read_as_they_are(stack) and x.dtype is stack.dtype:
         return torch.bmm(x.expand(len(stack), *x.shape), stack.mT, out_dtype=torch.float32)
     x = x.to(torch.float32)
     return torch.bmm(x.expand(len(stack), *x.shape), stack.to(torch.float32).mT)
 
 
-def expand_into(y: Tensor, x: Tensor, rows: Tensor) -> None:
-    """Add `x B` to `y`.
+def expand_into(y: Tensor, middle: Tensor, rows: Tensor) -> None:
+    """Add `middle B` to `y`, which is rounded once where it is not float32.
 
     Args:
-        y: float32 `[n, out]`.
-        x: float32 `[n, rows]`.
+        y: `[n, out]`, float32; or in the rows' dtype, where they are read as they are.
+        middle: float32 `[n, rows]`, or in the rows' dtype.
         rows: `[rows, out]`.
     """
-    if _is_read_as_it_is(rows):
-        parts = torch.mm(torch.cat(split(x, rows.dtype)), rows, out_dtype=torch.float32)
-        y.add_(parts.view(-1, *y.shape).sum(dim=0))
+    if not read_as_they_are(rows):
+        y.addmm_(middle, rows.to(torch.float32))
+    elif y.dtype is rows.dtype:
+        y.addmm_(middle.to(rows.dtype), rows)
     else:
-        y.addmm_(x, rows.to(torch.float32))
-
-
-def split(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Three tensors that add up to a float32 one, as long as it is no larger than the dtype's largest number."""
-    parts = []
-    for _ in range(3):
-        parts.append(x.to(dtype))
-        x = x - parts[-1].to(torch.float32)
-    return parts
-
-
-def _is_read_as_it_is(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype is torch.bfloat16
+        y.add_(torch.mm(middle.to(rows.dtype), rows, out_dtype=torch.float32))

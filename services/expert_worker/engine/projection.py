@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from services.expert_worker.engine.products import expand_into, shrink
+from services.expert_worker.engine.products import expand_into, read_as_they_are, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,16 +75,16 @@ class Update:
     absent: Tensor | None = None
 
     def shrunk(self, x: Tensor, stack: Tensor) -> Tensor:
-        """What lies between A and B, weighted: float32 `[k, n, rows]`, of `x [T, in]` and the A of k projections."""
+        """What lies between A and B, weighted, as `expand_into` takes it: `[k, n, rows]`, of `x [T, in]` and k A."""
         rows = x[self.tokens] if isinstance(self.tokens, slice) else x.index_select(0, self.tokens)
         shrunk = shrink(rows, stack[:, self.start : self.stop]).mul_(self.weights)
         if self.absent is not None:
             # Not left to a weight of 0: where an expert of another request overflows, 0 times infinity is not 0.
             shrunk.masked_fill_(self.absent, 0)
-        return shrunk
+        return shrunk.to(stack.dtype) if read_as_they_are(stack) else shrunk  # once for all that share it
 
     def add_to(self, y: Tensor, shrunk: Tensor, outputs: Tensor) -> None:
-        """Add to `y [T, out]` what lies between, `[n, rows]`, times the B of one projection; all float32 but B."""
+        """Add to `y [T, out]` what lies between, `[n, rows]`, times the B of one projection."""
         b = outputs[self.start : self.stop]
         if isinstance(self.tokens, slice):
             expand_into(y[self.tokens], shrunk, b)
@@ -111,6 +111,12 @@ class Work:
     products: Vectors | None
     biases: Vectors | None
     updates: tuple[Update, ...]
+
+    @property
+    def is_one_product(self) -> bool:
+        """Whether there is nothing but one low-rank update."""
+        vectors = (self.inputs, self.outputs, self.products, self.biases)
+        return len(self.updates) == 1 and all(each is None for each in vectors)
 
 
 class StepWork:
@@ -186,7 +192,11 @@ class Projection(nn.Module):
             rows = x.reshape(-1, x.shape[-1])
             x = torch.addcmul(rows, rows, work.inputs.sum_of(strips.inputs)).to(x.dtype).view(x.shape)
         y: Tensor = self.base(x)
-        plain = y.view(-1, y.shape[-1]).to(torch.float32)
+        plain = y.view(-1, y.shape[-1])
+        if not (
+            work.is_one_product and read_as_they_are(strips.outputs)
+        ):  # which adds to what is there, and rounds once
+            plain = plain.to(torch.float32)
         total = plain
         if work.outputs is not None:
             total = torch.addcmul(total, plain, work.outputs.sum_of(strips.outputs))

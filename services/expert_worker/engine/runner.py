@@ -115,7 +115,7 @@ class Runner:
         rows = []
         for part in parts:
             if part.embeddings is not None:
-                rows.append(part.embeddings.to(self._base.device))
+                rows.append(part.embeddings.to(self._base.device, non_blocking=True))
             if part.token_ids:
                 rows.append(self._embed(self._int64(part.token_ids)))
         return {"inputs_embeds": torch.cat(rows)[None]}

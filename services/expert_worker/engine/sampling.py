@@ -173,7 +173,9 @@ def choose(
     chosen = penalised.argmax(-1)  # of equals the first
     for begin in range(0, len(drawn), _ROWS_MAX):
         some = drawn[begin : begin + _ROWS_MAX]
-        chosen[some] = _draw(penalised[some], [rows[index] for index in some])
+        where = there(np.array(some), logits.device)
+        draws = _draw(penalised.index_select(0, where), [rows[index] for index in some])
+        chosen.index_copy_(0, where, draws)
 
     mass = logits.logsumexp(-1)
     logprobs = logits.gather(-1, chosen[:, None])[:, 0] - mass

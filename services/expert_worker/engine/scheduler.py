@@ -90,6 +90,7 @@ class Counts:
         prefix_hit_count: Tokens of prompts that were found when their sequences ran first.
         prefix_miss_count: Tokens of prompts that were not.
         preemption_count: How often a sequence had to make way.
+        preempted_count: Sequences that have made way and wait to go on.
     """
 
     used_page_count: int = 0
@@ -97,6 +98,7 @@ class Counts:
     prefix_hit_count: int = 0
     prefix_miss_count: int = 0
     preemption_count: int = 0
+    preempted_count: int = 0
 
 
 class Scheduler:
@@ -133,6 +135,7 @@ class Scheduler:
             self._hit_count,
             self._miss_count,
             self._preemption_count,
+            sum(sequence.preemption_count > 0 for sequence in self.waiting),
         )
 
     @property

@@ -199,10 +199,11 @@ class Sequence:
             raise HocketError(Reason.BAD_REQUEST, "the prompt is empty: there is nothing to answer", field="input")
         room = self.context_length - self.prompt_row_count
         if room < 1:
+            soft = f" and the experts' soft prompts {self.soft_row_count}" if self.soft_row_count else ""
             raise HocketError(
                 Reason.TOO_LARGE,
-                f"the prompt has {self.prompt_row_count} tokens, {self.soft_row_count} of them of soft prompts; the "
-                f"context has {self.context_length} with the answer: shorten it",
+                f"the prompt has {len(self.request.token_ids)} tokens{soft}, and at most {self.context_length} go into "
+                "the context, one of the answer at least among them: shorten the prompt",
                 field="input",
             )
         return room

@@ -2,14 +2,14 @@
 
 A step that was recorded computes with the memory that it was recorded with. So everything in which steps may differ is
 a number in some tensor: a window of rows at the end of the arena holds the experts of the step, and each row of the
-batch has a weight for each row of the window, 0 for those of others. Sizes are powers of two, so that few recordings
-do for all steps.
+batch has a weight for each row of the window, 0 for those of others. Sizes are rounded up, so that few recordings do
+for all steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 
     from services.expert_worker.engine.arena import Place
 
+_QUARTERED_MIN: Final = 32
+"""Three quarters of it are still a multiple of what matrix units like."""
+
 
 def rounded(count: int) -> int:
     """The next power of two; 0 for 0."""
     return 1 << (count - 1).bit_length() if count else 0
+
+
+def window_size(count: int) -> int:
+    """The next power of two, or three quarters of it where that is enough."""
+    size = rounded(count)
+    return 3 * size // 4 if size >= _QUARTERED_MIN and count <= 3 * size // 4 else size
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class StandingWork:
         def vectors(who: tuple[int, ...]) -> Vectors | None:
             if not who:
                 return None
-            count = rounded(len(who) * vector_rows)
+            count = rounded(len(who)) * vector_rows
             return Vectors(
                 torch.zeros((row_count, count), device=device), torch.full((count,), window.stop - 1, device=device)
             )

@@ -10,6 +10,7 @@ import torch
 from services.expert_worker.engine import graphs
 from services.expert_worker.engine.graphs import Graphs
 from services.expert_worker.engine.runner import Runner
+from services.expert_worker.engine.standing import window_size
 from tests.adapters import arena_of
 from tests.bases import CONTEXT, LAYERS, tiny_base
 from tests.engines import NAME, expert_of, opened, random_package
@@ -18,6 +19,7 @@ from tests.recordings import Tape, Twins, as_on_cuda, on_tape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from services.expert_worker.engine.base import Base
     from services.expert_worker.engine.expert import AdapterExpert, Mixture
@@ -131,6 +133,66 @@ def test_mixtures_of_all_kinds_are_those_of_steps_that_are_not_recorded(
     twins.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recording_has_room_for_the_gates_of_as_many_experts_as_its_size_says(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_cuda(monkeypatch)
+    base = opened(tiny_base(tmp_path / NAME), dtype=dtype)
+    twins = Twins(base, arena=arena_of(base, 64), tolerance=0.05)
+    gated = [expert(base, "ia3", ("k_proj", "v_proj", "down_proj"), seed=seed) for seed in range(8)]
+    twins.prompt(0, ())
+    for count in (5, 8, 6, 7):
+        twins.step((0, 20, tuple((each, 0.1) for each in gated[:count])))
+    assert len(twins.recordings) == 1 if dtype is torch.float32 else len(twins.recordings) <= 2
+    twins.close()
+
+
+def test_what_pages_of_others_hold_reaches_nobody(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    page_bytes = 16 * base.kv_shape.position_bytes(base.dtype) // base.kv_shape.layers
+    arena = arena_of(base, 40, pages_bytes=4 * page_bytes, page_bytes=page_bytes)
+    twins = Twins(base, arena=arena)
+    mixture: Mixture = ((expert(base, rank=9), 1.0),)
+    twins.prompt(0, mixture)
+    for used in (0, arena.slab.page_limit):
+        arena.slab.pages_retreat = lambda end, _kept, used=used: end >= used  # type: ignore[misc]  # so many stay
+        twins.step((0, 20, mixture))
+        for layer in range(LAYERS):
+            arena.slab.pages(layer)[: arena.slab.page_limit].view(torch.float32).fill_(torch.nan)
+        twins.step((0, 21, mixture))
+        assert arena.slab.claim_pages(arena.slab.page_limit + 1) or used
+    twins.close()
+
+
+def test_a_size_is_recorded_once_it_has_come_several_times(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    twins = Twins(base, arena=arena_of(base, 64))
+    records: list[int] = []
+
+    def noted(compute: Callable[[], None]) -> Callable[[], None]:
+        records.append(1)
+        return on_tape(compute)
+
+    made = Graphs(base, twins.passes.pool, twins.mixer, rows_max=4, record=noted, compute_first=2)
+    twins.recorded = Runner(base, twins.passes.pool, twins.mixer, made).run
+    mixture: Mixture = ((expert(base), 1.0),)
+    twins.prompt(0, mixture)
+    for at, count in ((20, 0), (21, 0), (22, 1), (23, 1)):
+        twins.step((0, at, mixture))
+        assert len(records) == count
+    twins.close()
+
+
+def test_windows_are_half_as_large_again_as_they_must_be_at_most() -> None:
+    sizes = [window_size(count) for count in range(1, 1000)]
+    assert all(count <= size for count, size in enumerate(sizes, 1))
+    assert all(size < 2 * count for count, size in enumerate(sizes, 1))
+    assert all(2 * size < 3 * count for count, size in enumerate(sizes, 1) if count > 16)
+    assert all(size % 8 == 0 for size in sizes[4:])
+    assert len(set(sizes)) == 16
+
+
 def test_experts_that_lie_apart_are_brought_together(twins: Twins) -> None:
     experts = [expert(twins.base, rank=8, seed=seed) for seed in range(22)]
     for number in range(2):
@@ -176,7 +238,7 @@ def test_steps_of_a_base_that_cannot_be_recorded_compute_as_they_come(
         attempts.append(compute)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    made = Graphs(base, twins.passes.pool, twins.mixer, rows_max=4, record=refuse)
+    made = Graphs(base, twins.passes.pool, twins.mixer, rows_max=4, record=refuse, compute_first=0)
     twins.recorded = Runner(base, twins.passes.pool, twins.mixer, made).run
     mixture = ((expert(base), 1.0),)
     twins.prompt(0, mixture)
@@ -188,7 +250,7 @@ def test_steps_of_a_base_that_cannot_be_recorded_compute_as_they_come(
 
 def test_the_recording_that_was_played_longest_ago_goes_first(twins: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
     twins.prompt(0, ())
-    monkeypatch.setattr(graphs, "RECORDINGS_MAX", 3)
+    monkeypatch.setattr(graphs, "KNOWN_MAX", 3)
     several = [expert(twins.base, modules=[name]) for name in EVERYWHERE[:4]]
     for place, count in ((0, 1), (1, 2), (2, 3), (0, 3), (3, 4), (0, 4), (2, 4), (1, 5)):
         twins.step((0, 20, ((several[place], 1.0),)))
@@ -221,7 +283,7 @@ def test_nothing_before_the_logits_waits_for_the_device(twins: Twins) -> None:
 
 def test_the_longest_text_has_a_place_in_the_tables_of_a_recording(twins: Twins) -> None:
     passes = Passes(twins.base, page_count=CONTEXT // 16 + 1, mixer=twins.mixer)
-    made = Graphs(twins.base, passes.pool, twins.mixer, rows_max=4, record=on_tape)
+    made = Graphs(twins.base, passes.pool, twins.mixer, rows_max=4, record=on_tape, compute_first=0)
     table = passes.take(CONTEXT)
     passes.run([part(0, ids_of(CONTEXT - 1), table)])
     last = [part(CONTEXT - 1, [7], table)]

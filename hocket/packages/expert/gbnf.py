@@ -11,7 +11,7 @@ from hocket.errors import HocketError, Reason
 from hocket.text_limits import CONSTRAINT_BYTES_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 _RULES_MAX: Final = 1000
 _DEPTH_MAX: Final = 32
@@ -97,7 +97,7 @@ def choice(nodes: Sequence[Node]) -> Node:
 
 
 def read(grammar: str) -> Rules:
-    """The rules of a grammar.
+    """The rules of a grammar, without those and the alternatives that no text comes to.
 
     Args:
         grammar: Rules `name ::= ...`, of which one is `root`. Literals, character classes, `.`, groups, `|`, `*`, `+`,
@@ -105,15 +105,15 @@ def read(grammar: str) -> Rules:
             groups, be left-recursive, and have empty alternatives.
 
     Raises:
-        HocketError: `BAD_GRAMMAR` if it is none, uses what it does not define, or is larger than 64 KiB, 1,000 rules,
-            500 alternatives with rules in them, 32 nested groups or 2,000 repetitions.
+        HocketError: `BAD_GRAMMAR` if it is none, uses what it does not define, is larger than 64 KiB, 1,000 rules, 500
+            alternatives with rules in them, 32 nested groups or 2,000 repetitions, or if no text could ever satisfy it.
     """
     if len(grammar.encode()) > CONSTRAINT_BYTES_MAX:
-        raise refusal(f"it is larger than {CONSTRAINT_BYTES_MAX} bytes")
-    return _Reader(grammar).rules()
+        raise _refusal(f"it is larger than {CONSTRAINT_BYTES_MAX} bytes")
+    return _without_dead_ends(_Reader(grammar).rules())
 
 
-def refusal(why: str) -> HocketError:
+def _refusal(why: str) -> HocketError:
     """What a grammar that cannot be used is refused with."""
     return HocketError(Reason.BAD_GRAMMAR, f"the grammar cannot be used: {why}")
 
@@ -143,6 +143,57 @@ def _branches(node: Node) -> int:
             return 0
 
 
+def closure(rules: Rules, holds: Callable[[Node, Container[str]], bool]) -> dict[str, None]:
+    """The rules for which something holds that may depend on its holding for others, those it depends on first."""
+    users: dict[str, list[str]] = {name: [] for name in rules}
+    for name, node in rules.items():
+        for each in {*references(node)}:
+            users[each].append(name)
+    found: dict[str, None] = {}
+    waiting = [*rules]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and holds(rules[name], found):
+            found[name] = None
+            waiting += users[name]
+    return found
+
+
+def _without_dead_ends(rules: Rules) -> Rules:
+    """What a text can consist of: no alternative that never ends, and no rule that nobody names."""
+    ending = closure(rules, lambda node, ending: _ending(node, ending) is not None)
+    if ROOT not in ending:
+        raise _refusal("no text could ever satisfy it")
+    left: Rules = {}
+    names = [ROOT]
+    while names:
+        name = names.pop()
+        if name not in left and (node := _ending(rules[name], ending)) is not None:
+            left[name] = node
+            names += references(node)
+    return left
+
+
+def _ending(node: Node, ending: Container[str]) -> Node | None:
+    """A node without what never ends; None if nothing is left."""
+    match node:
+        case Class(ranges):
+            return node if ranges else None
+        case Reference(name):
+            return node if name in ending else None
+        case Series(nodes) | Choice(nodes):
+            parts = [part for each in nodes if (part := _ending(each, ending)) is not None]
+            enough = parts if isinstance(node, Choice) else len(parts) == len(nodes)
+            return (choice if isinstance(node, Choice) else series)(parts) if enough else None
+        case Repeat(repeated, least, most):
+            part = _ending(repeated, ending)
+            if (part is None or most == 0) and not least:
+                return NOTHING
+            return part and Repeat(part, least, most)
+        case _:
+            return node
+
+
 class _Reader:
     """Reads GBNF. The methods read what their name says at the place where the last one stopped."""
 
@@ -167,9 +218,9 @@ class _Reader:
             self._skip(lines=True)
         wanted = {ROOT}.union(*map(references, rules.values()))
         for name in sorted(wanted - rules.keys()):
-            raise refusal(f"there is no rule {name[:_QUOTED_CHARS]!r}")
+            raise _refusal(f"there is no rule {name[:_QUOTED_CHARS]!r}")
         if sum(map(_branches, rules.values())) > _BRANCHES_MAX:
-            raise refusal(f"more than {_BRANCHES_MAX} alternatives with rules in them")
+            raise _refusal(f"more than {_BRANCHES_MAX} alternatives with rules in them")
         return rules
 
     def _choice(self) -> Node:
@@ -323,7 +374,7 @@ class _Reader:
 
     def _fail(self, why: str) -> NoReturn:
         line = self._text.count("\n", 0, self._place) + 1
-        raise refusal(f"line {line}: {why}")
+        raise _refusal(f"line {line}: {why}")
 
 
 def _ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
