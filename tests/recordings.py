@@ -66,7 +66,7 @@ def _has_mask(indices: Any) -> bool:
     return any(index is not None and index.dtype is torch.bool for index in indices)
 
 
-def on_tape(compute: Callable[[], None]) -> Callable[[], None]:
+def on_tape(compute: Callable[[], object]) -> Callable[[], None]:
     """Record a step as a CUDA graph would."""
     tape = Tape()
     with tape:
@@ -114,7 +114,7 @@ class Twins:
         self.recorded = Runner(base, self.passes.pool, self.mixer, graphs).run
         self._tables: dict[int, list[int]] = {}
 
-    def _noted(self, compute: Callable[[], None]) -> Callable[[], None]:
+    def _noted(self, compute: Callable[[], object]) -> Callable[[], None]:
         self.recordings.append(self._record(compute))
         return self.recordings[-1]
 

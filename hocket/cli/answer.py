@@ -14,14 +14,19 @@ from hocket.cli.decisions import why
 from hocket.client import TextDelta, TextFinish, TextPlanned, TextStart
 from hocket.errors import HocketError, Reason
 from hocket.v1.plan_pb2 import Mode
-from hocket.v1.text_pb2 import TEXT_FINISH_REASON_END, TEXT_FINISH_REASON_LENGTH, ConstraintKind, TextFinishReason
+from hocket.v1.text_pb2 import (
+    DECISION_REASON_EXPLICIT,
+    TEXT_FINISH_REASON_LENGTH,
+    ConstraintKind,
+    TextFinishReason,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
     from google.protobuf.duration_pb2 import Duration
 
-    from hocket.v1.text_pb2 import AppliedConstraint, Sampling, TextPlan, Token
+    from hocket.v1.text_pb2 import AppliedConstraint, Sampling, TextExpert, TextPlan, Token
 
     Event = TextPlanned | TextStart | TextDelta | TextFinish
 
@@ -60,7 +65,7 @@ class Telling:
         self._planned: TextPlanned | None = None
         self._deltas: list[TextDelta] = []
         self._finish: TextFinish | None = None
-        self._is_constrained = False
+        self._start: TextStart | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,11 +84,11 @@ class Telling:
                 _print_summary(self._planned.plan, self._finish, self._colours)
             if self._finish.degradations:
                 output.say(f"Note: {'; '.join(map(_explained, self._finish.degradations))}", stderr=True)
-            if self._is_constrained and self._finish.reason != TEXT_FINISH_REASON_END:
-                output.say(
-                    "Note: only the beginning of what the answer must be: --max-tokens or the base's context ended it",
-                    stderr=True,
-                )
+            if self._start is not None and self._finish.reason == TEXT_FINISH_REASON_LENGTH:
+                if self._start.HasField("constraint"):
+                    output.say(f"Note: {_cut(self._start, self._finish)}", stderr=True)
+                elif self._at_terminal:
+                    _dim(f"Note: {_cut(self._start, self._finish)}")
 
     def show(self, events: Generator[Event, None, None]) -> None:
         """Show an answer to its end. An interrupt ends the call as well.
@@ -91,9 +96,12 @@ class Telling:
         Raises:
             HocketError: What the answer fails with; `INTERNAL` if it ends without a finish.
         """
-        with closing(events):
-            for event in events:
-                self._take(event)
+        try:
+            with closing(events):
+                for event in events:
+                    self._take(event)
+        except HocketError as error:
+            raise error if self._planned is None else _by_name(error, self._planned.plan) from error
         if self._finish is None:
             raise HocketError(Reason.INTERNAL, "the stream ended without a finish")
 
@@ -106,9 +114,9 @@ class Telling:
                 if self._debug:
                     _print_plan(event)
             case TextStart():
-                self._is_constrained = event.HasField("constraint")
+                self._start = event
                 if self._debug:
-                    _print_start(event)
+                    _print_start(event, () if self._planned is None else self._planned.plan.experts)
             case TextDelta():
                 self.text += event.text
                 if self._debug:
@@ -153,13 +161,34 @@ def _measured(finish: TextFinish) -> str:
     count = finish.usage.completion_token_count
     parts = [f"{count} token{'' if count == 1 else 's'}"]
     if finish.reason == TEXT_FINISH_REASON_LENGTH:
-        parts[-1] += " (cut off: --max-tokens, or the base's context)"
+        parts[-1] += " (cut off)"
     if finish.speed.decode_tokens_per_second:
         parts.append(f"{finish.speed.decode_tokens_per_second:.3g} tokens/s")
     timings = finish.timings
     first_seconds = sum(_seconds(each) for each in (timings.route, timings.wait, timings.prefill))
     parts.append(f"first after {first_seconds:.2g} s")
     return ", ".join(parts)
+
+
+def _cut(start: TextStart, finish: TextFinish) -> str:
+    """Of an answer that its length has ended, what has set that, and what to do."""
+    count, count_max = finish.usage.completion_token_count, start.sampling.max_tokens
+    ended = f"the answer ended after {count} token{'' if count == 1 else 's'}, before it was whole"
+    if count < count_max:
+        return f"{ended}: the base's context has no room for more, ask with a shorter prompt"
+    return f"{ended}: raise --max-tokens ({count_max} was the limit)"
+
+
+def _by_name(error: HocketError, plan: TextPlan) -> HocketError:
+    """A refusal of the grammar that an expert has: by the expert's name, and with the options that help."""
+    digest = error.metadata.get("digest")
+    expert = next((each for each in plan.experts if each.digest == digest), None)
+    if error.reason is not Reason.BAD_GRAMMAR or expert is None:
+        return error
+    name = expert.name or expert.digest
+    why = error.message.partition(f"; it is of the expert {digest}")[0]
+    without = "leave it out of --experts" if plan.reason == DECISION_REASON_EXPLICIT else f"with --deny {name}"
+    return error.restated(f"{why}; it is of the expert {name}: ask with --no-grammar, or {without}")
 
 
 def _print_plan(planned: TextPlanned) -> None:
@@ -175,7 +204,7 @@ def _print_plan(planned: TextPlanned) -> None:
     _dim(f"  seed {plan.seed}, registry revision {plan.revision}, request id {planned.request_id}")
 
 
-def _print_start(start: TextStart) -> None:
+def _print_start(start: TextStart, experts: Iterable[TextExpert]) -> None:
     prompt = f"{start.prompt_token_count} tokens of prompt"
     if start.soft_prompt_token_count:
         prompt += f" after {start.soft_prompt_token_count} of soft prompts"
@@ -183,13 +212,16 @@ def _print_start(start: TextStart) -> None:
     if start.variant:
         _dim(f"  base as served: {start.variant}")
     if start.HasField("constraint"):
-        _dim(f"  {_constraint(start.constraint)}")
+        _dim(f"  {_constraint(start.constraint, experts)}")
     _dim(f"  {_sampling(start.sampling)}")
 
 
-def _constraint(constraint: AppliedConstraint) -> str:
+def _constraint(constraint: AppliedConstraint, experts: Iterable[TextExpert]) -> str:
     what = _CONSTRAINTS.get(constraint.kind, ConstraintKind.Name(constraint.kind))
-    return f"constraint: {what}, {f'of the expert {constraint.expert}' if constraint.expert else 'as asked'}"
+    if not constraint.expert:
+        return f"constraint: {what}, as asked"
+    name = next((each.name for each in experts if each.digest == constraint.expert and each.name), constraint.expert)
+    return f"constraint: {what}, of the expert {name} (--no-grammar leaves it out)"
 
 
 def _sampling(sampling: Sampling) -> str:

@@ -132,10 +132,18 @@ def upstream_text(signature: UpstreamSignature) -> str:
     return f"{worth}{key}{claim}{why} (shown, never decisive)"
 
 
-def grammar_text(*, inside: bool, used: bool) -> str | None:
-    """What becomes of a package's grammar; None if there is none inside."""
+def grammar_text(*, inside: bool, used: bool, problem: str | None = None) -> str | None:
+    """What becomes of a package's grammar; None if there is none inside.
+
+    Args:
+        inside: Whether there is one.
+        used: Whether answers follow it where nobody says otherwise.
+        problem: Why they cannot; None if they can, or that was not looked at.
+    """
     if not inside:
         return None
+    if problem is not None:
+        return f"INSIDE, AND BROKEN: {problem}" + (" (every answer is refused)" if used else " (not used)")
     return "inside, answers follow it" if used else "inside, not used: the manifest does not say use_grammar"
 
 

@@ -134,8 +134,8 @@ def _release_text(release: Beside) -> str:
     return f"{release.claim.release.name}, key {output.short(release.claim.key_id)} ({judged})"
 
 
-def adapter_document(facts: AdapterFacts, release: Beside) -> dict[str, Any]:
-    """An `.expert` file as JSON-able values."""
+def adapter_document(facts: AdapterFacts, release: Beside, grammar_problem: str | None) -> dict[str, Any]:
+    """An `.expert` file as JSON-able values; with why its grammar cannot be used, if it has one that cannot."""
     return {
         "format": facts.format,
         "digest": facts.digest,
@@ -156,6 +156,7 @@ def adapter_document(facts: AdapterFacts, release: Beside) -> dict[str, Any]:
             "soft_prompt_tokens": facts.soft_prompt_tokens,
             "has_grammar": facts.has_grammar,
             "uses_grammar": facts.uses_grammar,
+            "grammar_problem": grammar_problem,
             "capabilities": facts.capabilities,
             "tags": facts.tags,
             "routing": None if facts.routing is None else asdict(facts.routing),
@@ -169,8 +170,8 @@ def adapter_document(facts: AdapterFacts, release: Beside) -> dict[str, Any]:
     }
 
 
-def print_adapter(path: Path, facts: AdapterFacts, release: Beside) -> None:
-    """Print a card of an `.expert` file, and the files inside."""
+def print_adapter(path: Path, facts: AdapterFacts, release: Beside, grammar_problem: str | None) -> None:
+    """Print a card of an `.expert` file, and the files inside; with what is wrong with its grammar, if anything is."""
     constraints = facts.constraints
     output.card(
         f"{facts.name} {facts.version}",
@@ -180,7 +181,7 @@ def print_adapter(path: Path, facts: AdapterFacts, release: Beside) -> None:
             ("adapter", _adapter_text(facts)),
             ("base", _base_text(facts.base)),
             ("soft prompt", f"{facts.soft_prompt_tokens} tokens" if facts.soft_prompt_tokens else None),
-            ("grammar", describe.grammar_text(inside=facts.has_grammar, used=facts.uses_grammar)),
+            ("grammar", describe.grammar_text(inside=facts.has_grammar, used=facts.uses_grammar, problem=grammar_problem)),
             ("can", _listed(facts.capabilities)),
             ("tags", _listed(facts.tags)),
             ("chosen for", _routing_text(facts.routing)),

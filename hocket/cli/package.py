@@ -21,6 +21,7 @@ from hocket.packages import (
     Subject,
     apr,
     check_release_name,
+    expert,
     inspect_package,
     open_package,
     public_key_of,
@@ -28,6 +29,7 @@ from hocket.packages import (
     sign_release,
 )
 from hocket.packages.adapter import AdapterFacts
+from hocket.packages.expert import gbnf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,16 +75,18 @@ def inspect(file: File, *, trust: files.Trust = None, json: output.Json = False)
     $ hocket inspect iris.apr --json | jq .signature
     """
     data = files.read_package(file)
-    releases, problem = _release_beside(file)
+    releases, unusable = _release_beside(file)
     now = datetime.now(UTC)
     with _either_format():
         shown = inspect_package(data, releases, trust=files.read_trust(trust), now=now)
-    release = shown.releases[0] if shown.releases else problem
+    release = shown.releases[0] if shown.releases else unusable
     if isinstance(shown.facts, AdapterFacts):
+        grammar = expert.decode(data, shown.facts.digest)[1].grammar if shown.facts.has_grammar else None
+        problem = None if grammar is None else gbnf.problem_of(grammar)
         if json:
-            output.emit(inspection.adapter_document(shown.facts, release))
+            output.emit(inspection.adapter_document(shown.facts, release, problem))
         else:
-            inspection.print_adapter(file, shown.facts, release)
+            inspection.print_adapter(file, shown.facts, release, problem)
         return
     facts = shown.facts if shown.facts.encrypted else apr.decode(apr.split(data), shown.facts.digest)[0]
     if json:

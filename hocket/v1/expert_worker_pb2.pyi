@@ -489,6 +489,8 @@ class TextEngine(_message.Message):
     PREFIX_MISS_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
     WAITING_LONGEST_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    PREEMPTED_COUNT_FIELD_NUMBER: _builtins.int
     vocabulary_sha256: _builtins.str
     """SHA-256 hex over its vocabulary: bases with the same fingerprint mean the same tokens."""
     dtype: _builtins.str
@@ -508,9 +510,9 @@ class TextEngine(_message.Message):
     arena_budget_bytes: _builtins.int
     """Bytes that experts and KV pages have together."""
     running_count: _builtins.int
-    """Answers that run."""
+    """Answers that have begun and not ended, those of `preempted_count` included."""
     waiting_count: _builtins.int
-    """Answers that wait for experts or memory."""
+    """Answers that wait to begin: for room where experts compute, or for KV pages."""
     tokens_per_second: _builtins.float
     """Tokens chosen per second, over the last ten seconds."""
     variant: _builtins.str
@@ -533,6 +535,10 @@ class TextEngine(_message.Message):
     """Tokens of prompts that had to be, since the start."""
     preemption_count: _builtins.int
     """How often an answer had to make way for others and went on later, since the start."""
+    adapters: _builtins.str
+    """What experts' A and B are held as: `float32`, `bfloat16` or `int8`."""
+    preempted_count: _builtins.int
+    """Answers that have made way for others and wait to go on."""
     @_builtins.property
     def base(self) -> _package_pb2.BaseModel:
         """The base that it serves."""
@@ -566,10 +572,12 @@ class TextEngine(_message.Message):
         prefix_miss_token_count: _builtins.int = ...,
         preemption_count: _builtins.int = ...,
         waiting_longest: _duration_pb2.Duration | None = ...,
+        adapters: _builtins.str = ...,
+        preempted_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "waiting_longest", b"waiting_longest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_budget_bytes", b"arena_budget_bytes", "arena_used_bytes", b"arena_used_bytes", "base", b"base", "base_bytes", b"base_bytes", "context_length", b"context_length", "dtype", b"dtype", "kv_cached_page_count", b"kv_cached_page_count", "kv_dtype", b"kv_dtype", "kv_page_count", b"kv_page_count", "kv_page_positions", b"kv_page_positions", "kv_used_page_count", b"kv_used_page_count", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_miss_token_count", b"prefix_miss_token_count", "quantisation", b"quantisation", "rope", b"rope", "running_count", b"running_count", "tokens_per_second", b"tokens_per_second", "variant", b"variant", "vocabulary_sha256", b"vocabulary_sha256", "waiting_count", b"waiting_count", "waiting_longest", b"waiting_longest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "arena_budget_bytes", b"arena_budget_bytes", "arena_used_bytes", b"arena_used_bytes", "base", b"base", "base_bytes", b"base_bytes", "context_length", b"context_length", "dtype", b"dtype", "kv_cached_page_count", b"kv_cached_page_count", "kv_dtype", b"kv_dtype", "kv_page_count", b"kv_page_count", "kv_page_positions", b"kv_page_positions", "kv_used_page_count", b"kv_used_page_count", "preempted_count", b"preempted_count", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_miss_token_count", b"prefix_miss_token_count", "quantisation", b"quantisation", "rope", b"rope", "running_count", b"running_count", "tokens_per_second", b"tokens_per_second", "variant", b"variant", "vocabulary_sha256", b"vocabulary_sha256", "waiting_count", b"waiting_count", "waiting_longest", b"waiting_longest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

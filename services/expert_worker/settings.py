@@ -142,12 +142,16 @@ class WorkerSettings:
         check_rope(self.rope, self.context_length)
         if self.base and self.bases_dir is None:
             raise ValueError("base names one of the bases in bases_dir, which is not set")
-        chosen = (self.budget_bytes, self.host_bytes, self.slab_bytes, self.compute_threads)
-        if min(*chosen, self.cache_bytes, self.session_seconds) < 0:
-            raise ValueError(
-                "budget_bytes, host_bytes, slab_bytes, compute_threads must be 0 (choose) or more, cache_bytes and "
-                "session_seconds too"
-            )
+        for setting in (
+            "budget_bytes",
+            "host_bytes",
+            "slab_bytes",
+            "compute_threads",
+            "cache_bytes",
+            "session_seconds",
+        ):
+            if not (value := getattr(self, setting)) >= 0:
+                raise ValueError(f"{setting} must be 0 or more, not {value}")
         check_counts(self, "queue_max", "loading_max", "in_flight_max", "workers_on_machine")
         check_counts(self, "step_tokens", "sequences_max", "text_queue_max")
         check_call_seconds(self, "default_deadline_seconds", "text_deadline_seconds", "ageing_seconds")

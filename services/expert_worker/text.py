@@ -35,7 +35,7 @@ from services.expert_worker.residency import loading_seconds
 from services.expert_worker.tokenising import SmallestFirst
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from hocket.prompts import Input, Prompt
     from hocket.rpc.handlers import Context

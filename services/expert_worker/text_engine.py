@@ -145,11 +145,12 @@ def open_text_engine(known: KnownBase, settings: WorkerSettings, device: torch.d
             or more than there is.
     """
     base = _base(known, _serving(settings), device)
+    layout = RowLayout(base.projections, base.dtype)
     page_positions = default_page_positions(device)
+    adapters = "int8" if settings.adapters == "int8" else _name(layout.dtype)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else base.dtype
     page_bytes = page_positions * base.kv_shape.position_bytes(kv_dtype)
     pages_per_text = -(-base.context_length // page_positions)
-    layout = RowLayout(base.projections, base.dtype)
     free_bytes = budget_bytes(device, settings.workers_on_machine, base.size_bytes)
     share = shares(
         free_bytes,

@@ -10,6 +10,7 @@ import torch
 from tests import composition
 from tests.adapters import KINDS
 from tests.bases import tiny_base
+from tests.passes import KINDS as BASES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,10 +53,37 @@ def test_logits_of_composed_experts(folder: Path, dtype: torch.dtype) -> None:
     composition.assert_logits_compose(folder, DEVICE, dtype)
 
 
-def test_recorded_steps(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma3_text"])
+def test_recorded_steps(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     from services.expert_worker.engine.graphs import cuda_recorder  # noqa: PLC0415 - imports transformers
 
-    composition.assert_recorded_steps(folder, DEVICE, torch.bfloat16, cuda_recorder(DEVICE))
+    base = tiny_base(tmp_path / "tiny", kind, **BASES[kind])
+    composition.assert_recorded_steps(base, DEVICE, dtype, cuda_recorder(DEVICE))
+
+
+def test_recordings_that_go_take_nothing_from_those_that_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.expert_worker.engine import graphs  # noqa: PLC0415 - imports transformers
+
+    monkeypatch.setattr(graphs, "KNOWN_MAX", 3)
+    for _ in range(20):  # as many streams as torch has in its pool, and more recordings
+        composition.assert_recorded_steps(folder, DEVICE, torch.bfloat16, graphs.cuda_recorder(DEVICE))
+
+
+def test_a_step_that_cannot_be_recorded_leaves_the_device_as_it_was() -> None:
+    from services.expert_worker.engine.graphs import cuda_recorder  # noqa: PLC0415 - imports transformers
+
+    record = cuda_recorder(DEVICE)
+    numbers = torch.ones(3, device=DEVICE)
+    before = torch.cuda.current_stream(DEVICE)
+    with pytest.raises(RuntimeError):
+        record(lambda: numbers.mul_(numbers.sum().item()))
+    assert torch.cuda.current_stream(DEVICE) == before
+    play = record(lambda: numbers.add_(1))
+    numbers.zero_()
+    play()
+    play()
+    assert numbers.tolist() == [2, 2, 2]
 
 
 async def test_the_whole_engine_with_recorded_steps(folder: Path) -> None:

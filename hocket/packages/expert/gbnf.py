@@ -113,6 +113,15 @@ def read(grammar: str) -> Rules:
     return _without_dead_ends(_Reader(grammar).rules())
 
 
+def problem_of(grammar: str) -> str | None:
+    """Why answers cannot follow a grammar; None if they can, as far as that shows without a tokenizer."""
+    try:
+        read(grammar)
+    except HocketError as error:
+        return error.message
+    return None
+
+
 def _refusal(why: str) -> HocketError:
     """What a grammar that cannot be used is refused with."""
     return HocketError(Reason.BAD_GRAMMAR, f"the grammar cannot be used: {why}")

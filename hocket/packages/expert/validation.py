@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hocket.errors import HocketError
 from hocket.identity import check_name, check_version, digest_of
+from hocket.packages.expert import gbnf
 from hocket.packages.expert.archive import read_archive
 from hocket.packages.expert.manifest import parse_manifest
 from hocket.packages.expert.names import MANIFEST
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
     from hocket.packages.adapter import AdapterFacts
     from hocket.packages.limits import Limits
 
+_USE_GRAMMAR: Final = "training.decoding.use_grammar"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What was found.
 
     Attributes:
-        errors: Why a registry would refuse the package; with `strict` also what it lacks for others.
+        errors: Why a registry would refuse the package, or no answer could follow its grammar; with `strict` also what
+            it lacks for others.
         warnings: What a person should know.
         facts: What the package is; None if it cannot be read.
     """
@@ -38,7 +42,7 @@ class Report:
 
 
 def validate(data: bytes, *, strict: bool = False, limits: Limits = DEFAULT_LIMITS) -> Report:
-    """Read a package as a registry would.
+    """Read a package as a registry would, and its grammar as a worker would.
 
     Args:
         data: The whole file.
@@ -47,13 +51,18 @@ def validate(data: bytes, *, strict: bool = False, limits: Limits = DEFAULT_LIMI
     """
     try:
         archive = read_archive(data, limits)
-        facts, _ = decode_archive(archive, digest_of(data), len(data), limits)
+        facts, adapter = decode_archive(archive, digest_of(data), len(data), limits)
     except HocketError as error:
         return Report((Problem(error.field or "", error.message),))
-    errors = [*_refused_at_the_door(facts)]
+    errors, warnings = [*_refused_at_the_door(facts)], list(facts.warnings)
+    if adapter.grammar is not None and (problem := gbnf.problem_of(adapter.grammar)) is not None:
+        if facts.uses_grammar:
+            errors.append(Problem(_USE_GRAMMAR, f"is true, and {problem}; mend it, or every answer is refused"))
+        else:
+            warnings.append(f"{problem}; answers do not follow it, since the manifest does not say use_grammar")
     if strict:
         errors += _missed_by_others(archive.files, limits)
-    return Report(tuple(errors), facts.warnings, facts)
+    return Report(tuple(errors), tuple(warnings), facts)
 
 
 def _refused_at_the_door(facts: AdapterFacts) -> Iterator[Problem]:

@@ -22,7 +22,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from hocket.errors import HocketError, Reason
 from services.expert_worker.engine.lark import HEADER, to_lark
-from services.expert_worker.engine.schemas import bad_schema, read_schema
+from services.expert_worker.engine.schemas import bad_schema, explained, read_schema
 from services.expert_worker.tokenising import SmallestFirst
 
 if TYPE_CHECKING:
@@ -39,14 +39,17 @@ _LIMITS: Final = LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
 _JSON_OPTIONS: Final = {
     "lenient": False,
     "coerce_one_of": False,
-    "whitespace_pattern": r"[ \t\r\n]{1,32}",
+    "whitespace_pattern": r" |\r?\n[ \t]{0,16}",
     "json_allowed_escapes": r"nrbtf\"",
 }
-r"""Nothing of a schema is left out, a model cannot go on for ever with blanks, and no name of a property can be spelled
-in a second way (`\u0061`), in which llguidance would not know it again."""
+r"""Nothing of a schema is left out; blanks are those that JSON writers write, compact or indented, so that a model spends
+few tokens on them; and no name of a property can be spelled in a second way (`\u0061`), in which llguidance would not
+know it again."""
 _JSON_EXTENSION: Final = "x-guidance"
 """Where a schema says that; its own would loosen it."""
 _QUOTED_CHARS: Final = 200
+_NO_REASON: Final = "NoExtensionBias"
+"""What it says where no token may come next."""
 
 
 class ConstraintKind(StrEnum):
@@ -153,12 +156,13 @@ class Constraints:
         except HocketError as error:
             return error
         if matcher.is_error():
-            return _refusal(kind, _said(matcher))
+            said = _said(matcher)
+            return _refusal(kind, explained(said, constraint.text) if kind is ConstraintKind.JSON_SCHEMA else said)
         # Here, and not when the engine waits: the first one takes longest.
         begins = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         begins[[*self._eos_ids]] = 0
         if matcher.is_error() or not begins.any():
-            return _refusal(kind, f"no answer could begin: {_said(matcher)}")
+            return _refusal(kind, f"no answer could begin: {_said(matcher, 'what begins never ends')}")
         return matcher
 
     @cached_property
@@ -205,8 +209,8 @@ def _refusal(kind: ConstraintKind, why: str) -> HocketError:
     return bad_schema(why)
 
 
-def _said(matcher: LLMatcher) -> str:
-    """Why llguidance does not go on, in its words."""
+def _said(matcher: LLMatcher, otherwise: str = "no token may come next") -> str:
+    """Why llguidance does not go on, in its words; `otherwise` if they say nothing to a reader."""
     said = matcher.get_error().partition("<state>")[0].partition("\n   1 | ")[0]  # where it lists what it read
     said = " ".join(said.rpartition("failed to compile JSON schema: ")[2].split())
-    return said[:_QUOTED_CHARS] or "no token may come next"
+    return otherwise if not said or said.startswith(_NO_REASON) else said[:_QUOTED_CHARS]

@@ -41,7 +41,7 @@ _COMPUTE_FIRST: Final = 8
 """Recording takes as long as some dozen steps, and holds up everybody."""
 _NOBODY: Final = Part(start=0, embeddings=None, token_ids=(0,), pages=(0,), mixture=(), sampled=True)
 
-Record: TypeAlias = "Callable[[Callable[[], None]], Callable[[], None]]"
+Record: TypeAlias = "Callable[[Callable[[], object]], Callable[[], None]]"
 """Makes of what computes a step what computes it again."""
 
 
@@ -206,7 +206,7 @@ def cuda_recorder(device: torch.device) -> Record:
         warming = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
         recording = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
 
-    def record(compute: Callable[[], None]) -> Callable[[], None]:
+    def record(compute: Callable[[], object]) -> Callable[[], None]:
         with torch.cuda.device(device):
             current = torch.cuda.current_stream(device)
             # Once before: libraries set themselves up with the first call, which cannot be recorded.

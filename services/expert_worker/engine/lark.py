@@ -20,7 +20,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from hocket.packages.expert.gbnf import (
-    NOTHING,
     ROOT,
     Choice,
     Class,

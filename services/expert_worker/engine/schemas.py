@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,7 +12,7 @@ from hocket.packages import strict_json
 from hocket.text_limits import CONSTRAINT_BYTES_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _DEPTH_MAX: Final = 64
 _EXACT_MAX: Final = 2**53
@@ -28,6 +29,27 @@ _JOINING: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "pattern"})
 """Keywords of which two hold at once; of the first, what is in it as well."""
 _NAME_PATTERNS_MAX: Final = 100
 """Patterns of one object's properties: a name may be of any number of them at once."""
+_FORMATS: Final = (
+    "date-time",
+    "date",
+    "time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uuid",
+    "uri",
+)
+"""Those that llguidance enforces."""
+_VALUES: Final = frozenset({"const", "default", "enum", "examples"})
+"""Keywords whose values are no schemas."""
+_NAMING: Final = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+"""Keywords of objects that have schemas under names."""
+_LISTS: Final = ("enum", "type", "anyOf")
+"""Keywords that say nothing may come if their lists are empty."""
+_QUOTED: Final = re.compile(r'"([^"]*)"')
+_POINTER_CHARS: Final = 200
 
 
 def read_schema(text: str) -> dict[str, Any]:
@@ -58,6 +80,71 @@ def read_schema(text: str) -> dict[str, Any]:
     if len(patterns) > _PATTERNS_MAX and any("allOf" in each or len(_JOINING & each.keys()) > 1 for each in objects):
         raise bad_schema(f"it has more than {_PATTERNS_MAX} patterns, and may want several at once")
     return schema
+
+
+def explained(said: str, text: str) -> str:
+    """What llguidance says of a schema, and what to do about it where that is known.
+
+    Args:
+        said: Why it refuses the schema.
+        text: The schema, which `read_schema` has passed.
+    """
+    parts = [*_parts(read_schema(text))]
+    key, _, rest = said.partition(": ")
+    if key == "Unimplemented keys":
+        keys = [f"{each} (at {_first(parts, each)})" for each in _QUOTED.findall(rest)]
+        them = "it" if len(keys) == 1 else "them"
+        return f"{', '.join(keys)} cannot be enforced: leave {them} out, and check answers afterwards"
+    if said.startswith("oneOf constraints"):
+        return (
+            "two branches of oneOf can both match: put what tells them apart, such as a property whose const differs, "
+            f"into required of each, or use anyOf (the first oneOf is at {_first(parts, 'oneOf')})"
+        )
+    if said.startswith("Resource "):
+        for pointer, part in parts:
+            target = part.get("$ref")
+            if isinstance(target, str) and not target.startswith("#"):
+                return (
+                    f"the $ref at {pointer} leads out of the document, and nothing is fetched: only a $ref inside it "
+                    "is followed; put what it names into $defs"
+                )
+        return "$schema is not known: leave it out"
+    if key == "Unknown format":
+        return f"the format {rest} is not known: use one of {', '.join(_FORMATS)}, or a pattern"
+    if key == "Unsatisfiable schema":
+        empty = [
+            f"the {each} at {pointer} is empty" for pointer, part in parts for each in _LISTS if part.get(each) == []
+        ]
+        return f"no answer can satisfy it: {empty[0] if empty and rest == 'anyOf is empty' else rest}"
+    if said.startswith(("Pointer ", "Anchor ")):
+        return f"a $ref leads nowhere: {said}"
+    return said
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schemas in a schema, itself first, by their JSON pointers."""
+    waiting: list[tuple[str, Any]] = [("#", schema)]
+    for pointer, value in waiting:  # which grows
+        if isinstance(value, list):
+            waiting += [(_under(pointer, str(place)), each) for place, each in enumerate(value)]
+        if not isinstance(value, dict):
+            continue
+        yield pointer, value
+        for key, inner in value.items():
+            if key in _NAMING and isinstance(inner, dict):
+                waiting += [(_under(_under(pointer, key), name), each) for name, each in inner.items()]
+            elif key not in _VALUES:
+                waiting.append((_under(pointer, key), inner))
+
+
+def _under(pointer: str, name: str) -> str:
+    escaped = name.replace("~", "~0").replace("/", "~1")
+    return f"{pointer}/{escaped}"[:_POINTER_CHARS]
+
+
+def _first(parts: Sequence[tuple[str, dict[str, Any]]], keyword: str) -> str:
+    """Where a keyword stands first."""
+    return next((pointer for pointer, part in parts if keyword in part), "#")
 
 
 def _values(value: Any) -> Iterator[Any]:  # noqa: ANN401 - a JSON value

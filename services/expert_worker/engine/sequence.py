@@ -202,8 +202,8 @@ class Sequence:
             soft = f" and the experts' soft prompts {self.soft_row_count}" if self.soft_row_count else ""
             raise HocketError(
                 Reason.TOO_LARGE,
-                f"the prompt has {len(self.request.token_ids)} tokens{soft}, and at most {self.context_length} go into "
-                "the context, one of the answer at least among them: shorten the prompt",
+                f"the prompt has {len(self.request.token_ids)} tokens{soft}; the context has {self.context_length} "
+                "with the answer: shorten it",
                 field="input",
             )
         return room

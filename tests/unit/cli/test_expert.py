@@ -195,6 +195,31 @@ class TestPack:
         assert not packed.exists()
 
 
+class TestGrammars:
+    def test_one_that_no_answer_could_follow_is_not_packed(self, hocket: Any, authored: Path, tmp_path: Path) -> None:
+        packed = tmp_path / "x.expert"
+        edit(authored, training={"decoding": {"use_grammar": True}})
+        for grammar, why in (("root ::= nothere", "there is no rule 'nothere'"), ("root ::= root", "no text could ever")):
+            (authored / "grammar.gbnf").write_text(grammar)
+            outcome = hocket("expert", "validate", authored, "--json")
+            assert outcome.code == 2
+            [problem] = outcome.document["errors"]
+            assert problem["path"] == "training.decoding.use_grammar"
+            assert f"the grammar cannot be used: {why}" in problem["message"]
+            refused = hocket("expert", "pack", authored, "-o", packed)
+            assert (refused.code, packed.exists()) == (2, False)
+            assert why in refused.err
+        (authored / "grammar.gbnf").write_text("root ::= [a-z]+")
+        assert hocket("expert", "pack", authored, "-o", packed).code == 0
+        assert hocket("expert", "validate", packed).code == 0
+
+    def test_one_that_answers_do_not_follow_is_a_warning(self, hocket: Any, authored: Path, tmp_path: Path) -> None:
+        (authored / "grammar.gbnf").write_text("root ::= nothere")
+        outcome = hocket("expert", "pack", authored, "-o", tmp_path / "x.expert")
+        assert outcome.code == 0
+        assert "warning: the grammar cannot be used: there is no rule 'nothere'; answers do not follow it" in outcome.err
+
+
 class TestValidate:
     def test_a_package_that_a_registry_would_take_is_valid(self, hocket: Any, authored: Path, tmp_path: Path) -> None:
         packed = tmp_path / "x.expert"

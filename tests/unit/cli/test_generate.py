@@ -42,6 +42,7 @@ class Router(ScriptedRouter):
         finish: What is merged into the finish of such an answer; None for an answer without one.
         broken: What such an answer fails with, in place of its finish.
         constraint: What its start says that the answer must be.
+        plan: Who answers, in place of whom it would name by itself.
     """
 
     def __init__(self) -> None:
@@ -51,11 +52,14 @@ class Router(ScriptedRouter):
         self.finish: text_pb2.TextFinish | None = text_pb2.TextFinish()
         self.broken: HocketError | None = None
         self.constraint: text_pb2.AppliedConstraint | None = None
+        self.plan: text_pb2.TextPlan | None = None
 
     async def Generate(
         self, request: router_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         async for response in super().Generate(request, context):
+            if response.HasField("plan") and self.plan is not None:
+                response.plan.CopyFrom(self.plan)
             if response.HasField("start") and self.constraint is not None:
                 response.start.constraint.CopyFrom(self.constraint)
             if self.texts is None or response.HasField("plan") or response.HasField("start"):
@@ -111,16 +115,45 @@ class TestScripting:
 
         assert (outcome.code, outcome.lines[-1]["error"]["reason"]) == (2, "INTERNAL")
 
-    @pytest.mark.parametrize("reason", ["END", "LENGTH", "STOP"])
-    def test_of_a_constraint_it_is_told_if_the_answer_is_a_beginning(
-        self, hocket: Any, router: Router, reason: str
-    ) -> None:
+    def test_of_a_constraint_it_is_told_if_the_answer_is_a_beginning(self, hocket: Any, router: Router) -> None:
         router.texts = ("{",)
-        router.finish = text_pb2.TextFinish(reason=f"TEXT_FINISH_REASON_{reason}")  # type: ignore[arg-type]  # by name
-        assert "only the beginning" not in hocket("generate", "x").err
+        router.finish = text_pb2.TextFinish(
+            reason=text_pb2.TEXT_FINISH_REASON_LENGTH, usage=text_pb2.Usage(completion_token_count=5)
+        )
+        assert "before it was whole" not in hocket("generate", "x", "--max-tokens", 5).err
 
         router.constraint = text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_JSON_SCHEMA)
-        assert ("only the beginning" in hocket("generate", "x").err) == (reason != "END")
+        told = "Note: the answer ended after 5 tokens, before it was whole: "
+        assert f"{told}raise --max-tokens (5 was the limit)" in hocket("generate", "x", "--max-tokens", 5).err
+        assert f"{told}the base's context has no room for more" in hocket("generate", "x", "--max-tokens", 6).err
+
+        router.finish.reason = text_pb2.TEXT_FINISH_REASON_END
+        assert "before it was whole" not in hocket("generate", "x", "--max-tokens", 5).err
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason", "instead"),
+        [
+            (("--experts", "sql"), text_pb2.DECISION_REASON_EXPLICIT, "leave it out of --experts"),
+            ((), text_pb2.DECISION_REASON_GATE, "with --deny acme/sql@1.0.0"),
+        ],
+    )
+    def test_an_experts_broken_grammar_is_refused_in_words_of_the_command(
+        self, hocket: Any, router: Router, arguments: tuple[str, ...], reason: Any, instead: str
+    ) -> None:
+        router.texts = ()
+        router.plan = text_pb2.TextPlan(
+            reason=reason, experts=[text_pb2.TextExpert(digest=LOW, name="acme/sql@1.0.0", weight=1)]
+        )
+        router.broken = HocketError(
+            Reason.BAD_GRAMMAR,
+            f"the grammar cannot be used: there is no rule 'x'; it is of the expert {LOW}: ask with the constraint "
+            "`none`, or leave the expert out",
+            digest=LOW,
+        )
+        assert hocket("generate", "x", *arguments).err == (
+            "BAD_GRAMMAR the grammar cannot be used: there is no rule 'x'; it is of the expert acme/sql@1.0.0: ask with "
+            f"--no-grammar, or {instead}\n"
+        )
 
 
 def test_json_is_one_event_a_line(hocket: Any) -> None:
@@ -360,8 +393,10 @@ class TestAtATerminal:
         usage = text_pb2.Usage(completion_token_count=1)
         router.texts = ("and",)
         router.finish = text_pb2.TextFinish(reason=text_pb2.TEXT_FINISH_REASON_LENGTH, usage=usage)
+        told = hocket("generate", "x", "--max-tokens", 1).err
 
-        assert "1 token (cut off: --max-tokens, or the base's context)" in hocket("generate", "x").err
+        assert "1 token (cut off), " in told
+        assert "Note: the answer ended after 1 token, before it was whole: raise --max-tokens (1 was the limit)" in told
 
     def test_control_characters_of_a_model_are_escaped(self, hocket: Any, router: Router) -> None:
         router.texts = ("\x1b]0;title\x07", "a\tb\n", "é東🎉\x9b")
@@ -410,7 +445,7 @@ def test_debug_shows_everything_on_standard_error(hocket: Any, router: Router) -
         (text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_JSON_SCHEMA), "constraint: a JSON schema, as asked"),
         (
             text_pb2.AppliedConstraint(kind=text_pb2.CONSTRAINT_KIND_GBNF, expert=LOW),
-            f"constraint: a grammar, of the expert {LOW}",
+            "constraint: a grammar, of the expert acme/sql@1.0.0 (--no-grammar leaves it out)",
         ),
     ],
 )
@@ -418,7 +453,7 @@ def test_debug_tells_what_the_answer_had_to_be(
     hocket: Any, router: Router, given: text_pb2.AppliedConstraint, told: str
 ) -> None:
     router.constraint = given
-    assert told in [line.strip() for line in hocket("generate", "hi", "--debug").err.splitlines()]
+    assert told in [line.strip() for line in hocket("generate", "hi", *MIXED, "--debug").err.splitlines()]
 
 
 class TestExperts:

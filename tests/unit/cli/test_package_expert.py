@@ -58,6 +58,7 @@ def test_inspect_prints_one_object(hocket: Any, package: Path) -> None:
         "soft_prompt_tokens": 0,
         "has_grammar": False,
         "uses_grammar": False,
+        "grammar_problem": None,
         "capabilities": ["task:text2sql", "language:en"],
         "tags": ["sql"],
         "routing": {
@@ -108,6 +109,17 @@ def test_inspect_prints_a_card_for_people(hocket: Any, tmp_path: Path) -> None:
         "14 B",
     ):
         assert text in card, text
+
+
+@pytest.mark.parametrize(("used", "worth"), [(True, "every answer is refused"), (False, "not used")])
+def test_a_grammar_that_no_answer_could_follow_is_said_so(hocket: Any, tmp_path: Path, used: bool, worth: str) -> None:
+    path = tmp_path / "sql.expert"
+    manifest = {"training": {"decoding": {"use_grammar": used}}}
+    path.write_bytes(expert_package(manifest=manifest, files={"grammar.gbnf": b"root ::= nothere"}))
+    problem = "the grammar cannot be used: there is no rule 'nothere'"
+
+    assert f"grammar      INSIDE, AND BROKEN: {problem} ({worth})" in hocket("inspect", path).out
+    assert hocket("inspect", path, "--json").document["adapter"]["grammar_problem"] == problem
 
 
 def test_an_expert_that_is_never_chosen_by_itself_says_so(hocket: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hocket.text_limits import CONSTRAINT_BYTES_MAX
 from services.expert_worker.engine import constraints as module
 from services.expert_worker.engine.constraints import Constraint, ConstraintKind, Constraints
 from services.expert_worker.engine.sampling import Choice, Sampling, SamplingRow, choose
+from services.expert_worker.engine.schemas import _FORMATS
 from tests.bases import tiny_base
 from tests.grammars import bits
 
@@ -204,9 +205,18 @@ class TestSchemas:
             ("false", "neither an object nor true", "true"),
             ({"type": "strnig"}, "Invalid type", {"type": "string"}),
             ({"not": {"type": "string"}}, "not", {"type": "integer"}),
-            ({"type": "array", "uniqueItems": True}, "uniqueItems", {"type": "array"}),
+            (
+                {"type": "array", "uniqueItems": True},
+                "uniqueItems (at #) cannot be enforced: leave it",
+                {"type": "array"},
+            ),
+            (
+                {"properties": {"not": {}, "a/b": {"items": {"contains": {}, "not": {}}}}},
+                "contains (at #/properties/a~1b/items), not (at #/properties/a~1b/items) cannot be enforced",
+                {"properties": {"not": {}, "a/b": {"items": {}}}, "enum": [{"a/b": []}]},
+            ),
             ({"if": {}, "then": {}}, "if", {"anyOf": [{}]}),
-            ({"type": "string", "format": "colour"}, "format", {"type": "string", "format": "date"}),
+            ({"format": "colour"}, "the format colour is not known: use one of date-time, date,", {"format": "date"}),
             (
                 {"prefixItems": [{"multipleOf": 1.01}, {"items": {"multipleOf": 103}}]},
                 "common multiple",
@@ -224,16 +234,33 @@ class TestSchemas:
             ),
             ({"type": "integer", "multipleOf": 10_001}, "common multiple", {"type": "integer", "multipleOf": 99_990}),
             ({"type": "string", "pattern": "^(?!a)"}, "look-around", {"type": "string", "pattern": "^[^a]"}),
-            ({"$ref": "https://example.com/a.json"}, "fetch", {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
-            ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable", {"allOf": [{"type": "string"}]}),
             (
-                {"oneOf": [{"type": "integer"}, {"type": "number"}]},
-                "oneOf",
+                {"items": {"$ref": "https://example.com/a.json"}},
+                "the $ref at #/items leads out of the document",
+                {"items": {"$ref": "#/$defs/a"}, "$defs": {"a": {}}},
+            ),
+            ({"$ref": "#/$defs/b", "$defs": {"a": {}}}, "leads nowhere", {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
+            ({"$schema": "mine"}, "$schema", {"$schema": "https://json-schema.org/draft/2020-12/schema"}),
+            (
+                {"properties": {"a": {"enum": []}}, "required": ["a"]},
+                "no answer can satisfy it: the enum at #/properties/a is empty",
+                {"properties": {"a": {"enum": [1]}}, "required": ["a"]},
+            ),
+            ({"type": []}, "the type at # is empty", {"type": ["string"]}),
+            ({"minItems": 2, "maxItems": 1}, "no answer can satisfy it: minItems (2)", {"minItems": 1, "maxItems": 1}),
+            (
+                {"allOf": [{"type": "string"}, {"type": "integer"}]},
+                "no answer can satisfy it",
+                {"allOf": [{"type": "string"}]},
+            ),
+            (
+                {"items": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+                "two branches of oneOf can both match",
                 {"oneOf": [{"type": "integer"}, {"type": "string"}]},
             ),
             (
                 {"$ref": "#"},
-                "no answer could begin",
+                "no answer could begin: what begins never ends",
                 {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]},
             ),
             ('{"items": ' * 64 + "{}" + "}" * 64, "nested", '{"items": ' * 63 + "{}" + "}" * 63),
@@ -255,7 +282,8 @@ class TestSchemas:
     ) -> None:
         refused = await refusal(constraints, schema(broken))
         assert (refused.reason, why in refused.message) == (Reason.BAD_SCHEMA, True), refused.message
-        assert "llguidance" not in refused.message
+        for word in ("llguidance", "coerce_one_of", "Unimplemented", "registry", "NoExtensionBias"):
+            assert word not in refused.message
         await constraints.matcher(schema(sound))
 
     async def test_a_schema_cannot_change_what_json_is(self, constraints: Constraints, tokenizer: Any) -> None:
@@ -269,10 +297,40 @@ class TestSchemas:
         for text in (r'{"\u0061": "x"}', r'{"a": 1, "\u0061": "x"}', '{"a": 1, "a": "x"}'):
             assert not follow(await constraints.matcher(wanted), tokenizer, text)
 
-    async def test_blanks_have_an_end(self, constraints: Constraints, tokenizer: Any) -> None:
+    async def test_every_format_that_is_named_is_known(self, constraints: Constraints) -> None:
+        for name in _FORMATS:
+            await constraints.matcher(schema({"type": "string", "format": name}))
+
+    async def test_where_a_keyword_stands_is_told_in_few_words(self, constraints: Constraints) -> None:
+        refused = await refusal(constraints, schema({"properties": {"a" * 60_000: {"not": {}}}}))
+        assert "not (at #/properties/aaa" in refused.message
+        assert len(refused.message) < 400
+
+    async def test_what_json_schema_does_not_know_is_ignored_as_it_says(self, constraints: Constraints) -> None:
+        await constraints.matcher(schema({"typ": "string", "nullable": True, "contentEncoding": "base64"}))
+
+    @pytest.mark.parametrize("style", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": 4}, {"indent": "\t"}])
+    async def test_json_may_be_written_as_writers_write_it(
+        self, style: dict[str, Any], constraints: Constraints, tokenizer: Any
+    ) -> None:
+        document = {"name": "a b", "tags": [1, {"deep": [{"deeper": []}]}], "none": None}
+        properties = {"name": {"type": "string"}, "tags": {"type": "array"}, "none": {"type": "null"}}
+        wanted = schema({"type": "object", "properties": properties, "required": [*properties]})
+        for text in (json.dumps(document, **style), json.dumps(document, **style).replace("\n", "\r\n")):
+            assert follow(await constraints.matcher(wanted), tokenizer, text)
+
+    async def test_blanks_are_one_or_a_line_break_with_indentation(
+        self, constraints: Constraints, tokenizer: Any
+    ) -> None:
         wanted = schema({"type": "array"})
-        assert follow(await constraints.matcher(wanted), tokenizer, f"[{' ' * 32}]")
-        assert not follow(await constraints.matcher(wanted), tokenizer, f"[{' ' * 33}]")
+        for sound, broken in (
+            ("[ ]", "[  ]"),
+            (f"[\n{' ' * 16}]", f"[\n{' ' * 17}]"),
+            ("[\n]", "[\n\n]"),
+            ("[]", " []"),
+        ):
+            assert follow(await constraints.matcher(wanted), tokenizer, sound)
+            assert not follow(await constraints.matcher(wanted), tokenizer, broken)
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,12 @@ class TestSequence:
 
     def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_the_numbers(self) -> None:
         assert waiting(63, 9).token_count_max == 1
-        with pytest.raises(HocketError, match="64 tokens, 0 of them of soft prompts; the context has 64") as refusal:
+        with pytest.raises(HocketError, match="has 64 tokens; the context has 64") as refusal:
             waiting(64)
         assert (refusal.value.reason, refusal.value.field) == (Reason.TOO_LARGE, "input")
         soft = expert("soft", prompt=[0.5, 0.5])
         assert waiting(61, 9, soft).token_count_max == 1
-        with pytest.raises(HocketError, match="64 tokens, 2 of them of soft prompts"):
+        with pytest.raises(HocketError, match="has 62 tokens and the experts' soft prompts 2; the context has 64"):
             waiting(62, 9, soft)
 
     def test_parts_are_soft_prompts_then_prompt_then_answer_wherever_they_are_cut(self) -> None:
