@@ -10,6 +10,7 @@ must not be a silent default.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import tomllib
 import types
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 _PREFIX: Final = "HOCKET_"
 _SEPARATOR: Final = "__"
 _TOKEN_LENGTH_MIN: Final = 16
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
+_TYPES: Final[Mapping[object, str]] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_MEANT_LIKENESS: Final = 0.8
 
 T = TypeVar("T")
 
@@ -54,9 +57,7 @@ def read_tables(path: Path | None, environ: Mapping[str, str], known: frozenset[
             tables.setdefault(table, {})[key] = value
     for table in tables:
         if table not in known:
-            raise HocketError(
-                Reason.BAD_REQUEST, f"unknown settings table [{table}]; there are {', '.join(sorted(known))}"
-            )
+            raise HocketError(Reason.BAD_REQUEST, f"unknown settings table [{table}]; {_known(table, known)}")
     return tables
 
 
@@ -93,9 +94,7 @@ def build(settings: type[T], values: Mapping[str, Any], table: str) -> T:
     fields = {field.name: types_of[field.name] for field in dataclasses.fields(settings)}  # type: ignore[arg-type]  # settings are dataclasses
     for key in values:
         if key not in fields:
-            raise HocketError(
-                Reason.BAD_REQUEST, f"unknown setting {table}.{key}; there are {', '.join(sorted(fields))}"
-            )
+            raise HocketError(Reason.BAD_REQUEST, f"unknown setting {table}.{key}; {_known(key, fields)}")
     converted = {key: _convert(value, fields[key], f"{table}.{key}") for key, value in values.items()}
     try:
         return settings(**converted)
@@ -128,6 +127,13 @@ def check_call_seconds(settings: object, *names: str) -> None:
             raise ValueError(f"{name} must not be negative")
 
 
+def _known(written: str, names: Iterable[str]) -> str:
+    """The one name that was probably meant; all of them where none is alike."""
+    every = sorted(names)
+    alike = difflib.get_close_matches(written, every, n=1, cutoff=_MEANT_LIKENESS)
+    return f"did you mean {alike[0]}?" if alike else f"there are {', '.join(every)}"
+
+
 def _convert(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401 - a setting of any type
     if isinstance(wanted, types.UnionType):
         options = [option for option in wanted.__args__ if option is not types.NoneType]
@@ -157,9 +163,14 @@ def _convert_value(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401 
         return value
     if wanted is Path:  # not repeated, for the same reason as in `_convert_table`
         raise HocketError(Reason.BAD_REQUEST, f"{where} must be the name of a file or folder, as text")
-    raise HocketError(
-        Reason.BAD_REQUEST, f"{where} cannot be {value!r}: expected {getattr(wanted, '__name__', wanted)}"
-    )
+    raise HocketError(Reason.BAD_REQUEST, f"{where} cannot be {value!r}: give {_in_words(wanted)}")
+
+
+def _in_words(wanted: Any) -> str:  # noqa: ANN401 - as `_convert`
+    """What a setting of a type is, for people."""
+    if typing.get_origin(wanted) is tuple:
+        return "a list"
+    return _TYPES.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
 
 def _convert_table(value: Any, wanted: Any, where: str) -> Any:  # noqa: ANN401 - as `_convert`

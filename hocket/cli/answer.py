@@ -85,10 +85,7 @@ class Telling:
             if self._finish.degradations:
                 output.say(f"Note: {'; '.join(map(_explained, self._finish.degradations))}", stderr=True)
             if self._start is not None and self._finish.reason == TEXT_FINISH_REASON_LENGTH:
-                if self._start.HasField("constraint"):
-                    output.say(f"Note: {_cut(self._start, self._finish)}", stderr=True)
-                elif self._at_terminal:
-                    _dim(f"Note: {_cut(self._start, self._finish)}")
+                self._say_cut(self._start, self._finish)
 
     def show(self, events: Generator[Event, None, None]) -> None:
         """Show an answer to its end. An interrupt ends the call as well.
@@ -125,6 +122,13 @@ class Telling:
                     _write(self._painted(event) if self._at_terminal else event.text)
             case TextFinish():
                 self._finish = event
+
+    def _say_cut(self, start: TextStart, finish: TextFinish) -> None:
+        """Say why an answer is a beginning: to programs as well, where it had to be something whole."""
+        if start.HasField("constraint"):
+            output.say(f"Note: {_cut(start, finish)}", stderr=True)
+        elif self._at_terminal:
+            _dim(f"Note: {_cut(start, finish)}")
 
     def _painted(self, delta: TextDelta) -> str:
         """Text for a terminal, in the colour of the experts that made it."""

@@ -6,7 +6,6 @@ import json as jsons
 import secrets
 import sys
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 
     from hocket.cli.sampling import WeightedExpert
     from hocket.cli.text_router import TextRouter
-    from hocket.client import Routing
+    from hocket.client import Constraint, Routing
+    from hocket.client.router import TextOptions
 
 app = typer.Typer(add_completion=False)
 
@@ -40,6 +40,7 @@ _EXPERTS_TOLD: Final = {_NONE: "none, the base alone", _AUTO: "chosen by the rou
 _NOTHING_YET: Final = "-"
 """A text of which only matters who would answer it."""
 _REFUSED: Final = 2
+_SESSION_BYTES: Final = 16
 _HELP: Final = f"""\
 /experts sql:0.7,json:0.3   who answers from now on; {_NONE} for the base alone, {_AUTO} to have them chosen
 /base NAME                  on which base; {_NONE} for the one that the experts ride on
@@ -65,7 +66,14 @@ def chat(
     max_experts: sampling.MaxExperts = None,
     base: sampling.Base = "",
     system: sampling.System = None,
+    json_schema: sampling.JsonSchema = None,
+    grammar: sampling.Grammar = None,
+    no_grammar: sampling.NoGrammar = False,
     options: SamplingOptions,
+    session: sampling.Session = "",
+    priority: sampling.Priority = None,
+    tenant: sampling.Tenant = "",
+    timeout: sampling.Timeout = None,
     router: servers.Router = servers.ROUTER_ADDRESS,
     device: sampling.Device = None,
     data: sampling.Data = None,
@@ -92,9 +100,20 @@ def chat(
     routing = sampling.read_routing(
         experts=chosen, base_only=base_only, policy=policy, allow=allow, deny=deny, max_experts=max_experts
     )
+    constraint = sampling.read_constraint(
+        json_schema=json_schema, grammar=grammar, no_grammar=no_grammar, standard_input="what is said"
+    )
     stdin = files.standard_input()
+    said: TextOptions = {
+        **options,
+        "session": session or secrets.token_hex(_SESSION_BYTES),
+        "priority": priority,
+        "tenant": tenant,
+    }
     with text_router(context, router=router, device=device, data=data, base=base, shown=not json) as asked:
-        talk = _Talk(asked, stdin, options, chosen, routing, asked.base, system, debug=debug, as_json=json)
+        talk = _Talk(
+            asked, stdin, said, constraint, timeout, chosen, routing, asked.base, system, debug=debug, as_json=json
+        )
         talk.run()
     if talk.refused and not talk.at_terminal:
         raise typer.Exit(_REFUSED)
@@ -107,6 +126,9 @@ class _Talk:
     Attributes:
         asked: Who answers.
         stdin: Where what is said comes from.
+        options: How tokens are chosen, and of which session, tenant and urgency every turn is.
+        constraint: What every answer must be.
+        timeout_seconds: Most time for an answer; None for the router's own.
         turns: What was said, without the system's part.
         refused: Whether something was refused.
         at_terminal: Whether a person sits at both ends.
@@ -114,7 +136,9 @@ class _Talk:
 
     asked: TextRouter
     stdin: TextIOWrapper
-    options: SamplingOptions
+    options: TextOptions
+    constraint: Constraint | None
+    timeout_seconds: float | None
     experts: list[WeightedExpert]
     routing: Routing | None
     base: str
@@ -127,7 +151,6 @@ class _Talk:
     at_terminal: bool = field(init=False)
     _chosen_by: Routing | None = field(init=False)
     _saved: set[Path] = field(default_factory=set)
-    _session: str = field(default_factory=partial(secrets.token_hex, 16))
     _colours: Colours = field(default_factory=Colours)
 
     def __post_init__(self) -> None:
@@ -186,8 +209,9 @@ class _Talk:
                         messages=[*system, *self.turns, asked],
                         experts=self.experts,
                         routing=self.routing,
+                        constraint=self.constraint,
                         base=self.base,
-                        session=self._session,
+                        timeout_seconds=self.timeout_seconds,
                         **self.options,
                     )
                 )

@@ -44,6 +44,7 @@ def generate(
     session: sampling.Session = "",
     priority: sampling.Priority = None,
     tenant: sampling.Tenant = "",
+    timeout: sampling.Timeout = None,
     router: servers.Router = servers.ROUTER_ADDRESS,
     device: sampling.Device = None,
     data: sampling.Data = None,
@@ -71,7 +72,12 @@ def generate(
     routing = sampling.read_routing(
         experts=chosen, base_only=base_only, policy=policy, allow=allow, deny=deny, max_experts=max_experts
     )
-    constraint = sampling.read_constraint(json_schema=json_schema, grammar=grammar, no_grammar=no_grammar)
+    constraint = sampling.read_constraint(
+        json_schema=json_schema,
+        grammar=grammar,
+        no_grammar=no_grammar,
+        standard_input="the prompt" if prompt in {None, _STDIN} else None,
+    )
     if raw and system is not None:
         raise HocketError(Reason.BAD_REQUEST, "--raw is read as it is: write the system's part into it")
     text = read_prompt(prompt, raw=raw)
@@ -93,6 +99,7 @@ def generate(
             session=session,
             priority=priority,
             tenant=tenant,
+            timeout_seconds=timeout,
             **options,
         )
         telling.show(events)

@@ -181,7 +181,10 @@ def print_adapter(path: Path, facts: AdapterFacts, release: Beside, grammar_prob
             ("adapter", _adapter_text(facts)),
             ("base", _base_text(facts.base)),
             ("soft prompt", f"{facts.soft_prompt_tokens} tokens" if facts.soft_prompt_tokens else None),
-            ("grammar", describe.grammar_text(inside=facts.has_grammar, used=facts.uses_grammar, problem=grammar_problem)),
+            (
+                "grammar",
+                describe.grammar_text(inside=facts.has_grammar, used=facts.uses_grammar, problem=grammar_problem),
+            ),
             ("can", _listed(facts.capabilities)),
             ("tags", _listed(facts.tags)),
             ("chosen for", _routing_text(facts.routing)),

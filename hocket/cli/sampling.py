@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import typer
 
-from hocket.cli import files
+from hocket.cli import files, output
 from hocket.client import Constraint, Routing
 from hocket.errors import HocketError, Reason
 from hocket.identity import is_digest
@@ -26,6 +26,7 @@ WeightedExpert: TypeAlias = tuple[str, float] | str
 BASE_ALONE: Final = Routing("base")
 """How it is said that the base shall answer."""
 
+_STDIN: Final = Path("-")
 _FORM: Final = "write --experts sql:0.7,json:0.3"
 
 _CHOICE: Final = "Experts and base"
@@ -92,7 +93,7 @@ JsonSchema = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="JSON that satisfies the JSON schema in this file.",
+        help="JSON that satisfies the JSON schema in this file; - for standard input.",
         show_default=False,
         rich_help_panel=_CONSTRAINT,
     ),
@@ -101,7 +102,7 @@ Grammar = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A text of the grammar in this file, in GBNF.",
+        help="A text of the grammar in this file, in GBNF; - for standard input.",
         show_default="the heaviest expert's, if it uses one",
         rich_help_panel=_CONSTRAINT,
     ),
@@ -189,6 +190,16 @@ Tenant = Annotated[
         rich_help_panel=_PLACE,
     ),
 ]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        min=1,
+        help="Most time for an answer.",
+        show_default="the router's own, ten minutes",
+        rich_help_panel=_PLACE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -237,6 +248,7 @@ _FLAGS: Final = {
     "session": "--session",
     "priority": "--priority",
     "tenant": "--tenant",
+    "timeout_seconds": "--timeout",
     "routing.policy": "--policy",
     "routing.allow": "--allow",
     "routing.deny": "--deny",
@@ -312,28 +324,59 @@ def read_routing(
     return Routing(policy or "rules", allow or (), deny or (), max_experts or 1)
 
 
-def read_constraint(*, json_schema: Path | None, grammar: Path | None, no_grammar: bool) -> Constraint | None:
+def read_constraint(
+    *, json_schema: Path | None, grammar: Path | None, no_grammar: bool, standard_input: str | None
+) -> Constraint | None:
     """What the answer must be, as the options say; None where they say nothing.
 
+    Args:
+        json_schema: The file of a JSON schema; `-` for standard input.
+        grammar: That of a grammar.
+        no_grammar: Whether experts' grammars do not count.
+        standard_input: What else is read there, in words; None for nothing.
+
     Raises:
-        HocketError: `BAD_REQUEST` if two of them are given, or a file is no text; as `hocket.cli.files.read_file`.
+        HocketError: `BAD_REQUEST` if two of them are given, a file is no text, or standard input is read for something
+            else; as `hocket.cli.files.read_file`.
     """
     given = {"--json-schema": json_schema is not None, "--grammar": grammar is not None, "--no-grammar": no_grammar}
     flags = [flag for flag, is_given in given.items() if is_given]
     if len(flags) > 1:
         raise HocketError(Reason.BAD_REQUEST, f"{flags[0]} and {flags[1]} contradict each other: leave out one of them")
     if json_schema is not None:
-        return Constraint(json_schema=_read_text(json_schema))
+        return Constraint(json_schema=_read_text(json_schema, "--json-schema", standard_input))
     if grammar is not None:
-        return Constraint(gbnf=_read_text(grammar))
+        return Constraint(gbnf=_read_text(grammar, "--grammar", standard_input))
     return Constraint(none=True) if no_grammar else None
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, flag: str, standard_input: str | None) -> str:
+    """The text of the file that an option names; `-` for standard input."""
+    if path != _STDIN:
+        if _looks_written_out(path):
+            raise HocketError(
+                Reason.BAD_REQUEST, f"{flag} names a file: write that into one, or pipe it and say {flag} {_STDIN}"
+            )
+        data, where = files.read_file(path, CONSTRAINT_BYTES_MAX), str(path)
+    elif standard_input is None:
+        data, where = bytes(files.standard_input().buffer.read(CONSTRAINT_BYTES_MAX + 1)), "standard input"
+        if len(data) > CONSTRAINT_BYTES_MAX:
+            raise HocketError(Reason.TOO_LARGE, f"{where} is larger than {output.size(CONSTRAINT_BYTES_MAX)}")
+    else:
+        raise HocketError(Reason.BAD_REQUEST, f"{standard_input} comes through standard input: give {flag} a file")
     try:
-        return files.read_file(path, CONSTRAINT_BYTES_MAX).decode()
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise HocketError(Reason.BAD_REQUEST, f"{path} is not text in UTF-8") from error
+        raise HocketError(Reason.BAD_REQUEST, f"{where} is not text in UTF-8") from error
+
+
+def _looks_written_out(path: Path) -> bool:
+    """Whether somebody has written a schema or a grammar where the name of its file belongs."""
+    text = str(path).lstrip()
+    try:
+        return (text.startswith("{") or "::=" in text) and not path.exists()
+    except (OSError, ValueError):  # no file can be called so
+        return True
 
 
 def in_options(error: HocketError) -> HocketError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from hocket.cli import certificates, sampling, servers
 from hocket.cli.own_suite import own_router
 from hocket.client import blocking
+from hocket.client.calls import GRPC_STATUS
 from hocket.errors import HocketError, Reason
 
 if TYPE_CHECKING:
@@ -39,8 +40,13 @@ class TextRouter:
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Say in words of the command line what calls fail with."""
-        with sampling.explained(), self.failures():
-            yield
+        try:
+            with sampling.explained(), self.failures():
+                yield
+        except HocketError as error:
+            if error.reason is not Reason.DEADLINE or GRPC_STATUS not in error.metadata:
+                raise
+            raise error.restated("the answer was not whole in time: --timeout SECONDS gives it longer") from error
 
 
 @contextmanager

@@ -490,7 +490,7 @@ def _timeout(seconds: object) -> float | None:
         return seconds
     raise HocketError(
         Reason.BAD_REQUEST,
-        f"timeout_seconds cannot be {seconds!a:.80}: give a number of seconds above 0, or None",
+        f"timeout_seconds cannot be {seconds!a:.80}: give a number of seconds above 0",
         field="timeout_seconds",
     )
 

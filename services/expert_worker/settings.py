@@ -21,6 +21,14 @@ _CHOICES: Final = {
     "kv_dtype": ("auto", "int8"),
     "adapters": ("auto", "int8"),
 }
+_NOT_NEGATIVE: Final = (
+    "budget_bytes",
+    "host_bytes",
+    "slab_bytes",
+    "compute_threads",
+    "cache_bytes",
+    "session_seconds",
+)
 _DEVICE: Final = re.compile(r"auto|cpu|cuda:[0-9]{1,3}")
 
 
@@ -142,14 +150,7 @@ class WorkerSettings:
         check_rope(self.rope, self.context_length)
         if self.base and self.bases_dir is None:
             raise ValueError("base names one of the bases in bases_dir, which is not set")
-        for setting in (
-            "budget_bytes",
-            "host_bytes",
-            "slab_bytes",
-            "compute_threads",
-            "cache_bytes",
-            "session_seconds",
-        ):
+        for setting in _NOT_NEGATIVE:
             if not (value := getattr(self, setting)) >= 0:
                 raise ValueError(f"{setting} must be 0 or more, not {value}")
         check_counts(self, "queue_max", "loading_max", "in_flight_max", "workers_on_machine")

@@ -83,6 +83,8 @@ def _known(name: str) -> str | None:
 
 def layer(module: str) -> str:
     top = module.partition(".")[0]
+    if module == "hocket.__main__":
+        return "hocket.cli"
     if top in {"services", "training"}:
         return top
     prefix = ".".join(module.split(".")[:2])

@@ -154,6 +154,29 @@ def test_a_wrong_setting_stops_the_start(values: dict[str, object]) -> None:
         build(Sample, values, "sample")
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"cuont": 1}, "unknown setting sample.cuont; did you mean count?"),
+        ({"zzz": 1}, "unknown setting sample.zzz; there are count, names, on, path, share, token"),
+        ({"count": "many"}, "sample.count cannot be 'many': give a whole number"),
+        ({"on": "maybe"}, "sample.on cannot be 'maybe': give true or false"),
+        ({"names": 3}, "sample.names cannot be 3: give a list"),
+        ({"names": [3]}, "sample.names cannot be 3: give text"),
+    ],
+)
+def test_what_a_wrong_setting_should_be_is_said_in_words(values: dict[str, object], told: str) -> None:
+    with pytest.raises(HocketError) as refused:
+        build(Sample, {"path": "a", **values}, "sample")
+    assert refused.value.message == told
+
+
+def test_the_table_that_was_probably_meant_is_named() -> None:
+    with pytest.raises(HocketError) as refused:
+        read_tables(None, {"HOCKET_SMAPLE__KEY": "1"}, frozenset({"sample"}))
+    assert refused.value.message == "unknown settings table [smaple]; did you mean sample?"
+
+
 def test_an_unknown_table_or_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(HocketError, match="unknown settings table"):
         read_tables(None, {"HOCKET_TYPO__KEY": "1"}, frozenset({"sample"}))

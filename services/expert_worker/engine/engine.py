@@ -228,8 +228,8 @@ class Engine:
         if len(self._answers) - len(self._running) >= self._limits.queue_max:
             raise HocketError(
                 Reason.QUEUE_FULL,
-                f"{self._limits.queue_max} texts already wait for the engine: try another worker, or again later; its operator "
-                "can have more wait (worker.text_queue_max)",
+                f"{self._limits.queue_max} texts already wait for the engine: try another worker, or again later; its "
+                "operator can have more wait (worker.text_queue_max)",
                 retry_after_seconds=_RETRY_SECONDS,
             )
 

@@ -82,7 +82,7 @@ def read_schema(text: str) -> dict[str, Any]:
     return schema
 
 
-def explained(said: str, text: str) -> str:
+def explained(said: str, text: str) -> str:  # noqa: PLR0911 - one for each kind of refusal
     """What llguidance says of a schema, and what to do about it where that is known.
 
     Args:
@@ -112,10 +112,10 @@ def explained(said: str, text: str) -> str:
     if key == "Unknown format":
         return f"the format {rest} is not known: use one of {', '.join(_FORMATS)}, or a pattern"
     if key == "Unsatisfiable schema":
-        empty = [
-            f"the {each} at {pointer} is empty" for pointer, part in parts for each in _LISTS if part.get(each) == []
-        ]
-        return f"no answer can satisfy it: {empty[0] if empty and rest == 'anyOf is empty' else rest}"
+        empty = [(each, pointer) for pointer, part in parts for each in _LISTS if part.get(each) == []]
+        if empty and rest == "anyOf is empty":
+            rest = "the {} at {} is empty".format(*empty[0])
+        return f"no answer can satisfy it: {rest}"
     if said.startswith(("Pointer ", "Anchor ")):
         return f"a $ref leads nowhere: {said}"
     return said

@@ -98,6 +98,25 @@ class TestScripting:
         first, second, third = (request.session for request in router.requests)
         assert first == second != third != ""
 
+    def test_every_turn_is_what_the_options_say(self, hocket: Any, router: Router, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text('{"type": "string"}')
+        options = ("--session", "s", "--priority", 0, "--tenant", "t", "--timeout", 100)
+        hocket("chat", *options, "--json-schema", tmp_path / "a.json", stdin="first\nsecond")
+        hocket("chat", "--no-grammar", stdin="third")
+
+        first, second, third = router.requests
+        for request in (first, second):
+            assert (request.session, request.HasField("priority"), request.priority) == ("s", True, 0)
+            assert request.tenant == "t"
+            assert request.constraint == text_pb2.Constraint(json_schema='{"type": "string"}')
+        assert third.constraint.WhichOneof("kind") == "none"
+        assert (third.HasField("priority"), third.tenant) == (False, "")
+
+    def test_what_is_said_cannot_be_a_schema_as_well(self, hocket: Any, router: Router) -> None:
+        told = hocket("chat", "--json-schema", "-", stdin="first").err
+        assert "what is said comes through standard input: give --json-schema a file" in told
+        assert router.requests == []
+
     def test_a_backslash_continues_a_line(self, hocket: Any, router: Router) -> None:
         hocket("chat", stdin="one\\\ntwo\\\n\\\nfour\nnext\\\n")
 

@@ -199,7 +199,10 @@ class TestGrammars:
     def test_one_that_no_answer_could_follow_is_not_packed(self, hocket: Any, authored: Path, tmp_path: Path) -> None:
         packed = tmp_path / "x.expert"
         edit(authored, training={"decoding": {"use_grammar": True}})
-        for grammar, why in (("root ::= nothere", "there is no rule 'nothere'"), ("root ::= root", "no text could ever")):
+        for grammar, why in (
+            ("root ::= nothere", "there is no rule 'nothere'"),
+            ("root ::= root", "no text could ever"),
+        ):
             (authored / "grammar.gbnf").write_text(grammar)
             outcome = hocket("expert", "validate", authored, "--json")
             assert outcome.code == 2
@@ -217,7 +220,9 @@ class TestGrammars:
         (authored / "grammar.gbnf").write_text("root ::= nothere")
         outcome = hocket("expert", "pack", authored, "-o", tmp_path / "x.expert")
         assert outcome.code == 0
-        assert "warning: the grammar cannot be used: there is no rule 'nothere'; answers do not follow it" in outcome.err
+        assert (
+            "warning: the grammar cannot be used: there is no rule 'nothere'; answers do not follow it" in outcome.err
+        )
 
 
 class TestValidate:

@@ -151,8 +151,8 @@ class TestScripting:
             digest=LOW,
         )
         assert hocket("generate", "x", *arguments).err == (
-            "BAD_GRAMMAR the grammar cannot be used: there is no rule 'x'; it is of the expert acme/sql@1.0.0: ask with "
-            f"--no-grammar, or {instead}\n"
+            "BAD_GRAMMAR the grammar cannot be used: there is no rule 'x'; it is of the expert acme/sql@1.0.0: ask "
+            f"with --no-grammar, or {instead}\n"
         )
 
 
@@ -227,6 +227,59 @@ def test_what_the_answer_must_be_is_read_from_files(hocket: Any, router: Router,
     assert none.WhichOneof("kind") == "none"
 
 
+def test_what_the_answer_must_be_may_come_through_a_pipe(hocket: Any, router: Router) -> None:
+    hocket("generate", "hi", "--json-schema", "-", stdin="true")
+    hocket("generate", "hi", "--grammar", "-", stdin='root ::= "ä"')
+    assert [each.constraint for each in router.requests] == [
+        text_pb2.Constraint(json_schema="true"),
+        text_pb2.Constraint(gbnf='root ::= "ä"'),
+    ]
+    assert hocket("generate", "hi", "--grammar", "-", stdin="a" * CONSTRAINT_BYTES_MAX).code == 0
+    too_large = hocket("generate", "hi", "--grammar", "-", stdin="a" * (CONSTRAINT_BYTES_MAX + 1))
+    assert "TOO_LARGE standard input is larger than 64.0 KiB" in too_large.err
+    assert "standard input is not text" in hocket("generate", "hi", "--grammar", "-", stdin=b"\xff").err
+
+
+@pytest.mark.parametrize("prompt", [(), ("-",)])
+def test_the_prompt_and_what_it_must_be_cannot_both_come_through_a_pipe(
+    hocket: Any, router: Router, prompt: tuple[str, ...]
+) -> None:
+    told = hocket("generate", *prompt, "--json-schema", "-", stdin="true").err
+    assert "the prompt comes through standard input: give --json-schema a file" in told
+    assert router.requests == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--json-schema", '{"type": "string"}'),
+        ("--json-schema", ' {"enum": ["' + "x" * 300 + '"]}'),
+        ("--grammar", "root ::= [a-z]"),
+    ],
+)
+def test_text_in_place_of_the_file_it_belongs_into_gets_a_hint(
+    hocket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, text: str
+) -> None:
+    told = hocket("generate", "hi", flag, text).err
+    assert f"{flag} names a file: write that into one, or pipe it and say {flag} -" in told
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "{a::=b}").write_text("true")
+    assert hocket("generate", "hi", flag, "{a::=b}").code == 0
+    assert "cannot read nowhere" in hocket("generate", "hi", flag, "nowhere").err
+
+
+def test_an_answer_has_the_time_that_is_said(hocket: Any, router: Router) -> None:
+    assert hocket("generate", "hi", "--timeout", 100).code == 0
+    assert (
+        "--timeout cannot be inf: give a number of seconds above 0" in hocket("generate", "hi", "--timeout", "inf").err
+    )
+    router.stall = True
+    late = hocket("generate", "hi", "--timeout", 1)
+    assert (late.code, late.err) == (
+        2, "DEADLINE the answer was not whole in time: --timeout SECONDS gives it longer\n",
+    )  # fmt: skip
+
+
 def test_a_file_that_is_no_text_constrains_nothing(hocket: Any, router: Router, tmp_path: Path) -> None:
     (tmp_path / "a.gbnf").write_bytes(b"\xff")
     assert "not text in UTF-8" in hocket("generate", "hi", "--grammar", tmp_path / "a.gbnf").err
@@ -278,6 +331,7 @@ def test_raw_text_is_sent_as_it_is(hocket: Any, router: Router) -> None:
         (("hi", "--session", "s" * 129), "", "--session has 129 characters"),
         (("hi", "--tenant", "t" * 65), "", "--tenant has 65 characters"),
         (("hi", "--priority", 10), "", "--priority"),
+        (("hi", "--timeout", 0), "", "--timeout"),
         (("hi", "--experts", "sql:0.7,sql"), "", "'sql' is named twice"),
         (("hi", "--device", "cpu", "--router", "127.0.0.1:1"), "", "leave out --router"),
         (("hi", "--device", "cpu"), "", "`hocket base add PATH`"),

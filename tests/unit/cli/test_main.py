@@ -44,6 +44,11 @@ def test_the_version_is_the_library_s(hocket: Any) -> None:
     assert hocket("--version").out == f"hocket {__version__}\n"
 
 
+def test_the_library_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "hocket", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"hocket {__version__}\n"
+
+
 def test_a_misspelled_verb_gets_a_suggestion(hocket: Any) -> None:
     outcome = hocket("inspekt")
 

@@ -111,10 +111,14 @@ def test_inspect_prints_a_card_for_people(hocket: Any, tmp_path: Path) -> None:
         assert text in card, text
 
 
-@pytest.mark.parametrize(("used", "worth"), [(True, "every answer is refused"), (False, "not used")])
-def test_a_grammar_that_no_answer_could_follow_is_said_so(hocket: Any, tmp_path: Path, used: bool, worth: str) -> None:
+@pytest.mark.parametrize(
+    ("decoding", "worth"), [({"use_grammar": True}, "every answer is refused"), ({"use_grammar": False}, "not used")]
+)
+def test_a_grammar_that_no_answer_could_follow_is_said_so(
+    hocket: Any, tmp_path: Path, decoding: dict[str, bool], worth: str
+) -> None:
     path = tmp_path / "sql.expert"
-    manifest = {"training": {"decoding": {"use_grammar": used}}}
+    manifest = {"training": {"decoding": decoding}}
     path.write_bytes(expert_package(manifest=manifest, files={"grammar.gbnf": b"root ::= nothere"}))
     problem = "the grammar cannot be used: there is no rule 'nothere'"
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from hocket import known_bases
 from hocket.errors import HocketError, Reason
@@ -115,3 +118,43 @@ async def test_an_answer_is_no_longer_than_the_pages_allow(tmp_path: Path) -> No
     assert told.finish is not None
     assert told.finish.reason is FinishReason.LENGTH
     assert len(told.ids) in {4, 5}  # the last token need not be kept
+
+
+@pytest.mark.parametrize(("adapters", "held_as"), [("auto", "float32"), ("int8", "int8")])
+def test_it_tells_what_experts_are_held_as(adapters: str, held_as: str, known: KnownBase) -> None:
+    assert opened(known, **SMALL, adapters=adapters).report().adapters == held_as
+
+
+async def test_the_metrics_tell_how_long_a_text_waits_whenever_they_are_read(
+    known: KnownBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.engines import asking  # noqa: PLC0415 - imports the engine
+
+    text = opened(known, **SMALL)
+    compute, gate = text.engine._passes.compute, threading.Event()
+
+    def blocked(plan: Any) -> Any:
+        gate.wait(30)
+        return compute(plan)
+
+    async def scraped(name: str) -> float:
+        value = await asyncio.to_thread(REGISTRY.get_sample_value, f"hocket_text_{name}")  # as the metrics' thread does
+        assert value is not None
+        return value
+
+    monkeypatch.setattr(text.engine._passes, "compute", blocked)
+    text.engine.start()
+    text.observe()
+    try:
+        answer = text.engine.submit(asking([5, 6], max_tokens=2), lambda: None)
+        assert (await scraped("waiting"), await scraped("running"), await scraped("preempted")) == (1, 0, 0)
+        before = await scraped("waiting_seconds")
+        await asyncio.sleep(0.05)
+        assert await scraped("waiting_seconds") >= before + 0.05
+        gate.set()
+        async for _ in answer:
+            pass
+        assert (await scraped("waiting"), await scraped("waiting_seconds"), await scraped("running")) == (0, 0, 0)
+    finally:
+        gate.set()
+        await text.engine.stop()

@@ -207,7 +207,7 @@ class TestSchemas:
             ({"not": {"type": "string"}}, "not", {"type": "integer"}),
             (
                 {"type": "array", "uniqueItems": True},
-                "uniqueItems (at #) cannot be enforced: leave it",
+                "uniqueItems (at #) cannot be enforced",
                 {"type": "array"},
             ),
             (
@@ -242,15 +242,19 @@ class TestSchemas:
             ({"$ref": "#/$defs/b", "$defs": {"a": {}}}, "leads nowhere", {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
             ({"$schema": "mine"}, "$schema", {"$schema": "https://json-schema.org/draft/2020-12/schema"}),
             (
-                {"properties": {"a": {"enum": []}}, "required": ["a"]},
-                "no answer can satisfy it: the enum at #/properties/a is empty",
-                {"properties": {"a": {"enum": [1]}}, "required": ["a"]},
+                {"anyOf": [{"enum": []}]},
+                "no answer can satisfy it: the enum at #/anyOf/0 is empty",
+                {"anyOf": [{"enum": [1]}]},
             ),
             ({"type": []}, "the type at # is empty", {"type": ["string"]}),
-            ({"minItems": 2, "maxItems": 1}, "no answer can satisfy it: minItems (2)", {"minItems": 1, "maxItems": 1}),
+            (
+                {"type": "array", "minItems": 2, "maxItems": 1},
+                "no answer can satisfy it: minItems (2)",
+                {"type": "array", "minItems": 1, "maxItems": 1},
+            ),
             (
                 {"allOf": [{"type": "string"}, {"type": "integer"}]},
-                "no answer can satisfy it",
+                "no answer can satisfy it: ",
                 {"allOf": [{"type": "string"}]},
             ),
             (
@@ -309,7 +313,7 @@ class TestSchemas:
     async def test_what_json_schema_does_not_know_is_ignored_as_it_says(self, constraints: Constraints) -> None:
         await constraints.matcher(schema({"typ": "string", "nullable": True, "contentEncoding": "base64"}))
 
-    @pytest.mark.parametrize("style", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": 4}, {"indent": "\t"}])
+    @pytest.mark.parametrize("style", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": "\t"}])
     async def test_json_may_be_written_as_writers_write_it(
         self, style: dict[str, Any], constraints: Constraints, tokenizer: Any
     ) -> None:

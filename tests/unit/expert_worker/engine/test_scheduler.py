@@ -402,6 +402,7 @@ class TestMakingWay:
             scheduler.add(each)
         answer_some(scheduler, 14)
         assert (second.preemption_count, second.pages_for(second.row_count), second.page_count_max) == (1, 5, 8)
+        assert scheduler.counts.preempted_count == 1
         scheduler.drop(first, 0.0)
         other = waiting(4, 4, priority=9)
         scheduler.add(other)
@@ -412,6 +413,7 @@ class TestMakingWay:
         assert scheduler.admit(0.0) == []
         answer_some(scheduler, 3)
         assert (second.preemption_count, len(second.pages)) == (1, 5)
+        assert scheduler.counts.preempted_count == 0
 
     def test_the_least_urgent_makes_way_before_the_last_to_come(self) -> None:
         scheduler, _ = scheduling(page_count=6)
