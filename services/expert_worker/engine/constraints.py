@@ -43,7 +43,8 @@ _JSON_OPTIONS: Final = {
     "json_allowed_escapes": r"nrbtf\"",
 }
 r"""Nothing of a schema is left out; blanks are those that JSON writers write, so that a model spends few tokens on
-them; and no name of a property can be spelled in a second way (`\u0061`), in which llguidance would not know it again."""
+them; and no name of a property can be spelled in a second way (`\u0061`), in which llguidance would not know it
+again."""
 _JSON_EXTENSION: Final = "x-guidance"
 """Where a schema says that; its own would loosen it."""
 _QUOTED_CHARS: Final = 200

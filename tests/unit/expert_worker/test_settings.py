@@ -83,6 +83,13 @@ def test_a_value_that_makes_no_sense_is_refused_with_advice(key: str, value: Any
     built(**{key: sound})
 
 
+def test_a_negative_number_is_refused_by_its_own_name_alone() -> None:
+    with pytest.raises(HocketError) as refusal:
+        built(session_seconds=-1.0)
+    assert "session_seconds must be 0 or more, not -1.0" in refusal.value.message
+    assert "budget_bytes" not in refusal.value.message
+
+
 def test_credentials_are_for_no_more_packages_than_a_registry_lets_a_worker_announce() -> None:
     file = {"key_file": "/run/secrets/key"}
     credentials = {f"acme/m{number}": file for number in range(4096)}
